@@ -1,0 +1,151 @@
+"""Registration in DeepSpeed: our methods become optimizer types of its JSON and learn where ZeRO lays the parameters.
+
+Private names of DeepSpeed used here, checked against 0.19.8:
+  DeepSpeedEngine._is_supported_optimizer, ._configure_basic_optimizer, ._do_optimizer_sanity_check,
+      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer (all wrapped), .param_names
+  deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
+  FP16_UnfusedOptimizer.fp16_groups, .fp32_groups
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+from deepspeed.runtime.zero import utils as zero_utils
+
+from ds_memopt.optimizers import METHOD_KEY, METHODS, ShardedOptimizer
+from ds_memopt.shards import MasterCopyPlacement, Zero3Placement, Zero12Placement
+from ds_memopt.support import refuse
+
+TESTED_DEEPSPEED = "0.19"
+logger = logging.getLogger("ds_memopt")
+
+
+def register() -> None:
+    """See `ds_memopt.register`."""
+    if getattr(DeepSpeedEngine, "_ds_memopt_registered", False):
+        return
+    missing = [f"DeepSpeedEngine.{name}" for name in WRAPPERS if not hasattr(DeepSpeedEngine, name)]
+    if not hasattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"):
+        missing.append("deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS")
+    if missing:
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}, which ds_memopt needs. "
+            f"Install deepspeed {TESTED_DEEPSPEED}.*."
+        )
+    if not deepspeed.__version__.startswith(TESTED_DEEPSPEED + "."):
+        warnings.warn(
+            f"ds_memopt was tested with DeepSpeed {TESTED_DEEPSPEED}.*, this is {deepspeed.__version__}: run its tests, "
+            f"or install deepspeed {TESTED_DEEPSPEED}.*.",
+            stacklevel=3,
+        )
+    if not logging.getLogger().handlers and not logger.handlers:
+        # As DeepSpeed does for its own logger: which block rule each parameter got must be seen.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[ds_memopt] %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    zero_utils.ZERO_SUPPORTED_OPTIMIZERS += METHODS.values()
+    for name, wrapper in WRAPPERS.items():
+        setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), wrapper))
+    DeepSpeedEngine._ds_memopt_registered = True
+
+
+def _wrapped(original, wrapper):
+    @functools.wraps(original)
+    def method(engine, *args, **kwargs):
+        return wrapper(functools.partial(original, engine), engine, *args, **kwargs)
+
+    return method
+
+
+def _is_supported_optimizer(original, engine, word):
+    for method in METHODS:
+        if word != method and word.replace("_", "").lower() == method.lower():
+            raise ValueError(f'optimizer type {word!r} is unknown. Did you mean "{method}"?')
+    return word in METHODS or original(word)
+
+
+def _configure_basic_optimizer(original, engine, model_parameters):
+    """Build the optimizer that the JSON names; here DeepSpeed still knows the module, hence names and roles."""
+    word = engine.optimizer_name()
+    if word in METHODS:
+        return METHODS[word].from_model(engine.module, model_parameters, **(engine.optimizer_params() or {}))
+    return original(model_parameters)
+
+
+def _do_optimizer_sanity_check(original, engine, optimizer):
+    """Refuse what the method cannot do, and an optimizer that took the place of one of ours."""
+    if isinstance(optimizer, ShardedOptimizer):
+        for feature in requested_features(engine):
+            refuse(type(optimizer).__name__, feature)
+    elif swapped := next((group[METHOD_KEY] for group in optimizer.param_groups if METHOD_KEY in group), None):
+        raise ValueError(
+            f"{swapped} was replaced by {type(optimizer).__name__} before DeepSpeed saw it (accelerate does that with "
+            f'optimizer offload). Name it in the ds_config instead, "optimizer": {{"type": "{swapped}", ...}}, and pass '
+            "accelerate's DummyOptim."
+        )
+    return original(optimizer)
+
+
+def requested_features(engine) -> list[str]:
+    """Which of the features that some method refuses the config asks for."""
+    offload = engine.zero_offload_optimizer()
+    requested = {
+        "elastic_checkpoint": engine.zero_optimization() and engine.zero_elastic_checkpoint(),
+        "universal_checkpoint": engine.load_universal_checkpoint(),
+        "nvme_offload": offload is not None and offload.device == "nvme",
+        "partial_offload": offload is not None and offload.ratio < 1,
+        "super_offload": offload is not None and engine.super_offload(),
+        "zenflow": engine.zenflow_config() is not None,
+        "tensor_parallel": engine.autotp_size() > 1,
+    }
+    return [feature for feature, asked in requested.items() if asked]
+
+
+def _configure_zero_optimizer(original, engine, optimizer):
+    zero = original(optimizer)
+    if isinstance(optimizer, ShardedOptimizer):
+        placement = Zero3Placement if engine.zero_optimization_partition_weights() else Zero12Placement
+        optimizer.bind(placement(zero, engine.param_names))
+    return zero
+
+
+def _configure_bf16_optimizer(original, engine, optimizer):
+    wrapper = original(optimizer)
+    if isinstance(optimizer, ShardedOptimizer):
+        optimizer.bind(Zero12Placement(wrapper, engine.param_names))
+    return wrapper
+
+
+def _configure_fp16_optimizer(original, engine, optimizer, low_precision_dtype):
+    if not isinstance(optimizer, ShardedOptimizer):
+        return original(optimizer, low_precision_dtype)
+    # To create states, DeepSpeed makes a step with zero gradients here and nowhere else: it would decay the weights
+    # and count as the first step, so that stage 0 would differ from all others. Our states are created when needed.
+    optimizer.step = lambda: None
+    try:
+        wrapper = original(optimizer, low_precision_dtype)
+    finally:
+        del optimizer.step
+    copies = zip(
+        (copy for group in wrapper.fp32_groups for copy in group),
+        (param for group in wrapper.fp16_groups for param in group),
+        strict=True,
+    )
+    optimizer.bind(MasterCopyPlacement({copy: engine.param_names[param] for copy, param in copies}))
+    return wrapper
+
+
+WRAPPERS = {
+    "_is_supported_optimizer": _is_supported_optimizer,
+    "_configure_basic_optimizer": _configure_basic_optimizer,
+    "_do_optimizer_sanity_check": _do_optimizer_sanity_check,
+    "_configure_zero_optimizer": _configure_zero_optimizer,
+    "_configure_bf16_optimizer": _configure_bf16_optimizer,
+    "_configure_fp16_optimizer": _configure_fp16_optimizer,
+}

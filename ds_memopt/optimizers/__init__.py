@@ -1,0 +1,9 @@
+"""The methods: pure update rules over shards of named parameters. No engine is known here."""
+
+from .adam_mini import AdamMini
+from .base import METHOD_KEY, ShardedOptimizer, StatePart
+
+METHODS: dict[str, type[ShardedOptimizer]] = {"AdamMini": AdamMini}
+"""Every method by the word that turns it on in a ds_config's optimizer type."""
+
+__all__ = ["METHODS", "METHOD_KEY", "AdamMini", "ShardedOptimizer", "StatePart"]

@@ -1,0 +1,23 @@
+"""Where data lies: which intervals of which parameters this rank's optimizer tensors hold."""
+
+from .layout import Interval, Layout, Placement, RankBorders, even_borders, numel_of
+from .plain import MasterCopyPlacement, PlainPlacement
+from .seams import Seams, SeamTable, is_first_rank
+from .zero3 import Zero3Placement
+from .zero12 import Zero12Placement
+
+__all__ = [
+    "Interval",
+    "Layout",
+    "MasterCopyPlacement",
+    "Placement",
+    "PlainPlacement",
+    "RankBorders",
+    "SeamTable",
+    "Seams",
+    "Zero12Placement",
+    "Zero3Placement",
+    "even_borders",
+    "is_first_rank",
+    "numel_of",
+]

@@ -1,0 +1,113 @@
+"""What every placement has in common: contiguous row-major intervals of parameters, and the borders between ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Elements [start, start + length) of the flattened parameter `name`, as far as this rank holds them.
+
+    They lie at [offset, offset + length) of the flattened local part of optimizer tensor number `tensor`.
+    """
+
+    name: str
+    start: int
+    length: int
+    tensor: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class RankBorders:
+    """Where the ranks of one process group cut the parameters that they share.
+
+    by_name: for each parameter, in the same order on every rank, the sorted element positions strictly inside it
+    at which one rank's part ends and the next one's begins. Empty where a parameter is whole on one rank.
+    """
+
+    process_group: ProcessGroup | None
+    by_name: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the elements of the tensors of one optimizer call come from."""
+
+    intervals: tuple[Interval, ...]
+    borders: tuple[RankBorders, ...]
+
+
+class Placement(Protocol):
+    """How one engine spreads parameters over ranks. The optimizers know no more of an engine than this."""
+
+    def names(self, param_group: dict) -> Sequence[str | None]:
+        """For each tensor of a param group the parameter that it stands for, or None for a flat buffer of many."""
+
+    def named_tensors(self, param_groups: Sequence[dict]) -> list[tuple[torch.Tensor, str | None]]:
+        """All tensors that the optimizer updates on this rank, whether or not they are in param_groups right now."""
+
+    def layout(self, tensors: Sequence[torch.Tensor], names: Sequence[str | None]) -> Layout:
+        """The layout of the tensors that one optimizer call updates; `names` as `names` gives them."""
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's elements of an optimizer tensor, its gradient or its state, as a 1-D view where possible."""
+
+    def new_state(self, tensor: torch.Tensor, lengths: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros to be kept beside an optimizer tensor: one per element (None), or (this rank's, any rank's most)."""
+
+
+def numel_of(shape: Sequence[int]) -> int:
+    return int(np.prod(shape, dtype=np.int64))
+
+
+def even_borders(start: int, numel: int, partition: int) -> np.ndarray:
+    """Positions inside a parameter that lies at [start, start + numel) of a buffer cut every `partition` elements."""
+    first = start // partition + 1
+    last = (start + numel - 1) // partition
+    return np.arange(first, last + 1, dtype=np.int64) * partition - start
+
+
+class FlatPlacement:
+    """Placement by flat buffers that an engine cut out of many parameters (ZeRO-1/2/3). Subclasses fill `flats`."""
+
+    def __init__(self) -> None:
+        self.flats: list[tuple[torch.Tensor, list[Interval], RankBorders]] = []
+
+    def layout(self, tensors: Sequence[torch.Tensor], names: Sequence[str | None]) -> Layout:
+        intervals, borders = [], []
+        for number, tensor in enumerate(tensors):
+            found = [flat for flat in self.flats if flat[0] is tensor]
+            if not found:
+                raise ValueError(
+                    f"The optimizer was handed a tensor of {tensor.numel()} elements that is no flat partition of the "
+                    "engine it was initialized with. Build one optimizer per deepspeed.initialize call and leave its "
+                    "param_groups to DeepSpeed."
+                )
+            _, members, rank_borders = found[0]
+            intervals += [Interval(m.name, m.start, m.length, number, m.offset) for m in members]
+            borders.append(rank_borders)
+        return Layout(tuple(intervals), tuple(borders))
+
+    def names(self, param_group: dict) -> Sequence[str | None]:
+        return [None for _ in param_group["params"]]
+
+    def named_tensors(self, param_groups: Sequence[dict]) -> list[tuple[torch.Tensor, str | None]]:
+        # Not from param_groups: ZeRO-3 empties them between its sub-groups' steps.
+        return [(flat, None) for flat, _, _ in self.flats]
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.detach().view(-1)
+
+    def new_state(self, tensor: torch.Tensor, lengths: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
+        # Per-element state has the partition's own shape: only such states are linked, offloaded and
+        # handed out (safe_get_full_optimizer_state) by DeepSpeed.
+        shape = tensor.shape if lengths is None else (lengths[0],)
+        return torch.zeros(shape, dtype=dtype, device=tensor.device)

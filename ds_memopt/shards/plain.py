@@ -1,0 +1,99 @@
+"""Layout of plain tensors, of fp32 copies of them, and of FSDP2's DTensors: one optimizer tensor per parameter.
+
+Names of FSDP2 used here, checked against torch 2.13: DTensor.to_local, .placements, .device_mesh, all public.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Shard
+
+from .layout import Interval, Layout, RankBorders, even_borders, numel_of
+
+
+class PlainPlacement:
+    """Each optimizer tensor is one parameter: whole (a plain tensor) or this rank's rows (an FSDP2 DTensor)."""
+
+    def names(self, param_group: dict) -> Sequence[str | None]:
+        return param_group["param_names"]
+
+    def layout(self, tensors: Sequence[torch.Tensor], names: Sequence[str | None]) -> Layout:
+        intervals: list[Interval] = []
+        borders: dict[ProcessGroup | None, dict[str, np.ndarray]] = {}
+        for number, (tensor, name) in enumerate(zip(tensors, names, strict=True)):
+            assert name is not None, "a plain tensor stands for one named parameter"
+            start, length = 0, tensor.numel()
+            if isinstance(tensor, DTensor):
+                shard_dim = sharded_mesh_dim(tensor, name)
+                if shard_dim is not None:
+                    mesh = tensor.device_mesh
+                    # Shard(0) splits like torch.chunk: ceil(R / N) rows a rank, the last ranks fewer or none.
+                    row = numel_of(tensor.shape[1:])
+                    piece = -(-tensor.shape[0] // mesh.size(shard_dim)) * row
+                    start = min(mesh.get_local_rank(shard_dim) * piece, length)
+                    length = min(piece, tensor.numel() - start)
+                    assert tensor.to_local().numel() == length, f"{name}: unexpected local shape"
+                    group_borders = borders.setdefault(mesh.get_group(shard_dim), {})
+                    group_borders[name] = even_borders(0, tensor.numel(), max(piece, 1))
+            elif not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous, but blocks "
+                    "are row-major. Call .contiguous() on the weights before building the optimizer."
+                )
+            if length > 0:
+                intervals.append(Interval(name, start, length, number, 0))
+        return Layout(tuple(intervals), tuple(RankBorders(group, cuts) for group, cuts in borders.items()))
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor.detach()
+        return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).reshape(-1)
+
+    def named_tensors(self, param_groups: Sequence[dict]) -> list[tuple[torch.Tensor, str | None]]:
+        return [pair for group in param_groups for pair in zip(group["params"], self.names(group), strict=True)]
+
+    def new_state(self, tensor: torch.Tensor, lengths: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
+        if lengths is None:
+            # The parameter's own sharding, so that distributed checkpoints can re-slice it. Contiguous, because
+            # `local` must return a view of it.
+            return torch.zeros_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+        if not isinstance(tensor, DTensor) or sharded_mesh_dim(tensor, "") is None:
+            return torch.zeros(lengths[0], dtype=dtype, device=tensor.device)
+        # A plain tensor would be taken for a copy that all ranks share, and a distributed checkpoint would keep
+        # rank 0's values for everyone. A DTensor needs equal parts: padded to the largest.
+        local = torch.zeros(lengths[1], dtype=dtype, device=tensor.device)
+        return DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False)
+
+
+class MasterCopyPlacement(PlainPlacement):
+    """Placement of a 16-bit model at stage 0: each optimizer tensor is the fp32 copy of one whole parameter.
+
+    names: the name of the parameter that each fp32 copy stands for.
+    """
+
+    def __init__(self, names: Mapping[torch.Tensor, str]) -> None:
+        self._names = dict(names)
+
+    def names(self, param_group: dict) -> Sequence[str | None]:
+        return [self._names[param] for param in param_group["params"]]
+
+
+def sharded_mesh_dim(tensor: DTensor, name: str) -> int | None:
+    """The mesh dimension along which a DTensor's rows are split, or None where every rank holds all of it.
+
+    Raises ValueError for placements other than FSDP2's and HSDP's, whose parts are not row-major intervals.
+    """
+    split = [dim for dim, placement in enumerate(tensor.placements) if not placement.is_replicate()]
+    if not split:
+        return None
+    # An exact type: the strided shards of tensor parallelism below FSDP2 are subclasses in some releases.
+    if len(split) > 1 or type(tensor.placements[split[0]]) is not Shard or tensor.placements[split[0]].dim != 0:
+        raise ValueError(
+            f"{name} is placed as {tensor.placements}; only Shard(0) along one mesh dimension is supported (FSDP2's "
+            "and HSDP's default). Leave shard_placement_fn of fully_shard unset and do not combine it with tensor "
+            "parallelism."
+        )
+    return split[0]

@@ -1,0 +1,60 @@
+"""Layout of ZeRO-1, ZeRO-2 and of ZeRO-1 with fp32 accumulation: one flat partition per rank and param group.
+
+Private names of DeepSpeed used here, checked against 0.19.8:
+  DeepSpeedZeroOptimizer.single_partition_of_fp32_groups, .round_robin_bit16_groups, .round_robin_bit16_offsets,
+      .partition_size, .real_dp_process_group
+  BF16_Optimizer.fp32_groups_flat_partition, .bf16_groups, .real_dp_process_group
+The parameters' own `_hp_mapping` is not used: it ignores the order that `round_robin_gradients` gives the flat buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.distributed as dist
+
+from .layout import FlatPlacement, Interval, RankBorders, even_borders
+
+
+class Zero12Placement(FlatPlacement):
+    """Placement of a DeepSpeedZeroOptimizer or a BF16_Optimizer.
+
+    zero: the ZeRO object that the engine built around the optimizer.
+    names: the name of every trainable model parameter.
+    """
+
+    def __init__(self, zero, names: Mapping[torch.Tensor, str]) -> None:
+        super().__init__()
+        for group, flat in enumerate(flat_partitions(zero)):
+            params, offsets = group_members(zero, group)
+            process_group = zero.real_dp_process_group[group]
+            rank_start = dist.get_rank(process_group) * flat.numel()
+            members, borders = [], {}
+            for param, offset in zip(params, offsets, strict=True):
+                name = names[param]
+                borders[name] = even_borders(offset, param.numel(), flat.numel())
+                begin = max(offset, rank_start)
+                end = min(offset + param.numel(), rank_start + flat.numel())
+                if begin < end:
+                    members.append(Interval(name, begin - offset, end - begin, 0, begin - rank_start))
+            self.flats.append((flat, members, RankBorders(process_group, borders)))
+
+
+def flat_partitions(zero) -> Sequence[torch.Tensor]:
+    """This rank's fp32 partition of each param group."""
+    if hasattr(zero, "fp32_groups_flat_partition"):
+        return zero.fp32_groups_flat_partition
+    return zero.single_partition_of_fp32_groups
+
+
+def group_members(zero, group: int) -> tuple[Sequence[torch.Tensor], Sequence[int]]:
+    """The parameters of a group in the order of its flat buffer, and where each begins in it."""
+    if hasattr(zero, "fp32_groups_flat_partition"):
+        params = zero.bf16_groups[group]
+        offsets, offset = [], 0
+        for param in params:
+            offsets.append(offset)
+            offset += param.numel()
+        return params, offsets
+    return zero.round_robin_bit16_groups[group], zero.round_robin_bit16_offsets[group]

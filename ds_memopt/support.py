@@ -1,0 +1,123 @@
+"""What each method supports: the one table behind the errors at construction and the table in the README."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Status = Literal["tested", "untested", "refused"]
+
+
+@dataclass(frozen=True)
+class Support:
+    """How far a feature works with a method. A refusal gives the reason and the remedy."""
+
+    status: Status
+    note: str = ""
+
+
+FEATURES: dict[str, str] = {
+    "plain": "Plain PyTorch, one process or DDP",
+    "fsdp2": "FSDP2 (`fully_shard`), HSDP",
+    "zero0": "ZeRO-0, fp32 and bf16",
+    "zero1": "ZeRO-1",
+    "zero1_fp32_accumulation": "ZeRO-1, bf16 with fp32 gradient accumulation",
+    "zero2": "ZeRO-2",
+    "zero3": "ZeRO-3, sub-groups and `zero.Init`",
+    "zero2_offload": "ZeRO-2 with optimizer offload to the CPU",
+    "zero3_offload": "ZeRO-3 with optimizer offload to the CPU",
+    "trainer": "transformers' Trainer, by JSON",
+    "accelerate": "accelerate, by JSON",
+    "resume": "Resume on the same number of GPUs",
+    "zero_to_fp32": "`zero_to_fp32`",
+    "fp16": "fp16 with loss scaling",
+    "round_robin_gradients": "`round_robin_gradients`",
+    "deepspeed_moe": "DeepSpeed's own MoE layers",
+    "pipeline": "PipelineModule",
+    "partial_offload": "Partial offload (`offload_optimizer.ratio` < 1)",
+    "nvme_offload": "Optimizer offload to NVMe",
+    "zenflow": "ZenFlow",
+    "super_offload": "SuperOffload",
+    "elastic_checkpoint": "`elastic_checkpoint`",
+    "universal_checkpoint": "Universal checkpoints (`load_universal`)",
+    "tensor_parallel": "Tensor parallelism (AutoTP, DTensor)",
+    "fsdp1": "FSDP1",
+}
+
+STATE_COMPRESSING: dict[str, Support] = {
+    "plain": Support("tested"),
+    "fsdp2": Support("tested"),
+    "zero0": Support("tested"),
+    "zero1": Support("tested"),
+    "zero1_fp32_accumulation": Support("tested"),
+    "zero2": Support("tested"),
+    "zero3": Support("tested"),
+    "zero2_offload": Support("tested"),
+    "zero3_offload": Support("tested"),
+    "trainer": Support("tested"),
+    "accelerate": Support("tested"),
+    "resume": Support("tested"),
+    "zero_to_fp32": Support("tested"),
+    "fp16": Support("untested", "no GPU here; loss scaling is DeepSpeed's own"),
+    "round_robin_gradients": Support("tested"),
+    "deepspeed_moe": Support("untested"),
+    "pipeline": Support("untested"),
+    "partial_offload": Support(
+        "refused",
+        "DeepSpeed updates the part on the GPU with its own Adam. Set offload_optimizer.ratio to 1.0 or leave it out.",
+    ),
+    "nvme_offload": Support(
+        "refused",
+        "DeepSpeed swaps only states shaped like the partition, and per-block states would stay behind. Set "
+        'offload_optimizer.device to "cpu".',
+    ),
+    "zenflow": Support("refused", "ZenFlow brings its own Adam. Remove zero_optimization.zenflow."),
+    "super_offload": Support("refused", "SuperOffload brings its own Adam. Remove offload_optimizer.super_offload."),
+    "elastic_checkpoint": Support(
+        "refused",
+        "DeepSpeed would silently cut the per-block states to the partition's unpadded length. Set "
+        "zero_optimization.elastic_checkpoint to false.",
+    ),
+    "universal_checkpoint": Support(
+        "refused",
+        "DeepSpeed's converter knows Adam's states only and would drop the others. Resume from the checkpoint itself, "
+        "on as many GPUs as wrote it.",
+    ),
+    "tensor_parallel": Support(
+        "refused", "A rank's part of a matrix is not a row-major interval there. Use ZeRO or FSDP2 without it."
+    ),
+    "fsdp1": Support(
+        "refused", "FSDP1 flattens parameters under names of its own. Use fully_shard (FSDP2) or ZeRO-3."
+    ),
+}
+
+SUPPORT: dict[str, dict[str, Support]] = {"AdamMini": STATE_COMPRESSING}
+"""For every method: its standing with every feature."""
+
+MARKS: dict[Status, str] = {"tested": "yes", "untested": "untested", "refused": "refused"}
+
+
+def refuse(method: str, feature: str) -> None:
+    """Raise ValueError, with the reason and the remedy, if the method refuses the feature."""
+    support = SUPPORT[method][feature]
+    if support.status == "refused":
+        raise ValueError(f"{method} does not support {feature}: {support.note}")
+
+
+def markdown_table() -> str:
+    """The table for the README: one row per feature, one column per method, reasons below."""
+    methods = list(SUPPORT)
+    lines = ["| | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
+    notes: list[str] = []
+    for feature, title in FEATURES.items():
+        cells = []
+        for method in methods:
+            support = SUPPORT[method][feature]
+            cell = MARKS[support.status]
+            if support.note:
+                if support.note not in notes:
+                    notes.append(support.note)
+                cell += f" [{notes.index(support.note) + 1}]"
+            cells.append(cell)
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *(f"{number}. {note}" for number, note in enumerate(notes, 1))])

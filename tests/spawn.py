@@ -1,0 +1,78 @@
+"""Run a function on several ranks of a gloo process group on this machine: `run_ranks(function, world_size, *args)`.
+
+Processes are forked from a server that has imported the slow packages once, so that a spawn costs about a second.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "deepspeed", "transformers", "torch.distributed.fsdp"])
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run_ranks(function, world_size: int, *args, timeout_s: float = 400):
+    """Return [function(*args) of each rank]; rank and size are in torch.distributed and in the environment.
+
+    Raises RuntimeError with the first failing rank's traceback, or if a rank is not done after timeout_s.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        ranks = [
+            CONTEXT.Process(target=_rank_main, args=(function, rank, world_size, port, folder, args))
+            for rank in range(world_size)
+        ]
+        for rank in ranks:
+            rank.start()
+        deadline = time.monotonic() + timeout_s
+        try:
+            while any(rank.is_alive() for rank in ranks) and not any(Path(folder).glob("*.failed")):
+                time.sleep(0.05)
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"{function.__name__} on {world_size} ranks was not done after {timeout_s} s")
+            failed = sorted(Path(folder).glob("*.failed"))
+            if failed:
+                raise RuntimeError(f"{function.__name__}, rank {failed[0].stem}:\n{failed[0].read_text()}")
+        finally:
+            for rank in ranks:
+                rank.join(20 if not any(Path(folder).glob("*.failed")) else 0)
+                if rank.is_alive():
+                    rank.kill()
+        if missing := [rank for rank in range(world_size) if not Path(folder, f"{rank}.result").exists()]:
+            raise RuntimeError(f"{function.__name__}: ranks {missing} of {world_size} died without a result")
+        return [torch.load(Path(folder, f"{rank}.result"), weights_only=False) for rank in range(world_size)]
+
+
+def _rank_main(function, rank: int, world_size: int, port: int, folder: str, args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        import deepspeed
+
+        deepspeed.init_distributed("gloo", verbose=False)
+        result = function(*args)
+        torch.save(result, Path(folder, f"{rank}.tmp"))
+        Path(folder, f"{rank}.tmp").rename(Path(folder, f"{rank}.result"))
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    except BaseException:
+        Path(folder, f"{rank}.failed").write_text(traceback.format_exc())
+        raise
