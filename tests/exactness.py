@@ -2,64 +2,129 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import deepspeed
 import torch
 import torch.distributed as dist
-from tiny import batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train, train_plain, HYPER
+from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train, train_plain
 
 from ds_memopt import AdamMini
+from ds_memopt.optimizers.blockwise import BlockPlan
 
 STEPS = 20
+OPTIMIZERS = ("AdamW", "AdamMini")
+BF16 = {"bf16": {"enabled": True}}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+
+FP32_CASES = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+    "zero3, zero.Init": {"stage": 3, "zero_init": True},
+    "zero2, round_robin_gradients": {"stage": 2, "zero_optimization": {"round_robin_gradients": True}},
+    "zero2, offload": {"stage": 2, "zero_optimization": OFFLOAD},
+    "zero3, offload": {"stage": 3, "zero_optimization": OFFLOAD},
+}
+BF16_CASES = {
+    "zero0, bf16": {"stage": 0, **BF16},
+    "zero1, bf16": {"stage": 1, **BF16},
+    "zero1, bf16, fp32 accumulation": {"stage": 1, **BF16, "data_types": {"grad_accum_dtype": "fp32"}},
+    "zero3, bf16": {"stage": 3, **BF16},
+}
 
 
-def whole_gpu(optimizer: str) -> dict[str, torch.Tensor]:
-    """One process, plain PyTorch: what every placement must reproduce."""
+def groups(model) -> list[dict]:
+    """Two param groups such that ZeRO-1/2, which cuts each into even parts, cuts a head and a row on 2, 3 and 4 ranks."""
+    first = ("q_proj", "k_proj", "model.norm", "lm_head")
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for name, p in named if any(word in name for word in first)]},
+        {"params": [p for name, p in named if not any(word in name for word in first)]},
+    ]
+
+
+def build_plain(optimizer: str, model):
+    if optimizer == "AdamW":
+        return torch.optim.AdamW(groups(model), **HYPER)
+    return AdamMini.from_model(model, groups(model), **HYPER)
+
+
+def one_process(optimizer: str) -> dict[str, torch.Tensor]:
+    """Plain PyTorch on the whole batch: what every placement must reproduce."""
     model = llama()
     train_plain(model, build_plain(optimizer, model), batches(STEPS))
     return full_parameters(model)
 
 
-def build_plain(optimizer: str, model):
+def one_process_bf16(optimizer: str) -> dict[str, torch.Tensor]:
+    """bf16 weights and gradients with fp32 masters, written out by hand."""
+    model = llama()
+    for p in model.parameters():
+        p.data = p.data.bfloat16()  # the parameters only: DeepSpeed leaves the rotary buffer in fp32
+    masters = {name: torch.nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
     if optimizer == "AdamW":
-        return torch.optim.AdamW(model.parameters(), **HYPER)
-    return AdamMini.from_model(model, model.parameters(), **HYPER)
-
-
-def zero(stage, optimizer, zero_init=False, **changes):
-    config = ds_config(stage, optimizer, **changes)
-    if zero_init:
-        # zero.Init keeps rank 0's values only of parameters made under it: build, then load the same weights.
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            model = llama()
-        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
-            if dist.get_rank() == 0:
-                model.load_state_dict(llama().state_dict())
+        inner = torch.optim.AdamW(masters.values(), **HYPER)
     else:
-        model = llama()
-    engine = initialize(model, config, model_parameters=model.parameters())
-    train(engine, batches(STEPS, dist.get_rank(), dist.get_world_size()))
-    parameters = full_parameters(engine.module)
-    return parameters, engine
+        inner = AdamMini(masters.items(), **HYPER, head_dim=model.config.head_dim)
+    for batch in batches(STEPS):
+        model(input_ids=batch, labels=batch).loss.backward()
+        for name, p in model.named_parameters():
+            masters[name].grad = p.grad.float()
+            p.grad = None
+        inner.step()
+        for name, p in model.named_parameters():
+            p.data.copy_(masters[name])
+    return full_parameters(model)
 
 
-def placements(optimizer: str) -> dict[str, dict[str, torch.Tensor]]:
-    results = {"fsdp2": fsdp2(optimizer)}
-    cases = {
-        "zero0": dict(stage=0), "zero1": dict(stage=1), "zero2": dict(stage=2), "zero3": dict(stage=3),
-        "zero3_init": dict(stage=3, zero_init=True),
-        "round_robin": dict(stage=2, zero_optimization={"round_robin_gradients": True}),
-    }
-    for name, case in cases.items():
-        results[name], engine = zero(optimizer=optimizer, **case)
-        engine.destroy()
-    return results
-
-
-def fsdp2(optimizer: str):
+def fsdp2(optimizer: str) -> dict[str, torch.Tensor]:
     model = shard_fsdp2(llama())
     train_plain(model, build_plain(optimizer, model), batches(STEPS, dist.get_rank(), dist.get_world_size()))
     return full_parameters(model)
 
 
-def all_placements():
-    return {optimizer: placements(optimizer) for optimizer in ("AdamW", "AdamMini")}
+def zero(optimizer: str, stage: int, zero_init: bool = False, **changes) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights after STEPS under ZeRO, and which blocks rank borders cut: {parameter name: number}."""
+    if optimizer == "AdamW" and changes.get("zero_optimization") is OFFLOAD:
+        # DeepSpeed's CPU Adam would compile for minutes; torch's is the same formula.
+        changes["zero_force_ds_cpu_optimizer"] = False
+    config = ds_config(stage, optimizer, **changes)
+    if zero_init:
+        with deepspeed.zero.Init(config_dict_or_path=config):
+            model = llama()
+        # The seed draws other weights under zero.Init, where each rank sees parameters of other shapes.
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+            model.load_state_dict(llama().state_dict())
+    else:
+        model = llama()
+    engine = initialize(model, config, model_parameters=groups(model))
+    inner = engine.basic_optimizer
+    assert type(inner).__name__ == optimizer
+    cut = {}
+    if optimizer == "AdamMini":
+        for tensor, name in inner._placement.named_tensors(inner.param_groups):
+            for _, table in inner._plan((tensor,), (name,)).seams.tables:
+                cut |= {name: len(units) for name, units in table._units.items()}
+    train(engine, batches(STEPS, dist.get_rank(), dist.get_world_size()))
+    parameters = full_parameters(engine.module)
+    engine.destroy()
+    return parameters, cut
+
+
+def without_seams(optimizer: str, stage: int) -> dict[str, torch.Tensor]:
+    """The bug that seams prevent: each rank takes what it holds of a block for the whole."""
+    with mock.patch.object(BlockPlan, "complete", lambda plan, sums: None):
+        return zero(optimizer, stage)[0]
+
+
+def all_placements(with_bf16: bool):
+    """{optimizer: {placement: weights}}, {placement: cut blocks}, weights with the seams left open."""
+    results, cuts = {}, {}
+    cases = FP32_CASES | (BF16_CASES if with_bf16 else {})
+    for optimizer in OPTIMIZERS:
+        results[optimizer] = {"fsdp2": fsdp2(optimizer)}
+        for name, case in cases.items():
+            results[optimizer][name], cuts[name] = zero(optimizer, **case)
+    return results, cuts, without_seams("AdamMini", stage=2)

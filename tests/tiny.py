@@ -21,7 +21,7 @@ def llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     """GQA, odd vocabulary, head_dim != hidden / heads: what naive partitions get wrong."""
     torch.manual_seed(seed)
     config = dict(
-        hidden_size=40, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        hidden_size=40, intermediate_size=52, num_hidden_layers=2, num_attention_heads=10, num_key_value_heads=5,
         head_dim=12, vocab_size=VOCABULARY, max_position_embeddings=LENGTH, tie_word_embeddings=False,
         attn_implementation="eager", use_cache=False,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from torch import nn
 from .base import ShardedOptimizer, check_range, is_number
 from .blockwise import BlockPlan
 
-STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 class AdamMini(ShardedOptimizer):
@@ -107,7 +107,7 @@ class AdamMini(ShardedOptimizer):
             step_size = group["lr"] / (1 - beta1**step)
             for piece in plan.pieces[number]:
                 m_piece = piece.view(m)
-                m_fp32 = m_piece.float().lerp_(piece.view(gradient).float(), 1 - beta1)
-                if m_fp32.data_ptr() != m_piece.data_ptr():
-                    m_piece.copy_(m_fp32)
-                piece.view(parameter).addcdiv_(m_fp32, piece.per_element(denominator), value=-step_size)
+                new_m = m_piece.to(v.dtype).lerp_(piece.view(gradient).to(v.dtype), 1 - beta1)
+                if new_m.dtype != m_piece.dtype:
+                    m_piece.copy_(new_m)
+                piece.view(parameter).addcdiv_(new_m, piece.per_element(denominator), value=-step_size)

@@ -15,7 +15,7 @@ from torch import nn
 from ds_memopt.blocks import ParamBlocks, assign_blocks, assign_blocks_by_name, format_assignment, full_shape
 from ds_memopt.shards import Placement, PlainPlacement, is_first_rank
 
-from .blockwise import BlockPlan
+from .blockwise import BlockPlan, step_dtype
 
 logger = logging.getLogger("ds_memopt")
 
@@ -42,9 +42,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     defaults: the hyper-parameters of a param group.
     model: the model that the parameters belong to; its structure tells the blocks. Without it names and shapes must do.
     head_dim, value_blocks: see `ds_memopt.blocks`.
+    element_dtype: how per-element states are kept; by default in fp32 (fp64 for fp64 parameters).
 
-    A subclass names its states in `element_states` (one entry per element, kept like the parameter) and `block_states`
-    (fp32, one entry per block), says in `state_dtype` how the former are kept, and implements `update`.
+    A subclass names its states in `element_states` (one entry per element, laid like the parameter) and `block_states`
+    (one fp32 entry per block) and implements `check_group` and `update`.
     """
 
     element_states: ClassVar[tuple[str, ...]] = ()
@@ -58,7 +59,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         model: nn.Module | None,
         head_dim: int | None,
         value_blocks: str,
-        element_dtype: torch.dtype,
+        element_dtype: torch.dtype | None = None,
     ) -> None:
         self.element_dtype = element_dtype
         self._placement: Placement = PlainPlacement()
@@ -151,11 +152,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         state = self.state[tensor]
         # On the CPU, as torch's optimizers keep it: reading it costs no synchronisation.
         state["step"] = torch.zeros((), dtype=torch.float32)
+        dtype = step_dtype(tensor.dtype)
         for key in self.element_states:
-            state[key] = self._placement.new_state(tensor, None, self.element_dtype)
+            state[key] = self._placement.new_state(tensor, None, self.element_dtype or dtype)
         for key in self.block_states:
             lengths = (plan.num_blocks[number], plan.most_blocks[number])
-            state[key] = self._placement.new_state(tensor, lengths, torch.float32)
+            state[key] = self._placement.new_state(tensor, lengths, dtype)
 
     def _plan(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> BlockPlan:
         # Keyed by identity, not held: FSDP2 and offload replace parameters, and a stale one must be free to go.
@@ -163,7 +165,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if key not in self._plans:
             self._check_tensors(tensors, names)
             layout = self._placement.layout(tensors, names)
-            plan = BlockPlan(layout, self.blocks, names, [tensor.device for tensor in tensors])
+            plan = BlockPlan(layout, self.blocks, names, tensors)
             self._check_state(tensors, plan)
             self._plans[key] = plan
         return self._plans[key]

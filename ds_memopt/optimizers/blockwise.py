@@ -125,12 +125,17 @@ def column_blocks(section: Columns) -> np.ndarray:
     return np.repeat(np.arange(len(widths)), widths)
 
 
+def step_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a step on parameters of this dtype is computed in: fp32, or fp64 where they are fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
 class BlockPlan:
     """The blocks that the tensors of one optimizer call hold on this rank.
 
     pieces[i], ranges[i]: how tensor i decomposes. num_blocks[i]: length of its per-block state on this rank;
     most_blocks[i]: on the rank where it is longest, for a tensor that stands for one parameter.
-    sizes[i]: true size of each of its blocks, whatever share of it lies here, fp32 on the tensor's device.
+    sizes[i]: true size of each of its blocks, whatever share of it lies here, in the dtype of the step's arithmetic.
     """
 
     def __init__(
@@ -138,8 +143,9 @@ class BlockPlan:
         layout: Layout,
         blocks: Mapping[str, ParamBlocks],
         names: Sequence[str | None],
-        devices: Sequence[torch.device],
+        tensors: Sequence[torch.Tensor],
     ) -> None:
+        devices = [tensor.device for tensor in tensors]
         self.seams = Seams(layout.borders, lambda name, borders: cut_blocks(blocks[name], borders))
         self.pieces: list[list[Piece]] = [[] for _ in devices]
         self.ranges: list[list[BlockRange]] = [[] for _ in devices]
@@ -163,7 +169,7 @@ class BlockPlan:
             count if name is None else most_blocks(blocks[name], borders.get(name, []))
             for name, count in zip(names, self.num_blocks, strict=True)
         ]
-        self.sizes = [_tensor(parts, torch.float32, device) for parts, device in zip(sizes, devices, strict=True)]
+        self.sizes = [_tensor(p, step_dtype(t.dtype), t.device) for p, t in zip(sizes, tensors, strict=True)]
         self._seam_blocks = [_tensor(p, torch.int64, d) for p, d in zip(seam_blocks, devices, strict=True)]
         self._seam_slots = [_tensor(p, torch.int64, d) for p, d in zip(seam_slots, devices, strict=True)]
 

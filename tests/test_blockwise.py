@@ -1,0 +1,121 @@
+"""Any cut of any block structure: what the ranks hold adds up to the whole, and seams complete every cut block."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ds_memopt.blocks import Columns, Contiguous, ParamBlocks
+from ds_memopt.optimizers.blockwise import (
+    BlockPlan,
+    block_sizes,
+    column_blocks,
+    cut_blocks,
+    most_blocks,
+    split_interval,
+)
+from ds_memopt.shards import Interval, Layout, RankBorders, SeamTable, even_borders
+
+
+def structure(*sections) -> ParamBlocks:
+    numel = sum(section.numel for section in sections)
+    return ParamBlocks(role="test", rule="test", shape=(numel,), sections=sections)
+
+
+STRUCTURES = {
+    "rows": structure(Contiguous(7, 13)),
+    "whole": structure(Contiguous(91, 1)),
+    "elementwise": structure(Contiguous(1, 91)),
+    "columns": structure(Columns(7, ((1, 13),))),
+    "fused columns": structure(Columns(8, ((3, 4), (1, 6)))),
+    "heads then rows": structure(Contiguous(20, 3), Contiguous(5, 12)),
+    "interleaved heads": structure(*[Contiguous(20, 2), Contiguous(5, 4)] * 3),
+    "experts by column": structure(Columns(4, ((1, 6),)), Columns(4, ((1, 6),)), Columns(4, ((1, 6),))),
+}
+
+
+def block_ids(blocks: ParamBlocks) -> np.ndarray:
+    """The block of every element, element by element."""
+    ids, first = [], 0
+    for section in blocks.sections:
+        if isinstance(section, Contiguous):
+            ids += [first + i // section.length for i in range(section.numel)]
+        else:
+            widths = [width for width, count in section.runs for _ in range(count)]
+            of_column = [block for block, width in enumerate(widths) for _ in range(width)]
+            ids += [first + of_column[i % section.num_columns] for i in range(section.numel)]
+        first += section.num_blocks
+    return np.array(ids)
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+@pytest.mark.parametrize("partition", [1, 2, 5, 6, 7, 13, 20, 30, 37, 64, 200])
+def test_ranks_together_hold_every_block_once(name, partition):
+    """Every partition of a parameter that lies at offset 11 of a flat buffer, as ZeRO-1/2 cut it."""
+    blocks, offset = STRUCTURES[name], 11
+    numel = blocks.shape[0]
+    ids = block_ids(blocks)
+    values = torch.randn(numel, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = torch.zeros(blocks.num_blocks, dtype=torch.float64).index_add_(0, torch.from_numpy(ids), values**2)
+    assert torch.equal(torch.bincount(torch.from_numpy(ids)), torch.from_numpy(block_sizes(blocks)))
+
+    borders = even_borders(offset, numel, partition)
+    edges = [0, *borders, numel]
+    assert all((edge + offset) % partition == 0 for edge in borders)
+    on_ranks = [set(ids[start:stop]) for start, stop in zip(edges, edges[1:], strict=False)]
+    assert most_blocks(blocks, borders) >= max(map(len, on_ranks))
+
+    # A block must be completed exactly if several ranks hold some of it; columns are declared cut as a whole.
+    shared = {block for block in range(blocks.num_blocks) if sum(block in rank for rank in on_ranks) > 1}
+    cut = set(cut_blocks(blocks, borders))
+    if "columns" in name or "experts" in name:
+        assert shared <= cut
+    else:
+        assert shared == cut
+
+    plans, sums = [], []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        layout = Layout((Interval("p", start, stop - start, 0, 3),), (RankBorders(None, {"p": borders}),))
+        flat = torch.cat([torch.full((3,), torch.nan), values[start:stop], torch.full((2,), torch.nan)]).double()
+        plan = BlockPlan(layout, {"p": blocks}, [None], [flat])
+        local = torch.zeros(plan.num_blocks[0], dtype=torch.float64)
+        for piece in plan.pieces[0]:
+            piece.add_square_sums(flat, local)
+            assert piece.per_element(local).expand(piece.count, piece.width).shape == piece.view(flat).shape
+        held = plan.ranges[0][0]
+        assert held.count == plan.num_blocks[0] <= most_blocks(blocks, borders)
+        assert torch.equal(plan.sizes[0], torch.from_numpy(block_sizes(blocks))[held.first :][: held.count].double())
+        plans.append(plan)
+        sums.append(local)
+
+    # What an all_reduce does: every rank's slots, added up.
+    slots = torch.zeros(plans[0].seams.num_slots, dtype=torch.float64)
+    for plan, local in zip(plans, sums, strict=True):
+        slots.index_add_(0, plan._seam_slots[0], local[plan._seam_blocks[0]])
+    for plan, local in zip(plans, sums, strict=True):
+        local[plan._seam_blocks[0]] = slots[plan._seam_slots[0]]
+        held = plan.ranges[0][0]
+        torch.testing.assert_close(local, expected[held.first : held.first + held.count], rtol=1e-12, atol=0)
+
+
+def test_aligned_borders_make_no_seam():
+    table = SeamTable({"p": even_borders(0, 91, 7)}, lambda name, borders: cut_blocks(STRUCTURES["rows"], borders))
+    assert table.num_slots == 0
+
+
+def test_column_blocks_follow_the_runs():
+    assert column_blocks(Columns(5, ((2, 2), (1, 3)))).tolist() == [0, 0, 1, 1, 2, 3, 4]
+
+
+def test_pieces_are_few():
+    """The cost of a step is its number of pieces: three for any interval of one section, however long."""
+    pieces, first, count = split_interval(
+        Interval("p", 3, 85, 0, 0), STRUCTURES["rows"], local=0, device=torch.device("cpu")
+    )
+    assert [(piece.offset, piece.count, piece.width, piece.block) for piece in pieces] == [
+        (0, 1, 4, 0),
+        (4, 11, 7, 1),
+        (81, 1, 4, 12),
+    ]
+    assert (first, count) == (0, 13)
