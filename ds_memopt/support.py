@@ -57,8 +57,10 @@ STATE_COMPRESSING: dict[str, Support] = {
     "trainer": Support("tested"),
     "accelerate": Support("tested"),
     "resume": Support("tested"),
-    "zero_to_fp32": Support("tested"),
-    "fp16": Support("untested", "no GPU here; loss scaling is DeepSpeed's own"),
+    "zero_to_fp32": Support(
+        "tested", "Except ZeRO-1 with fp32 accumulation, whose files DeepSpeed's tool reads for no optimizer."
+    ),
+    "fp16": Support("untested"),
     "round_robin_gradients": Support("tested"),
     "deepspeed_moe": Support("untested"),
     "pipeline": Support("untested"),

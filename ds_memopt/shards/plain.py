@@ -19,7 +19,13 @@ class PlainPlacement:
     """Each optimizer tensor is one parameter: whole (a plain tensor) or this rank's rows (an FSDP2 DTensor)."""
 
     def names(self, param_group: dict) -> Sequence[str | None]:
-        return param_group["param_names"]
+        names, params = param_group["param_names"], param_group["params"]
+        if len(names) != len(params):
+            raise ValueError(
+                f"A param group was built from {len(names)} parameters and now holds {len(params)} tensors: an engine "
+                "replaced them. Call ds_memopt.register() before deepspeed.initialize."
+            )
+        return names
 
     def layout(self, tensors: Sequence[torch.Tensor], names: Sequence[str | None]) -> Layout:
         intervals: list[Interval] = []

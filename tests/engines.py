@@ -1,0 +1,214 @@
+"""Worker of test_engines.py: Trainer, accelerate, refused configurations and traffic, on two ranks."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+import accelerate
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate.utils import DummyOptim
+from tiny import GLOBAL_BATCH, HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train
+from transformers import Trainer, TrainingArguments
+
+import ds_memopt
+from ds_memopt import AdamMini
+from ds_memopt.measure import CommunicationMeter
+
+STEPS = 4
+
+
+def rows() -> list[dict]:
+    """The rows of the global batches, in order: what a sequential sampler deals out."""
+    return [{"input_ids": row, "labels": row} for batch in batches(STEPS) for row in batch]
+
+
+class InOrderTrainer(Trainer):
+    """The only change to the Trainer: rows in the order of the dataset, so that runs can be compared."""
+
+    def _get_train_sampler(self, *arguments):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def trainer(folder: Path, stage: int, **zero_optimization) -> dict[str, torch.Tensor]:
+    """transformers' Trainer with nothing but JSON, "auto" values included."""
+    ds_memopt.register()
+    config = {
+        "optimizer": {
+            "type": "AdamMini",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+        },
+        "scheduler": {
+            "type": "WarmupDecayLR",
+            "params": {
+                "total_num_steps": "auto", "warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": "auto",
+            },
+        },
+        "zero_optimization": {"stage": stage, **zero_optimization},
+        "gradient_clipping": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "bf16": {"enabled": "auto"},
+    }  # fmt: skip
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=GLOBAL_BATCH // 2 // dist.get_world_size(),
+        gradient_accumulation_steps=2, num_train_epochs=1, learning_rate=HYPER["lr"], adam_beta1=0.9, adam_beta2=0.95,
+        weight_decay=HYPER["weight_decay"], warmup_steps=2, max_grad_norm=0.5, deepspeed=config, report_to=[],
+        use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True,
+    )  # fmt: skip
+    run = InOrderTrainer(model=llama(), args=arguments, train_dataset=rows())
+    run.train()
+    assert type(run.deepspeed.basic_optimizer) is AdamMini
+    weights = full_parameters(run.deepspeed.module)
+    run.deepspeed.destroy()
+    return weights
+
+
+def with_accelerate(stage: int) -> dict[str, torch.Tensor]:
+    ds_memopt.register()
+    reset_accelerate()
+    plugin = accelerate.DeepSpeedPlugin(hf_ds_config=ds_config(stage))
+    accelerator = accelerate.Accelerator(deepspeed_plugin=plugin)
+    model = llama()
+    model, optimizer = accelerator.prepare(model, DummyOptim(model.parameters(), **HYPER))
+    for batch in batches(STEPS, dist.get_rank(), dist.get_world_size()):
+        accelerator.backward(model(input_ids=batch, labels=batch).loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert type(model.basic_optimizer) is AdamMini
+    weights = full_parameters(model.module)
+    model.destroy()
+    return weights
+
+
+def swapped_by_accelerate() -> str:
+    """accelerate replaces an optimizer object by DeepSpeedCPUAdam where the config offloads it."""
+    ds_memopt.register()
+    reset_accelerate()
+    config = ds_config(2, zero_optimization={"offload_optimizer": {"device": "cpu"}})
+    del config["optimizer"]
+    plugin = accelerate.DeepSpeedPlugin(hf_ds_config=config)
+    accelerator = accelerate.Accelerator(deepspeed_plugin=plugin)
+    model = llama()
+    return message(accelerator.prepare, model, AdamMini.from_model(model, **HYPER))
+
+
+def reset_accelerate() -> None:
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"  # as `accelerate launch --use_deepspeed` sets it
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    accelerate.state.GradientState._reset_state()
+
+
+def message(function, *arguments, **keywords) -> str:
+    """The error that a call ends in."""
+    try:
+        function(*arguments, **keywords)
+    except (ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def refusals() -> dict[str, str]:
+    """What deepspeed.initialize says to configurations that would go wrong."""
+    cpu = {"device": "cpu"}
+    zero_cases = {
+        "elastic_checkpoint": (2, {"elastic_checkpoint": True}),
+        "nvme_offload": (3, {"offload_optimizer": {"device": "nvme", "nvme_path": "/nonexistent"}}),
+        "partial_offload": (3, {"offload_optimizer": cpu | {"ratio": 0.5}}),
+        "super_offload": (3, {"offload_optimizer": cpu | {"super_offload": True}}),
+        "zenflow": (2, {"offload_optimizer": cpu, "zenflow": {"topk_ratio": 0.1, "update_interval": 2}}),
+    }
+    cases = {name: ds_config(stage, zero_optimization=change) for name, (stage, change) in zero_cases.items()}
+    cases["universal_checkpoint"] = ds_config(2, checkpoint={"load_universal": True})
+    cases["hyper-parameter"] = ds_config(2, hyper=HYPER | {"betta": 1})
+    cases["range"] = ds_config(2, hyper=HYPER | {"eps": 0})
+    cases["spelling"] = ds_config(2, optimizer="adam_mini")
+    results = {}
+    for name, config in cases.items():
+        model = llama()
+        results[name] = message(initialize, model, config, model_parameters=model.parameters())
+    model = llama()
+    results["replaced"] = message(initialize, model, ds_config(2), model_parameters=llama().parameters())
+    results["swapped"] = swapped_by_accelerate()
+    return results
+
+
+def unregistered() -> str:
+    """A client optimizer under ZeRO without register(): DeepSpeed itself would step on flat buffers."""
+    config = ds_config(2) | {"zero_allow_untested_optimizer": True}
+    del config["optimizer"]
+    model = llama()
+    optimizer = AdamMini.from_model(model, **HYPER)
+    engine = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(config))[0]
+    return message(train, engine, batches(1, dist.get_rank(), dist.get_world_size()))
+
+
+def client_optimizer() -> dict[str, torch.Tensor]:
+    """The same, registered: the object takes the place of the JSON block."""
+    config = ds_config(2)
+    del config["optimizer"]
+    model = llama()
+    engine = initialize(model, config, optimizer=AdamMini.from_model(model, model.parameters(), **HYPER))
+    train(engine, batches(STEPS, dist.get_rank(), dist.get_world_size()))
+    weights = full_parameters(engine.module)
+    engine.destroy()
+    return weights
+
+
+def traffic() -> dict[str, dict]:
+    """All-reduces that the optimizer's own call makes: {placement: (calls, payload bytes, cut blocks)}."""
+    results = {}
+    for name, stage, heads in (("cut", 2, 5), ("cut, zero3", 3, 5), ("aligned", 3, None)):
+        if heads is None:
+            # Two ranks split these matrices at a row, and biases have a block per element.
+            model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+        else:
+            model = llama()
+        engine = initialize(model, ds_config(stage), model_parameters=model.parameters())
+        optimizer, counted = engine.basic_optimizer, []
+        original = optimizer.step
+
+        def step(original=original, counted=counted):
+            with CommunicationMeter() as meter:
+                original()
+            counted.append(meter.by_collective())
+
+        optimizer.step = step
+        if heads is None:
+            loss = engine(torch.ones(2, 8)).sum()
+            engine.backward(loss)
+            engine.step()
+        else:
+            train(engine, batches(1, dist.get_rank(), dist.get_world_size()))
+        plans = [optimizer._plan((t,), (n,)) for t, n in optimizer._placement.named_tensors(optimizer.param_groups)]
+        results[name] = {"per call": counted, "slots": [plan.seams.num_slots for plan in plans]}
+        engine.destroy()
+    return results
+
+
+def fsdp2_traffic() -> tuple[dict, int]:
+    """The collectives of one optimizer step over all DTensors, and how many blocks are cut."""
+    model = shard_fsdp2(llama())
+    optimizer = AdamMini.from_model(model, **HYPER)
+    for batch in batches(1, dist.get_rank(), dist.get_world_size()):
+        model(input_ids=batch, labels=batch).loss.backward()
+    with CommunicationMeter() as meter:
+        optimizer.step()
+    (plan,) = optimizer._plans.values()
+    return meter.by_collective(), plan.seams.num_slots
+
+
+def everything(folder: Path) -> dict:
+    results = {"unregistered": unregistered()}
+    results["refusals"] = refusals()
+    results["client"] = client_optimizer()
+    results["traffic"], results["fsdp2 traffic"] = traffic(), fsdp2_traffic()
+    for stage in (2, 3):
+        results[f"trainer {stage}"] = trainer(folder / f"trainer{stage}", stage)
+    results["trainer offload"] = trainer(folder / "offload", 2, offload_optimizer={"device": "cpu"})
+    for stage in (1, 3):
+        results[f"accelerate {stage}"] = with_accelerate(stage)
+    return results

@@ -1,0 +1,99 @@
+"""Worker of test_resume.py: save on some ranks, continue in new processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from deepspeed.utils import safe_get_full_optimizer_state
+from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train, train_plain
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from ds_memopt import AdamMini
+from ds_memopt.optimizers import StatePart
+
+BEFORE, AFTER = 3, 4
+STAGES = {
+    "zero1": {"stage": 1},
+    "zero1, bf16, fp32 accumulation": {
+        "stage": 1, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"},
+    },
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3},
+}  # fmt: skip
+
+
+def local_batches() -> list[torch.Tensor]:
+    return list(batches(BEFORE + AFTER, dist.get_rank(), dist.get_world_size()))
+
+
+def build(case: dict):
+    model = llama()
+    return initialize(model, ds_config(**case), model_parameters=model.parameters())
+
+
+def save_and_go_on(folder: Path) -> dict:
+    """Weights at the checkpoint, at the end, and what the optimizer holds by name, under each stage."""
+    results = {}
+    for name, case in STAGES.items():
+        engine, data = build(case), local_batches()
+        train(engine, data[:BEFORE])
+        engine.save_checkpoint(folder / name)
+        saved = full_parameters(engine.module)
+        parts = [part._replace(values=part.values.clone()) for part in engine.basic_optimizer.named_state()]
+        momentum = safe_get_full_optimizer_state(dict(engine.module.named_parameters())["lm_head.weight"], "exp_avg")
+        train(engine, data[BEFORE:])
+        results[name] = {
+            "saved": saved, "end": full_parameters(engine.module), "parts": parts, "lm_head momentum": momentum,
+        }  # fmt: skip
+        engine.destroy()
+
+    model = shard_fsdp2(llama())
+    optimizer, data = AdamMini.from_model(model, **HYPER), local_batches()
+    train_plain(model, optimizer, data[:BEFORE])
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=folder / "fsdp2")
+    train_plain(model, optimizer, data[BEFORE:])
+    results["fsdp2"] = {"end": full_parameters(model)}
+    return results
+
+
+def resume(folder: Path) -> dict:
+    """Weights at the end of the same run, continued from the checkpoints by new processes."""
+    results = {}
+    for name, case in STAGES.items():
+        engine = build(case)
+        path, _ = engine.load_checkpoint(folder / name)
+        assert path is not None
+        train(engine, local_batches()[BEFORE:])
+        results[name] = full_parameters(engine.module)
+        engine.destroy()
+
+    model = shard_fsdp2(llama(seed=9))
+    optimizer = AdamMini.from_model(model, **HYPER)
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder / "fsdp2")
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    train_plain(model, optimizer, local_batches()[BEFORE:])
+    results["fsdp2"] = full_parameters(model)
+    return results
+
+
+def continue_elsewhere(weights: dict[str, torch.Tensor], parts: list[StatePart], keep_state: bool) -> dict:
+    """Go on under ZeRO-3 on any number of ranks, from whole weights and from the state that others gave out."""
+    model = llama()
+    model.load_state_dict(weights)
+    engine = initialize(model, ds_config(3), model_parameters=model.parameters())
+    if keep_state:
+        engine.basic_optimizer.load_named_state(parts)
+    train(engine, local_batches()[BEFORE:])
+    results = full_parameters(engine.module)
+    engine.destroy()
+    return results
+
+
+def continue_with_and_without_state(weights, parts):
+    return continue_elsewhere(weights, parts, True), continue_elsewhere(weights, parts, False)

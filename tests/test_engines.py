@@ -1,0 +1,195 @@
+"""Drop-in by JSON alone: Trainer, accelerate, scripts that know nothing of us; refusals; traffic of the seams."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.runtime.lr_schedules import WarmupDecayLR
+from engines import STEPS, everything
+from spawn import free_port, run_ranks
+from tiny import HYPER, batches, distance, full_parameters, llama, train_plain
+
+import ds_memopt
+from ds_memopt import AdamMini
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return run_ranks(everything, 2, tmp_path_factory.mktemp("engines"))[0]
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """Weights before and after training by a plain loop in this process."""
+    model = llama()
+    start = full_parameters(model)
+    train_plain(model, AdamMini.from_model(model, model.parameters(), **HYPER), batches(STEPS))
+    return start, full_parameters(model)
+
+
+def test_accelerate_needs_nothing_but_json(results, plain):
+    start, expected = plain
+    for stage in (1, 3):
+        assert distance(results[f"accelerate {stage}"], expected) <= 3e-6 * distance(expected, start)
+
+
+def test_an_optimizer_object_works_like_the_json_block(results, plain):
+    start, expected = plain
+    assert distance(results["client"], expected) <= 3e-6 * distance(expected, start)
+
+
+def test_trainer_needs_nothing_but_json(results):
+    """Accumulation over two micro-batches, clipping and a schedule, against the same written out in one process.
+
+    Limit 3e-6 of the distance moved; measured 6e-7. A schedule, decay or clip that is lost is off by 1e-2 or more."""
+    model = llama()
+    start = full_parameters(model)
+    optimizer = AdamMini.from_model(model, model.parameters(), **HYPER)
+    schedule = WarmupDecayLR(
+        optimizer, total_num_steps=STEPS, warmup_min_lr=0, warmup_max_lr=HYPER["lr"], warmup_num_steps=2
+    )
+    for batch in batches(STEPS):
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    expected = full_parameters(model)
+    for run in ("trainer 2", "trainer 3", "trainer offload"):
+        apart = distance(results[run], expected) / distance(expected, start)
+        print(run, apart)
+        assert apart <= 3e-6, run
+
+
+REFUSALS = {
+    "elastic_checkpoint": "AdamMini does not support elastic_checkpoint: DeepSpeed would silently cut the per-block",
+    "nvme_offload": 'Set offload_optimizer.device to "cpu".',
+    "partial_offload": "Set offload_optimizer.ratio to 1.0 or leave it out.",
+    "super_offload": "Remove offload_optimizer.super_offload.",
+    "zenflow": "Remove zero_optimization.zenflow.",
+    "universal_checkpoint": "Resume from the checkpoint itself, on as many GPUs as wrote it.",
+    "hyper-parameter": "'betta' is no hyper-parameter of AdamMini. Did you mean 'betas'? It takes lr, betas, eps",
+    "range": "eps=0 is out of range: it must be a number in (0, 1).",
+    "spelling": "optimizer type 'adam_mini' is unknown. Did you mean \"AdamMini\"?",
+    "replaced": "its parameters were replaced after they were listed",
+    "swapped": "AdamMini was replaced by DeepSpeedCPUAdam before DeepSpeed saw it (accelerate does that with optimizer "
+    'offload). Name it in the ds_config instead, "optimizer": {"type": "AdamMini", ...}',
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_would_go_wrong_silently_is_refused(results, case):
+    message = results["refusals"][case]
+    assert message.startswith("ValueError: ") and REFUSALS[case] in message, message
+
+
+def test_zero_without_registration_is_refused(results):
+    assert "now holds 1 tensors: an engine replaced them. Call ds_memopt.register()" in results["unregistered"]
+
+
+def test_seams_cost_one_small_all_reduce_a_call_and_nothing_where_nothing_is_cut(results):
+    """ZeRO-3 calls the optimizer once per sub-group, and the others once per param group: so often at most."""
+    for placement, counted in results["traffic"].items():
+        assert len(counted["per call"]) == len(counted["slots"])
+        for collectives, slots in zip(counted["per call"], counted["slots"], strict=True):
+            if slots == 0:
+                assert collectives == {}, placement
+            else:
+                assert set(collectives) == {"all_reduce"}, placement
+                assert (collectives["all_reduce"].calls, collectives["all_reduce"].payload_bytes) == (1, 4 * slots)
+    assert results["traffic"]["aligned"]["slots"] == [0]
+    assert sum(results["traffic"]["cut, zero3"]["slots"]) > 0 < sum(results["traffic"]["cut"]["slots"])
+    collectives, slots = results["fsdp2 traffic"]
+    assert slots > 0 and set(collectives) == {"all_reduce"}
+    assert (collectives["all_reduce"].calls, collectives["all_reduce"].payload_bytes) == (1, 4 * slots)
+
+
+UNAWARE = """
+import argparse, json, sys
+import deepspeed, torch
+from helper_beside_the_script import build
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--local_rank", type=int)
+parser.add_argument("--out")
+arguments = parser.parse_args()
+torch.manual_seed(0)
+model = build()
+engine = deepspeed.initialize(model=model, config=json.load(open("config.json")))[0]
+loss = engine(torch.ones(2, 8)).square().sum()
+engine.backward(loss)
+engine.step()
+if engine.global_rank == 0:
+    open(arguments.out, "w").write(type(engine.basic_optimizer).__name__ + " " + __name__ + " " + sys.argv[0])
+"""
+
+
+def test_a_script_that_knows_nothing_of_us_runs_unchanged(tmp_path):
+    (tmp_path / "script.py").write_text(UNAWARE)
+    (tmp_path / "helper_beside_the_script.py").write_text(
+        "import torch\ndef build():\n    return torch.nn.Linear(8, 4)\n"
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "AdamMini", "params": HYPER},
+        "zero_optimization": {"stage": 2},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    launcher = Path(sys.executable).with_name("deepspeed")
+    subprocess.run(
+        [sys.executable, launcher, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "ds_memopt.run",
+         "script.py", "--out", "result"],
+        cwd=tmp_path, check=True, capture_output=True, timeout=200,
+    )  # fmt: skip
+    assert (tmp_path / "result").read_text() == "AdamMini __main__ script.py"
+
+
+def test_a_missing_script_is_named():
+    from ds_memopt.run import main
+
+    with pytest.raises(ValueError, match="was given 'nowhere.py', which is no file. Usage: deepspeed --module"):
+        main(["--local_rank=0", "nowhere.py"])
+
+
+def test_registration_twice_changes_nothing():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
+
+    ds_memopt.register()
+    before = DeepSpeedEngine._configure_basic_optimizer, list(ZERO_SUPPORTED_OPTIMIZERS)
+    ds_memopt.register()
+    assert before == (DeepSpeedEngine._configure_basic_optimizer, ZERO_SUPPORTED_OPTIMIZERS)
+
+
+VERSIONS = """
+import warnings
+import deepspeed
+from deepspeed.runtime.engine import DeepSpeedEngine
+{change}
+import ds_memopt
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    try:
+        ds_memopt.register()
+    except RuntimeError as error:
+        print("error:", error)
+print(*("warning: " + str(w.message) for w in caught if "ds_memopt" in str(w.message)), sep="\\n")
+"""
+
+
+def test_an_untested_or_changed_deepspeed_is_told():
+    def output(change: str) -> str:
+        command = [sys.executable, "-c", VERSIONS.format(change=change)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    warned = output('deepspeed.__version__ = "0.20.1"')
+    assert warned.count("ds_memopt was tested with DeepSpeed 0.19.*, this is 0.20.1") == 1
+    missing = output("del DeepSpeedEngine._configure_bf16_optimizer")
+    assert "error: DeepSpeed 0.19.8 lacks DeepSpeedEngine._configure_bf16_optimizer, which ds_memopt needs." in missing
+    assert "error" not in output("") and "warning" not in output("")
