@@ -88,9 +88,7 @@ STATE_COMPRESSING: dict[str, Support] = {
     "tensor_parallel": Support(
         "refused", "A rank's part of a matrix is not a row-major interval there. Use ZeRO or FSDP2 without it."
     ),
-    "fsdp1": Support(
-        "refused", "FSDP1 flattens parameters under names of its own. Use fully_shard (FSDP2) or ZeRO-3."
-    ),
+    "fsdp1": Support("refused", "FSDP1 flattens parameters under names of its own. Use fully_shard (FSDP2) or ZeRO-3."),
 }
 
 SUPPORT: dict[str, dict[str, Support]] = {"AdamMini": STATE_COMPRESSING}

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DummyOptim
 from tiny import GLOBAL_BATCH, HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import ds_memopt
@@ -133,6 +134,7 @@ def refusals() -> dict[str, str]:
     model = llama()
     results["replaced"] = message(initialize, model, ds_config(2), model_parameters=llama().parameters())
     results["swapped"] = swapped_by_accelerate()
+    results["fsdp1"] = message(AdamMini.from_model, FullyShardedDataParallel(llama(), device_id=torch.device("cpu")))
     return results
 
 
@@ -161,12 +163,9 @@ def client_optimizer() -> dict[str, torch.Tensor]:
 def traffic() -> dict[str, dict]:
     """All-reduces that the optimizer's own call makes: {placement: (calls, payload bytes, cut blocks)}."""
     results = {}
-    for name, stage, heads in (("cut", 2, 5), ("cut, zero3", 3, 5), ("aligned", 3, None)):
-        if heads is None:
-            # Two ranks split these matrices at a row, and biases have a block per element.
-            model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
-        else:
-            model = llama()
+    # Two ranks split the second model's matrices at a row, and its biases have a block per element.
+    aligned = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+    for name, stage, model in (("cut", 2, llama()), ("cut, zero3", 3, llama()), ("aligned", 3, aligned)):
         engine = initialize(model, ds_config(stage), model_parameters=model.parameters())
         optimizer, counted = engine.basic_optimizer, []
         original = optimizer.step
@@ -177,7 +176,7 @@ def traffic() -> dict[str, dict]:
             counted.append(meter.by_collective())
 
         optimizer.step = step
-        if heads is None:
+        if model is aligned:
             loss = engine(torch.ones(2, 8)).sum()
             engine.backward(loss)
             engine.step()

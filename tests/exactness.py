@@ -8,6 +8,8 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train, train_plain
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
 
 from ds_memopt import AdamMini
 from ds_memopt.optimizers.blockwise import BlockPlan
@@ -36,7 +38,7 @@ BF16_CASES = {
 
 
 def groups(model) -> list[dict]:
-    """Two param groups such that ZeRO-1/2, which cuts each into even parts, cuts a head and a row on 2, 3 and 4 ranks."""
+    """Two groups such that ZeRO-1/2, which cuts each into even parts, cuts a head and a row on 2, 3 and 4 ranks."""
     first = ("q_proj", "k_proj", "model.norm", "lm_head")
     named = list(model.named_parameters())
     return [
@@ -79,8 +81,8 @@ def one_process_bf16(optimizer: str) -> dict[str, torch.Tensor]:
     return full_parameters(model)
 
 
-def fsdp2(optimizer: str) -> dict[str, torch.Tensor]:
-    model = shard_fsdp2(llama())
+def without_deepspeed(optimizer: str, wrap) -> dict[str, torch.Tensor]:
+    model = wrap(llama())
     train_plain(model, build_plain(optimizer, model), batches(STEPS, dist.get_rank(), dist.get_world_size()))
     return full_parameters(model)
 
@@ -124,7 +126,13 @@ def all_placements(with_bf16: bool):
     results, cuts = {}, {}
     cases = FP32_CASES | (BF16_CASES if with_bf16 else {})
     for optimizer in OPTIMIZERS:
-        results[optimizer] = {"fsdp2": fsdp2(optimizer)}
+        results[optimizer] = {
+            "ddp": without_deepspeed(optimizer, DistributedDataParallel),
+            "fsdp2": without_deepspeed(optimizer, shard_fsdp2),
+        }
+        if dist.get_world_size() == 4:
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+            results[optimizer]["hsdp, 2 x 2"] = without_deepspeed(optimizer, lambda m, mesh=mesh: shard_fsdp2(m, mesh))
         for name, case in cases.items():
             results[optimizer][name], cuts[name] = zero(optimizer, **case)
     return results, cuts, without_seams("AdamMini", stage=2)

@@ -77,6 +77,7 @@ REFUSALS = {
     "range": "eps=0 is out of range: it must be a number in (0, 1).",
     "spelling": "optimizer type 'adam_mini' is unknown. Did you mean \"AdamMini\"?",
     "replaced": "its parameters were replaced after they were listed",
+    "fsdp1": "Use fully_shard (FSDP2) or ZeRO-3.",
     "swapped": "AdamMini was replaced by DeepSpeedCPUAdam before DeepSpeed saw it (accelerate does that with optimizer "
     'offload). Name it in the ds_config instead, "optimizer": {"type": "AdamMini", ...}',
 }

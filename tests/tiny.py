@@ -81,10 +81,10 @@ def train_plain(model, optimizer, data) -> list[float]:
     return losses
 
 
-def shard_fsdp2(model):
+def shard_fsdp2(model, mesh=None):
     for layer in model.model.layers:
-        fully_shard(layer)
-    return fully_shard(model)
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
 
 
 def full_parameters(model) -> dict[str, torch.Tensor]:
@@ -94,7 +94,8 @@ def full_parameters(model) -> dict[str, torch.Tensor]:
     gather = deepspeed.zero.GatheredParameters(sharded) if sharded else contextlib.nullcontext()
     with gather:
         return {
-            name: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().float().clone()
+            # DDP puts "module." before every name.
+            name.removeprefix("module."): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().float().clone()
             for name, p in named.items()
         }
 

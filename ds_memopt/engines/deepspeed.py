@@ -39,7 +39,7 @@ def register() -> None:
         )
     if not deepspeed.__version__.startswith(TESTED_DEEPSPEED + "."):
         warnings.warn(
-            f"ds_memopt was tested with DeepSpeed {TESTED_DEEPSPEED}.*, this is {deepspeed.__version__}: run its tests, "
+            f"ds_memopt was tested with DeepSpeed {TESTED_DEEPSPEED}.*, this is {deepspeed.__version__}: run its tests "
             f"or install deepspeed {TESTED_DEEPSPEED}.*.",
             stacklevel=3,
         )
@@ -86,8 +86,8 @@ def _do_optimizer_sanity_check(original, engine, optimizer):
     elif swapped := next((group[METHOD_KEY] for group in optimizer.param_groups if METHOD_KEY in group), None):
         raise ValueError(
             f"{swapped} was replaced by {type(optimizer).__name__} before DeepSpeed saw it (accelerate does that with "
-            f'optimizer offload). Name it in the ds_config instead, "optimizer": {{"type": "{swapped}", ...}}, and pass '
-            "accelerate's DummyOptim."
+            f'optimizer offload). Name it in the ds_config instead, "optimizer": {{"type": "{swapped}", ...}}, and '
+            "pass accelerate's DummyOptim."
         )
     return original(optimizer)
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from ds_memopt.blocks import ParamBlocks, assign_blocks, assign_blocks_by_name, format_assignment, full_shape
 from ds_memopt.shards import Placement, PlainPlacement, is_first_rank
+from ds_memopt.support import refuse
 
 from .blockwise import BlockPlan, step_dtype
 
@@ -95,6 +96,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"{type(self).__name__}.from_model(model, ...)."
             )
         group[METHOD_KEY] = type(self).__name__
+        if any("_fsdp_wrapped_module" in name or "_flat_param" in name for name in group["param_names"]):
+            refuse(type(self).__name__, "fsdp1")
         self.check_group(group)
         if self._model is None:
             shapes = dict(zip(group["param_names"], map(full_shape, group["params"]), strict=True))
@@ -280,9 +283,7 @@ def check_hyper_parameter_names(cls: type, given: Mapping[str, Any]) -> None:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(
-                f"{name!r} is no hyper-parameter of {cls.__name__}.{hint} It takes {', '.join(known)}."
-            )
+            raise ValueError(f"{name!r} is no hyper-parameter of {cls.__name__}.{hint} It takes {', '.join(known)}.")
 
 
 def named_groups(model: nn.Module, params: Iterable | None) -> list[dict]:
@@ -303,8 +304,8 @@ def _named(entry: Any, names: Mapping[int, str]) -> tuple[str, torch.Tensor]:
     parameter = entry[1] if isinstance(entry, tuple) else entry
     if id(parameter) not in names:
         raise ValueError(
-            f"A parameter of shape {tuple(parameter.shape)} to be trained is not among the model's: its parameters were "
-            "replaced after they were listed. List model.parameters() after the last wrapper that replaces them."
+            f"A parameter of shape {tuple(parameter.shape)} to be trained is not among the model's: its parameters "
+            "were replaced after they were listed. List model.parameters() after the last wrapper that replaces them."
         )
     return names[id(parameter)], parameter
 

@@ -243,9 +243,7 @@ def _row_pieces(section: Contiguous, low: int, high: int, offset: int, block: in
     ]
 
 
-def _column_pieces(
-    section: Columns, low: int, high: int, offset: int, block: int, device: torch.device
-) -> list[Piece]:
+def _column_pieces(section: Columns, low: int, high: int, offset: int, block: int, device: torch.device) -> list[Piece]:
     of_column = torch.from_numpy(column_blocks(section) + block).to(device)
     columns = section.num_columns
     return [

@@ -1,6 +1,15 @@
 """Where data lies: which intervals of which parameters this rank's optimizer tensors hold."""
 
-from .layout import Interval, Layout, Placement, RankBorders, even_borders, numel_of
+from .layout import (
+    Interval,
+    Layout,
+    Placement,
+    RankBorders,
+    even_borders,
+    numel_of,
+    partition_each_parameter,
+    partition_flat_buffer,
+)
 from .plain import MasterCopyPlacement, PlainPlacement
 from .seams import Seams, SeamTable, is_first_rank
 from .zero3 import Zero3Placement
@@ -20,4 +29,6 @@ __all__ = [
     "even_borders",
     "is_first_rank",
     "numel_of",
+    "partition_each_parameter",
+    "partition_flat_buffer",
 ]

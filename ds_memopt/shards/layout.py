@@ -75,6 +75,40 @@ def even_borders(start: int, numel: int, partition: int) -> np.ndarray:
     return np.arange(first, last + 1, dtype=np.int64) * partition - start
 
 
+def partition_flat_buffer(
+    members: Sequence[tuple[str, int, int]], partition: int, rank: int
+) -> tuple[list[Interval], dict[str, np.ndarray]]:
+    """One buffer of many parameters, cut every `partition` elements: ZeRO-1 and ZeRO-2.
+
+    members: (name, offset in the buffer, numel). Returns what `rank` holds, and the borders inside each parameter.
+    """
+    held, borders, low = [], {}, rank * partition
+    for name, offset, numel in members:
+        borders[name] = even_borders(offset, numel, partition)
+        begin, end = max(offset, low), min(offset + numel, low + partition)
+        if begin < end:
+            held.append(Interval(name, begin - offset, end - begin, 0, begin - low))
+    return held, borders
+
+
+def partition_each_parameter(
+    members: Sequence[tuple[str, int, int]], rank: int
+) -> tuple[list[Interval], dict[str, np.ndarray]]:
+    """Every parameter cut into equal pieces, a rank's pieces one after another in a buffer: ZeRO-3.
+
+    members: (name, numel, elements of a rank's piece). Returns what `rank` holds, and the borders of each parameter.
+    """
+    held, borders, offset = [], {}, 0
+    for name, numel, piece in members:
+        borders[name] = even_borders(0, numel, piece)
+        # The last ranks' pieces may be partly or wholly padding, which belongs to no parameter.
+        length = min(piece, numel - rank * piece)
+        if length > 0:
+            held.append(Interval(name, rank * piece, length, 0, offset))
+        offset += piece
+    return held, borders
+
+
 class FlatPlacement:
     """Placement by flat buffers that an engine cut out of many parameters (ZeRO-1/2/3). Subclasses fill `flats`."""
 

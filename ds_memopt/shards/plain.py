@@ -47,8 +47,8 @@ class PlainPlacement:
                     group_borders[name] = even_borders(0, tensor.numel(), max(piece, 1))
             elif not tensor.is_contiguous():
                 raise ValueError(
-                    f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous, but blocks "
-                    "are row-major. Call .contiguous() on the weights before building the optimizer."
+                    f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous, but "
+                    "blocks are row-major. Call .contiguous() on the weights before building the optimizer."
                 )
             if length > 0:
                 intervals.append(Interval(name, start, length, number, 0))

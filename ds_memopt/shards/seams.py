@@ -1,7 +1,7 @@
 """Periods that a rank border cuts, and the one sum that completes them.
 
-A method's structure is a sequence of units (row blocks, heads, wavelet groups) in the flattened parameter. A unit cut by
-a rank border is a seam. Each seam has one slot in a small buffer: every rank adds what it holds of the unit, one
+A method's structure is a sequence of units (row blocks, heads, wavelet groups) in the flattened parameter. One that a
+rank border cuts is a seam. Each seam has one slot in a small buffer: every rank adds what it holds of the unit, one
 all_reduce sums the buffer, and each holder finishes the unit for itself. Aligned borders give no seams and no traffic.
 """
 

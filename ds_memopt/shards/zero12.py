@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from .layout import FlatPlacement, Interval, RankBorders, even_borders
+from .layout import FlatPlacement, RankBorders, partition_flat_buffer
 
 
 class Zero12Placement(FlatPlacement):
@@ -29,16 +29,9 @@ class Zero12Placement(FlatPlacement):
         for group, flat in enumerate(flat_partitions(zero)):
             params, offsets = group_members(zero, group)
             process_group = zero.real_dp_process_group[group]
-            rank_start = dist.get_rank(process_group) * flat.numel()
-            members, borders = [], {}
-            for param, offset in zip(params, offsets, strict=True):
-                name = names[param]
-                borders[name] = even_borders(offset, param.numel(), flat.numel())
-                begin = max(offset, rank_start)
-                end = min(offset + param.numel(), rank_start + flat.numel())
-                if begin < end:
-                    members.append(Interval(name, begin - offset, end - begin, 0, begin - rank_start))
-            self.flats.append((flat, members, RankBorders(process_group, borders)))
+            members = [(names[p], offset, p.numel()) for p, offset in zip(params, offsets, strict=True)]
+            held, borders = partition_flat_buffer(members, flat.numel(), dist.get_rank(process_group))
+            self.flats.append((flat, held, RankBorders(process_group, borders)))
 
 
 def flat_partitions(zero) -> Sequence[torch.Tensor]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from .layout import FlatPlacement, Interval, RankBorders, even_borders
+from .layout import FlatPlacement, RankBorders, partition_each_parameter
 
 
 class Zero3Placement(FlatPlacement):
@@ -28,16 +28,8 @@ class Zero3Placement(FlatPlacement):
             zero.fp16_groups, zero.fp32_partitioned_groups_flat, zero.sub_group_process_groups, strict=True
         )
         for params, flat, process_group in sub_groups:
-            rank = dist.get_rank(process_group)
-            members, borders, offset = [], {}, 0
-            for param in params:
-                name, piece = names[param], param.ds_tensor.ds_numel
-                borders[name] = even_borders(0, param.ds_numel, piece)
-                start = rank * piece
-                # The last ranks' pieces may be partly or wholly padding, which belongs to no parameter.
-                length = min(piece, param.ds_numel - start)
-                if length > 0:
-                    members.append(Interval(name, start, length, 0, offset))
-                offset += piece
-            assert offset == flat.numel(), f"sub-group holds {flat.numel()} elements, its parameters {offset}"
-            self.flats.append((flat, members, RankBorders(process_group, borders)))
+            members = [(names[param], param.ds_numel, param.ds_tensor.ds_numel) for param in params]
+            held, borders = partition_each_parameter(members, dist.get_rank(process_group))
+            pieces = sum(piece for _, _, piece in members)
+            assert pieces == flat.numel(), f"sub-group holds {flat.numel()} elements, its parameters {pieces}"
+            self.flats.append((flat, held, RankBorders(process_group, borders)))
