@@ -39,7 +39,7 @@ FAMILIES = {
     "falcon_mha": ("FalconForCausalLM", FALCON | dict(multi_query=False)),
     "falcon_gqa": ("FalconForCausalLM", FALCON | dict(new_decoder_architecture=True, num_kv_heads=KV_HEADS)),
     "mixtral": ("MixtralForCausalLM", GQA | MOE),
-    "gpt_oss": ("GptOssForCausalLM", GQA | MOE),
+    "gpt_oss": ("GptOssForCausalLM", GQA | MOE | dict(intermediate_size=C)),
     "llama4": ("Llama4ForCausalLM", GQA | MOE | dict(intermediate_size_mlp=FFN, interleave_moe_layer_step=1)),
     "deepseek": ("DeepseekV3ForCausalLM", MLA | dict(q_lora_rank=12)),
     "deepseek_lite": ("DeepseekV3ForCausalLM", MLA | dict(q_lora_rank=None)),
@@ -255,7 +255,8 @@ def test_a_block_of_stacked_experts_is_one_output_neuron_of_one_expert(family):
 
     zeroed = channels_zeroed_by_blocks(run, experts.down_proj, assignment[f"{name}.down_proj"])
     assert zeroed == [[neuron] for neuron in range(3 * C)]
-    rows, columns = (Contiguous(C, 3 * 2 * FFN),), (Columns(C, ((1, 2 * FFN),)),) * 3
+    inner = C if family == "gpt_oss" else FFN  # where down_proj is square, sizes alone would not tell how it is stored
+    rows, columns = (Contiguous(C, 3 * 2 * inner),), (Columns(C, ((1, 2 * inner),)),) * 3
     assert assignment[f"{name}.gate_up_proj"].sections == (rows if family == "mixtral" else columns)
 
 
@@ -287,6 +288,7 @@ def test_exact_counts():
     assert counts(build("deepseek"), attn + "q_a_proj.weight", attn + "kv_b_proj.weight") == [12, HEADS * (5 + 7)]
     lora = [attn + f"q_proj.{part}.weight" for part in ("base_layer", "lora_A.default", "lora_B.default")]
     assert counts(build_with_lora(), *lora) == [HEADS, 3, HEADS * HEAD_DIM]
+    assert [assign_blocks(build_with_lora())[name].role for name in lora] == ["query", "lora", "lora"]
     assert counts(build("conv"), "0.weight", "1.weight", "1.bias", "2.weight", "3.weight") == [8, 1, 8, 4, 4]
     assert assign_blocks(build("conv"))["3.weight"].rule == "per input channel"
     assert counts(build("torch_kdim"), "q_proj_weight", "k_proj_weight", "v_proj_weight") == [4, 4, 24]
@@ -316,6 +318,13 @@ class PerLayerConfig:
         ({}, "per row (no head size found)", [40, 20]),
         ({"head_dim": 7}, "per row (shape does not divide into heads of 7)", [40, 20]),
         ({"num_heads": 4}, "per head (10x24)", [4, 2]),  # the key matrix takes its head size from the query's
+        ({"num_heads": 4, "config": SimpleNamespace(head_dim=5)}, "per head (10x24)", [4, 2]),  # the nearest counts
+        (
+            {"head_dim": 4, "qk_head_dim": 20},
+            "per head (20x24)",
+            [2, 1],
+        ),  # latent attention: head_dim is its rotary part
+        ({"head_dim": 4, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4}, "per head (10x24)", [4, 2]),
         ({"config": PerLayerConfig()}, "per head (10x24)", [4, 2]),
         ({"config": SimpleNamespace(text_config=SimpleNamespace(head_dim=5))}, "per head (5x24)", [8, 4]),
         ({"config": SimpleNamespace()}, "per row (no head size found)", [40, 20]),  # asks no configuration further out

@@ -1,0 +1,20 @@
+"""Which role each parameter of a model plays, and how it is cut into blocks that share one second moment.
+
+The partition is that of Adam-mini (arXiv 2406.16793, Algorithm 3) as released in the package adam-mini 1.1.1,
+read from the model's structure first (module types, head sizes) and from names second.
+"""
+
+from ds_memopt.blocks.assign import assign_blocks, assign_blocks_by_name, full_shape
+from ds_memopt.blocks.report import format_assignment
+from ds_memopt.blocks.structure import Columns, Contiguous, ParamBlocks, Section
+
+__all__ = [
+    "Columns",
+    "Contiguous",
+    "ParamBlocks",
+    "Section",
+    "assign_blocks",
+    "assign_blocks_by_name",
+    "format_assignment",
+    "full_shape",
+]
