@@ -1,9 +1,9 @@
 """Memory-efficient training methods that live inside DeepSpeed and FSDP2."""
 
-from .optimizers import AdamMini
+from .optimizers import GWT, AdamMini
 
 __version__ = "0.1.0"
-__all__ = ["AdamMini", "register"]
+__all__ = ["GWT", "AdamMini", "register"]
 
 
 def register() -> None:

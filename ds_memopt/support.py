@@ -91,7 +91,7 @@ STATE_COMPRESSING: dict[str, Support] = {
     "fsdp1": Support("refused", "FSDP1 flattens parameters under names of its own. Use fully_shard (FSDP2) or ZeRO-3."),
 }
 
-SUPPORT: dict[str, dict[str, Support]] = {"AdamMini": STATE_COMPRESSING}
+SUPPORT: dict[str, dict[str, Support]] = {"AdamMini": STATE_COMPRESSING, "GWT": STATE_COMPRESSING}
 """For every method: its standing with every feature."""
 
 MARKS: dict[Status, str] = {"tested": "yes", "untested": "untested", "refused": "refused"}

@@ -183,7 +183,7 @@ def traffic() -> dict[str, dict]:
         else:
             train(engine, batches(1, dist.get_rank(), dist.get_world_size()))
         plans = [optimizer._plan((t,), (n,)) for t, n in optimizer._placement.named_tensors(optimizer.param_groups)]
-        results[name] = {"per call": counted, "slots": [plan.seams.num_slots for plan in plans]}
+        results[name] = {"per call": counted, "slots": [plan["block"].seams.num_slots for plan in plans]}
         engine.destroy()
     return results
 
@@ -197,7 +197,7 @@ def fsdp2_traffic() -> tuple[dict, int]:
     with CommunicationMeter() as meter:
         optimizer.step()
     (plan,) = optimizer._plans.values()
-    return meter.by_collective(), plan.seams.num_slots
+    return meter.by_collective(), plan["block"].seams.num_slots
 
 
 def everything(folder: Path) -> dict:

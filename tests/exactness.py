@@ -11,11 +11,17 @@ from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, 
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_memopt import AdamMini
+from ds_memopt.optimizers import METHODS
 from ds_memopt.optimizers.blockwise import BlockPlan
 
 STEPS = 20
-OPTIMIZERS = ("AdamW", "AdamMini")
+RULES = {
+    "AdamW": ("AdamW", {}),
+    "AdamMini": ("AdamMini", {}),
+    "GWT": ("GWT", {"level": 2}),
+    "GWT, adam_mini": ("GWT", {"level": 3, "base": "adam_mini"}),
+}
+"""Each rule under test: the method and what it is given besides HYPER."""
 BF16 = {"bf16": {"enabled": True}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
@@ -47,29 +53,31 @@ def groups(model) -> list[dict]:
     ]
 
 
-def build_plain(optimizer: str, model):
-    if optimizer == "AdamW":
+def build_plain(rule: str, model):
+    method, options = RULES[rule]
+    if method == "AdamW":
         return torch.optim.AdamW(groups(model), **HYPER)
-    return AdamMini.from_model(model, groups(model), **HYPER)
+    return METHODS[method].from_model(model, groups(model), **HYPER, **options)
 
 
-def one_process(optimizer: str) -> dict[str, torch.Tensor]:
+def one_process(rule: str) -> dict[str, torch.Tensor]:
     """Plain PyTorch on the whole batch: what every placement must reproduce."""
     model = llama()
-    train_plain(model, build_plain(optimizer, model), batches(STEPS))
+    train_plain(model, build_plain(rule, model), batches(STEPS))
     return full_parameters(model)
 
 
-def one_process_bf16(optimizer: str) -> dict[str, torch.Tensor]:
+def one_process_bf16(rule: str) -> dict[str, torch.Tensor]:
     """bf16 weights and gradients with fp32 masters, written out by hand."""
     model = llama()
     for p in model.parameters():
         p.data = p.data.bfloat16()  # the parameters only: DeepSpeed leaves the rotary buffer in fp32
     masters = {name: torch.nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
-    if optimizer == "AdamW":
+    method, options = RULES[rule]
+    if method == "AdamW":
         inner = torch.optim.AdamW(masters.values(), **HYPER)
     else:
-        inner = AdamMini(masters.items(), **HYPER, head_dim=model.config.head_dim)
+        inner = METHODS[method](masters.items(), **HYPER, **options, head_dim=model.config.head_dim)
     for batch in batches(STEPS):
         model(input_ids=batch, labels=batch).loss.backward()
         for name, p in model.named_parameters():
@@ -81,18 +89,19 @@ def one_process_bf16(optimizer: str) -> dict[str, torch.Tensor]:
     return full_parameters(model)
 
 
-def without_deepspeed(optimizer: str, wrap) -> dict[str, torch.Tensor]:
+def without_deepspeed(rule: str, wrap) -> dict[str, torch.Tensor]:
     model = wrap(llama())
-    train_plain(model, build_plain(optimizer, model), batches(STEPS, dist.get_rank(), dist.get_world_size()))
+    train_plain(model, build_plain(rule, model), batches(STEPS, dist.get_rank(), dist.get_world_size()))
     return full_parameters(model)
 
 
-def zero(optimizer: str, stage: int, zero_init: bool = False, **changes) -> tuple[dict[str, torch.Tensor], dict]:
-    """Weights after STEPS under ZeRO, and which blocks rank borders cut: {parameter name: number}."""
-    if optimizer == "AdamW" and changes.get("zero_optimization") is OFFLOAD:
+def zero(rule: str, stage: int, zero_init: bool = False, **changes) -> tuple[dict[str, torch.Tensor], dict]:
+    """Weights after STEPS under ZeRO, and what rank borders cut: {structure: {parameter name: number of blocks}}."""
+    method, options = RULES[rule]
+    if method == "AdamW" and changes.get("zero_optimization") is OFFLOAD:
         # DeepSpeed's CPU Adam would compile for minutes; torch's is the same formula.
         changes["zero_force_ds_cpu_optimizer"] = False
-    config = ds_config(stage, optimizer, **changes)
+    config = ds_config(stage, method, HYPER | options, **changes)
     if zero_init:
         with deepspeed.zero.Init(config_dict_or_path=config):
             model = llama()
@@ -103,36 +112,35 @@ def zero(optimizer: str, stage: int, zero_init: bool = False, **changes) -> tupl
         model = llama()
     engine = initialize(model, config, model_parameters=groups(model))
     inner = engine.basic_optimizer
-    assert type(inner).__name__ == optimizer
+    assert type(inner).__name__ == method
     cut = {}
-    if optimizer == "AdamMini":
+    if method != "AdamW":
         for tensor, name in inner._placement.named_tensors(inner.param_groups):
-            for _, table in inner._plan((tensor,), (name,)).seams.tables:
-                cut |= {name: len(units) for name, units in table._units.items()}
+            for structure, plan in inner._plan((tensor,), (name,)).items():
+                for _, table in plan.seams.tables:
+                    cut.setdefault(structure, {}).update((name, len(ids)) for name, ids in table._units.items())
     train(engine, batches(STEPS, dist.get_rank(), dist.get_world_size()))
     parameters = full_parameters(engine.module)
     engine.destroy()
     return parameters, cut
 
 
-def without_seams(optimizer: str, stage: int) -> dict[str, torch.Tensor]:
+def without_seams(rule: str, stage: int) -> dict[str, torch.Tensor]:
     """The bug that seams prevent: each rank takes what it holds of a block for the whole."""
-    with mock.patch.object(BlockPlan, "complete", lambda plan, sums: None):
-        return zero(optimizer, stage)[0]
+    with mock.patch.object(BlockPlan, "complete", lambda plan, *sums: None):
+        return zero(rule, stage)[0]
 
 
-def all_placements(with_bf16: bool):
-    """{optimizer: {placement: weights}}, {placement: cut blocks}, weights with the seams left open."""
-    results, cuts = {}, {}
-    cases = FP32_CASES | (BF16_CASES if with_bf16 else {})
-    for optimizer in OPTIMIZERS:
-        results[optimizer] = {
-            "ddp": without_deepspeed(optimizer, DistributedDataParallel),
-            "fsdp2": without_deepspeed(optimizer, shard_fsdp2),
-        }
+def all_placements(cases: dict[str, dict]):
+    """{rule: {placement: weights}}, {rule: {placement: what is cut}}, {rule: weights with the seams left open}."""
+    results = {rule: {} for rule in RULES}
+    cuts = {rule: {} for rule in RULES}
+    for rule in RULES:
+        results[rule]["ddp"] = without_deepspeed(rule, DistributedDataParallel)
+        results[rule]["fsdp2"] = without_deepspeed(rule, shard_fsdp2)
         if dist.get_world_size() == 4:
             mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-            results[optimizer]["hsdp, 2 x 2"] = without_deepspeed(optimizer, lambda m, mesh=mesh: shard_fsdp2(m, mesh))
-        for name, case in cases.items():
-            results[optimizer][name], cuts[name] = zero(optimizer, **case)
-    return results, cuts, without_seams("AdamMini", stage=2)
+            results[rule]["hsdp, 2 x 2"] = without_deepspeed(rule, lambda model: shard_fsdp2(model, mesh))  # noqa: B023
+        for placement, case in cases.items():
+            results[rule][placement], cuts[rule][placement] = zero(rule, **case)
+    return results, cuts, {rule: without_seams(rule, stage=2) for rule in RULES if rule != "AdamW"}

@@ -15,6 +15,7 @@ from ds_memopt import AdamMini
 from ds_memopt.optimizers import StatePart
 
 BEFORE, AFTER = 3, 4
+GWT = {"optimizer": "GWT", "hyper": HYPER | {"level": 3, "base": "adam_mini"}}
 STAGES = {
     "zero1": {"stage": 1},
     "zero1, bf16, fp32 accumulation": {
@@ -22,6 +23,8 @@ STAGES = {
     },
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},
+    "zero2, GWT": {"stage": 2, **GWT},
+    "zero3, GWT": {"stage": 3, **GWT},
 }  # fmt: skip
 
 
@@ -43,7 +46,8 @@ def save_and_go_on(folder: Path) -> dict:
         engine.save_checkpoint(folder / name)
         saved = full_parameters(engine.module)
         parts = [part._replace(values=part.values.clone()) for part in engine.basic_optimizer.named_state()]
-        momentum = safe_get_full_optimizer_state(dict(engine.module.named_parameters())["lm_head.weight"], "exp_avg")
+        head = dict(engine.module.named_parameters())["lm_head.weight"]
+        momentum = None if "GWT" in name else safe_get_full_optimizer_state(head, "exp_avg")
         train(engine, data[BEFORE:])
         results[name] = {
             "saved": saved, "end": full_parameters(engine.module), "parts": parts, "lm_head momentum": momentum,
@@ -82,11 +86,11 @@ def resume(folder: Path) -> dict:
     return results
 
 
-def continue_elsewhere(weights: dict[str, torch.Tensor], parts: list[StatePart], keep_state: bool) -> dict:
+def continue_elsewhere(case: dict, weights: dict[str, torch.Tensor], parts: list[StatePart], keep_state: bool) -> dict:
     """Go on under ZeRO-3 on any number of ranks, from whole weights and from the state that others gave out."""
     model = llama()
     model.load_state_dict(weights)
-    engine = initialize(model, ds_config(3), model_parameters=model.parameters())
+    engine = initialize(model, ds_config(**case), model_parameters=model.parameters())
     if keep_state:
         engine.basic_optimizer.load_named_state(parts)
     train(engine, local_batches()[BEFORE:])
@@ -95,5 +99,9 @@ def continue_elsewhere(weights: dict[str, torch.Tensor], parts: list[StatePart],
     return results
 
 
-def continue_with_and_without_state(weights, parts):
-    return continue_elsewhere(weights, parts, True), continue_elsewhere(weights, parts, False)
+def continue_with_and_without_state(runs: dict[str, tuple]) -> dict[str, tuple]:
+    """For each stage of a run to go on under: weights at the end with its state by name, and without."""
+    return {
+        stage: tuple(continue_elsewhere(STAGES[stage], weights, parts, keep) for keep in (True, False))
+        for stage, (weights, parts) in runs.items()
+    }

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from ds_memopt.blocks import Columns, Contiguous, ParamBlocks
-from ds_memopt.optimizers.blockwise import (
-    BlockPlan,
-    block_sizes,
-    column_blocks,
-    cut_blocks,
-    most_blocks,
-    split_interval,
-)
+from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled
+from ds_memopt.optimizers.blockwise import BlockPlan, RowPiece, block_starts, cut_blocks, most_blocks, split_interval
 from ds_memopt.shards import Interval, Layout, RankBorders, SeamTable, even_borders
 
 
@@ -31,6 +24,10 @@ STRUCTURES = {
     "fused columns": structure(Columns(8, ((3, 4), (1, 6)))),
     "heads then rows": structure(Contiguous(20, 3), Contiguous(5, 12)),
     "interleaved heads": structure(*[Contiguous(20, 2), Contiguous(5, 4)] * 3),
+    "tiles": structure(Tiled(9, 10, 4)),
+    "tiles that fit": structure(Tiled(9, 8, 4)),
+    "short rows": structure(Tiled(9, 3, 4)),
+    "rows then tiles": structure(Contiguous(5, 4), Tiled(6, 7, 2)),
     "experts by column": structure(Columns(4, ((1, 6),)), Columns(4, ((1, 6),)), Columns(4, ((1, 6),))),
 }
 
@@ -41,6 +38,10 @@ def block_ids(blocks: ParamBlocks) -> np.ndarray:
     for section in blocks.sections:
         if isinstance(section, Contiguous):
             ids += [first + i // section.length for i in range(section.numel)]
+        elif isinstance(section, Tiled):
+            for row in range(section.rows):
+                base = first + row * section.blocks_per_row
+                ids += [base + column // section.length for column in range(section.columns)]
         else:
             widths = [width for width, count in section.runs for _ in range(count)]
             of_column = [block for block, width in enumerate(widths) for _ in range(width)]
@@ -57,8 +58,12 @@ def test_ranks_together_hold_every_block_once(name, partition):
     numel = blocks.shape[0]
     ids = block_ids(blocks)
     values = torch.randn(numel, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    expected = torch.zeros(blocks.num_blocks, dtype=torch.float64).index_add_(0, torch.from_numpy(ids), values**2)
-    assert torch.equal(torch.bincount(torch.from_numpy(ids)), torch.from_numpy(block_sizes(blocks)))
+    sizes = torch.bincount(torch.from_numpy(ids)).double()
+    expected = torch.zeros_like(sizes).index_add_(0, torch.from_numpy(ids), values**2) / sizes
+    expected_mean = torch.zeros_like(sizes).index_add_(0, torch.from_numpy(ids), values) / sizes
+    if not any(isinstance(section, Columns) for section in blocks.sections):
+        starts = block_starts(blocks)
+        assert starts.tolist() == [*np.unique(ids, return_index=True)[1], numel]
 
     borders = even_borders(offset, numel, partition)
     edges = [0, *borders, numel]
@@ -74,29 +79,35 @@ def test_ranks_together_hold_every_block_once(name, partition):
     else:
         assert shared == cut
 
-    plans, sums = [], []
+    plans, squares, means = [], [], []
     for start, stop in zip(edges, edges[1:], strict=False):
         layout = Layout((Interval("p", start, stop - start, 0, 3),), (RankBorders(None, {"p": borders}),))
         flat = torch.cat([torch.full((3,), torch.nan), values[start:stop], torch.full((2,), torch.nan)]).double()
         plan = BlockPlan(layout, {"p": blocks}, [None], [flat])
-        local = torch.zeros(plan.num_blocks[0], dtype=torch.float64)
-        for piece in plan.pieces[0]:
-            piece.add_square_sums(flat, local)
-            assert piece.per_element(local).expand(piece.count, piece.width).shape == piece.view(flat).shape
-        held = plan.ranges[0][0]
+        (square,), (mean,) = plan.new_blocks(), plan.new_blocks()
+        (held,) = plan.held[0]
+        for piece in held.pieces:
+            view = piece.view(held.elements(flat))
+            piece.add_mean_squares(held.elements(flat), held.blocks(square))
+            if isinstance(piece, RowPiece):
+                piece.add_means(held.elements(flat), held.blocks(mean), piece.size)
+            assert piece.per_element(held.blocks(square)).expand_as(view).shape == view.shape
         assert held.count == plan.num_blocks[0] <= most_blocks(blocks, borders)
-        assert torch.equal(plan.sizes[0], torch.from_numpy(block_sizes(blocks))[held.first :][: held.count].double())
         plans.append(plan)
-        sums.append(local)
+        squares.append(square)
+        means.append(mean)
 
     # What an all_reduce does: every rank's slots, added up.
-    slots = torch.zeros(plans[0].seams.num_slots, dtype=torch.float64)
-    for plan, local in zip(plans, sums, strict=True):
-        slots.index_add_(0, plan._seam_slots[0], local[plan._seam_blocks[0]])
-    for plan, local in zip(plans, sums, strict=True):
-        local[plan._seam_blocks[0]] = slots[plan._seam_slots[0]]
-        held = plan.ranges[0][0]
-        torch.testing.assert_close(local, expected[held.first : held.first + held.count], rtol=1e-12, atol=0)
+    for quantity, whole in ((squares, expected), (means, expected_mean)):
+        if quantity is means and any(isinstance(section, Columns) for section in blocks.sections):
+            continue
+        slots = torch.zeros(plans[0].seams.num_slots, dtype=torch.float64)
+        for plan, local in zip(plans, quantity, strict=True):
+            slots.index_add_(0, plan._seam_slots[0], local[plan._seam_blocks[0]])
+        for plan, local in zip(plans, quantity, strict=True):
+            local[plan._seam_blocks[0]] = slots[plan._seam_slots[0]]
+            (held,) = plan.held[0]
+            torch.testing.assert_close(local, whole[held.first : held.first + held.count], rtol=1e-12, atol=1e-15)
 
 
 def test_aligned_borders_make_no_seam():
@@ -104,15 +115,9 @@ def test_aligned_borders_make_no_seam():
     assert table.num_slots == 0
 
 
-def test_column_blocks_follow_the_runs():
-    assert column_blocks(Columns(5, ((2, 2), (1, 3)))).tolist() == [0, 0, 1, 1, 2, 3, 4]
-
-
 def test_pieces_are_few():
     """The cost of a step is its number of pieces: three for any interval of one section, however long."""
-    pieces, first, count = split_interval(
-        Interval("p", 3, 85, 0, 0), STRUCTURES["rows"], local=0, device=torch.device("cpu")
-    )
+    pieces, first, count = split_interval(Interval("p", 3, 85, 0, 0), STRUCTURES["rows"], torch.device("cpu"))
     assert [(piece.offset, piece.count, piece.width, piece.block) for piece in pieces] == [
         (0, 1, 4, 0),
         (4, 11, 7, 1),

@@ -18,10 +18,10 @@ HYPER = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 
 
 def llama(seed: int = 0, **changes) -> LlamaForCausalLM:
-    """GQA, odd vocabulary, head_dim != hidden / heads: what naive partitions get wrong."""
+    """GQA, odd vocabulary, rows of odd length, head_dim != hidden / heads: what naive partitions get wrong."""
     torch.manual_seed(seed)
     config = dict(
-        hidden_size=40, intermediate_size=52, num_hidden_layers=2, num_attention_heads=10, num_key_value_heads=5,
+        hidden_size=40, intermediate_size=53, num_hidden_layers=2, num_attention_heads=10, num_key_value_heads=5,
         head_dim=12, vocab_size=VOCABULARY, max_position_embeddings=LENGTH, tie_word_embeddings=False,
         attn_implementation="eager", use_cache=False,
     )  # fmt: skip

@@ -6,13 +6,14 @@ read from the model's structure first (module types, head sizes) and from names 
 
 from ds_memopt.blocks.assign import assign_blocks, assign_blocks_by_name, full_shape
 from ds_memopt.blocks.report import format_assignment
-from ds_memopt.blocks.structure import Columns, Contiguous, ParamBlocks, Section
+from ds_memopt.blocks.structure import Columns, Contiguous, ParamBlocks, Section, Tiled
 
 __all__ = [
     "Columns",
     "Contiguous",
     "ParamBlocks",
     "Section",
+    "Tiled",
     "assign_blocks",
     "assign_blocks_by_name",
     "format_assignment",

@@ -48,7 +48,31 @@ class Columns:
         return sum(count for _, count in self.runs)
 
 
-Section = Contiguous | Columns
+@dataclass(frozen=True)
+class Tiled:
+    """`rows` rows of `columns` elements, each cut from its start into blocks of `length`, the last one shorter.
+
+    For groups along the last axis, such as a wavelet's, where `length` does not divide the axis.
+    """
+
+    rows: int
+    columns: int
+    length: int
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def blocks_per_row(self) -> int:
+        return -(-self.columns // self.length)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.rows * self.blocks_per_row
+
+
+Section = Contiguous | Columns | Tiled
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 from .adam_mini import AdamMini
 from .base import METHOD_KEY, ShardedOptimizer, StatePart
+from .gwt import GWT
 
-METHODS: dict[str, type[ShardedOptimizer]] = {"AdamMini": AdamMini}
+METHODS: dict[str, type[ShardedOptimizer]] = {"AdamMini": AdamMini, "GWT": GWT}
 """Every method by the word that turns it on in a ds_config's optimizer type."""
 
-__all__ = ["METHODS", "METHOD_KEY", "AdamMini", "ShardedOptimizer", "StatePart"]
+__all__ = ["GWT", "METHODS", "METHOD_KEY", "AdamMini", "ShardedOptimizer", "StatePart"]

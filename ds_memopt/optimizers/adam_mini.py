@@ -6,14 +6,16 @@ the partition of Algorithm 3 as released in the package adam-mini 1.1.1 (rows fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import nn
 
-from .base import ShardedOptimizer, check_range, is_number
-from .blockwise import BlockPlan
+from ds_memopt.blocks import ParamBlocks
+
+from .base import ELEMENT, ShardedOptimizer, check_adam_group, check_range
+from .blockwise import BlockPlan, Piece
 
 STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -41,8 +43,7 @@ class AdamMini(ShardedOptimizer):
     whose head size nothing tells.
     """
 
-    element_states = ("exp_avg",)
-    block_states = ("block_exp_avg_sq",)
+    states = {"exp_avg": ELEMENT, "block_exp_avg_sq": "block"}
 
     def __init__(
         self,
@@ -70,44 +71,51 @@ class AdamMini(ShardedOptimizer):
             element_dtype=STATE_DTYPES[state_dtype],
         )
 
-    def check_group(self, group: dict) -> None:
-        lr, betas, eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-        check_range("lr", lr, is_number(lr) and lr >= 0, "a number >= 0", "1e-3 to 1e-5 is usual.")
-        pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(is_number, betas))
-        check_range(
-            "betas", betas, pair and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)", "Try (0.9, 0.95)."
-        )
-        # Not 0: a block without gradient would divide 0 by 0.
-        check_range("eps", eps, is_number(eps) and 0 < eps < 1, "a number in (0, 1)", "1e-8 is usual.")
-        check_range(
-            "weight_decay", weight_decay, is_number(weight_decay) and weight_decay >= 0, "a number >= 0", "Try 0.1."
-        )
+    def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
+        return {"block": dict(roles)}
 
-    def update(self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plan: BlockPlan) -> None:
-        gradients = [None if tensor.grad is None else self.local(tensor.grad) for tensor in tensors]
-        sums = [torch.zeros_like(sizes) for sizes in plan.sizes]
-        for gradient, pieces, block_sums in zip(gradients, plan.pieces, sums, strict=True):
-            if gradient is not None:
-                for piece in pieces:
-                    piece.add_square_sums(gradient, block_sums)
-        plan.complete(sums)
-        for number, (tensor, gradient, group) in enumerate(zip(tensors, gradients, groups, strict=True)):
-            if gradient is None:
-                continue
+    def check_group(self, group: dict) -> None:
+        check_adam_group(group)
+
+    def update(
+        self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]
+    ) -> None:
+        plan = plans["block"]
+        active = [number for number, tensor in enumerate(tensors) if tensor.grad is not None]
+        gradients = {number: self.local(tensors[number].grad) for number in active}
+        mean_squares = plan.mean_squares(gradients)
+        plan.complete(mean_squares)
+        for number in active:
+            tensor, group = tensors[number], groups[number]
             state, (beta1, beta2) = self.state[tensor], group["betas"]
             state["step"] += 1
             step = state["step"].item()
             parameter, m = self.local(tensor), self.local(state["exp_avg"])
-            # A state that is a DTensor is padded to the longest rank's blocks.
-            v = self.local(state["block_exp_avg_sq"]).narrow(0, 0, plan.num_blocks[number])
-            v.mul_(beta2).addcdiv_(sums[number], plan.sizes[number], value=1 - beta2)
+            v = self.block_state(tensor, "block_exp_avg_sq", plan.num_blocks[number])
+            v.mul_(beta2).add_(mean_squares[number], alpha=1 - beta2)
             denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
             if group["weight_decay"]:
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            step_size = group["lr"] / (1 - beta1**step)
-            for piece in plan.pieces[number]:
-                m_piece = piece.view(m)
-                new_m = m_piece.to(v.dtype).lerp_(piece.view(gradient).to(v.dtype), 1 - beta1)
-                if new_m.dtype != m_piece.dtype:
-                    m_piece.copy_(new_m)
-                piece.view(parameter).addcdiv_(new_m, piece.per_element(denominator), value=-step_size)
+            for held in plan.held[number]:
+                block_adam(
+                    held.pieces, held.elements(parameter), held.elements(gradients[number]), held.elements(m),
+                    held.blocks(denominator), beta1, group["lr"] / (1 - beta1**step),
+                )  # fmt: skip
+
+
+def block_adam(
+    pieces: list[Piece],
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    m: torch.Tensor,
+    denominator: torch.Tensor,
+    beta1: float,
+    step_size: float,
+) -> None:
+    """m <- m + (1 - beta1) (g - m) and p <- p - step_size * m / denominator, the latter per block, on one interval."""
+    for piece in pieces:
+        m_piece = piece.view(m)
+        new_m = m_piece.to(denominator.dtype).lerp_(piece.view(gradient).to(denominator.dtype), 1 - beta1)
+        if new_m.dtype != m_piece.dtype:
+            m_piece.copy_(new_m)
+        piece.view(parameter).addcdiv_(new_m, piece.per_element(denominator), value=-step_size)

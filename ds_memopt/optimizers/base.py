@@ -36,21 +36,24 @@ class StatePart(NamedTuple):
     values: torch.Tensor
 
 
+ELEMENT = "element"
+"""The structure of a state that has one entry per element and is laid like the parameter itself."""
+
+
 class ShardedOptimizer(torch.optim.Optimizer):
     """An optimizer whose rule knows which parameter, and which part of it, each of its elements belongs to.
 
     params: named parameters, as `model.named_parameters()` gives them, or param groups of such pairs.
     defaults: the hyper-parameters of a param group.
-    model: the model that the parameters belong to; its structure tells the blocks. Without it names and shapes must do.
+    model: the model that the parameters belong to; its structure tells the roles. Without it names and shapes must do.
     head_dim, value_blocks: see `ds_memopt.blocks`.
-    element_dtype: how per-element states are kept; by default in fp32 (fp64 for fp64 parameters).
+    element_dtype: how states of one entry per element are kept; by default in fp32 (fp64 for fp64 parameters).
 
-    A subclass names its states in `element_states` (one entry per element, laid like the parameter) and `block_states`
-    (one fp32 entry per block) and implements `check_group` and `update`.
+    A subclass names in `states` each tensor of its state and the structure whose blocks it has one entry of, or
+    ELEMENT; it cuts the parameters into those structures in `build_structures`, and implements `check_group`, `update`.
     """
 
-    element_states: ClassVar[tuple[str, ...]] = ()
-    block_states: ClassVar[tuple[str, ...]] = ()
+    states: ClassVar[dict[str, str]] = {}
 
     def __init__(
         self,
@@ -65,15 +68,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.element_dtype = element_dtype
         self._placement: Placement = PlainPlacement()
         self._bound = False
-        self._plans: dict[tuple[int, ...], BlockPlan] = {}
+        self._plans: dict[tuple[int, ...], dict[str, BlockPlan]] = {}
         self._model = weakref.ref(model) if model is not None else None
         self._head_dim, self._value_blocks = head_dim, value_blocks
-        self.blocks: dict[str, ParamBlocks] = assign_blocks(model, value_blocks) if model is not None else {}
+        self.roles: dict[str, ParamBlocks] = assign_blocks(model, value_blocks) if model is not None else {}
+        self.structures: dict[str, dict[str, ParamBlocks]] = {}
         super().__init__(params, defaults)
+        self._rebuild_structures()
         if is_first_rank():
-            names = {name for group in self.param_groups for name in group["param_names"]}
-            trained = {name: blocks for name, blocks in self.blocks.items() if name in names}
-            logger.info("%s blocks:\n%s", type(self).__name__, format_assignment(trained))
+            self.log_structures()
+
+    def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
+        """For each structure that the rule needs, how it cuts each parameter. roles: what each parameter is."""
+        raise NotImplementedError
+
+    def log_structures(self) -> None:
+        """Log once, on rank 0, how the parameters are cut."""
+        for name, structure in self.structures.items():
+            logger.info("%s, %ss:\n%s", type(self).__name__, name, format_assignment(structure))
+
+    def _rebuild_structures(self) -> None:
+        trained = {name for group in self.param_groups for name in group["param_names"]}
+        self.structures = self.build_structures({name: self.roles[name] for name in self.roles if name in trained})
 
     @classmethod
     def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
@@ -101,7 +117,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.check_group(group)
         if self._model is None:
             shapes = dict(zip(group["param_names"], map(full_shape, group["params"]), strict=True))
-            self.blocks |= assign_blocks_by_name(shapes, self._head_dim, self._value_blocks)
+            self.roles |= assign_blocks_by_name(shapes, self._head_dim, self._value_blocks)
+        if self.structures:
+            self._rebuild_structures()
 
     def check_group(self, group: dict) -> None:
         """Raise ValueError for a hyper-parameter of a param group that is out of range."""
@@ -131,7 +149,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ]
         if active:
             tensors, names, groups = zip(*active, strict=True)
-            plan = self._plan(tensors, names)
+            plans = self._plan(tensors, names)
             for number, tensor in enumerate(tensors):
                 if tensor.grad is not None and tensor.grad.is_sparse:
                     raise ValueError(
@@ -139,45 +157,55 @@ class ShardedOptimizer(torch.optim.Optimizer):
                         "embedding with sparse=False."
                     )
                 if tensor.grad is not None and not self.state[tensor]:
-                    self._init_state(tensor, plan, number)
-            self.update(tensors, groups, plan)
+                    self._init_state(tensor, plans, number)
+            self.update(tensors, groups, plans)
         return loss
 
-    def update(self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plan: BlockPlan) -> None:
-        """Apply one step of the rule to `tensors`; tensors[i] belongs to groups[i] and decomposes as plan says."""
+    def update(
+        self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]
+    ) -> None:
+        """Apply one step of the rule to `tensors`; tensors[i] belongs to groups[i], plans tell each structure's cut."""
         raise NotImplementedError
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """This rank's elements of a tensor, its gradient or one of its states, 1-D."""
         return self._placement.local(tensor)
 
-    def _init_state(self, tensor: torch.Tensor, plan: BlockPlan, number: int) -> None:
-        state = self.state[tensor]
+    def block_state(self, tensor: torch.Tensor, key: str, count: int) -> torch.Tensor:
+        """This rank's `count` entries of a per-block state: a DTensor is padded to the rank that has most."""
+        return self.local(self.state[tensor][key]).narrow(0, 0, count)
+
+    def _init_state(self, tensor: torch.Tensor, plans: Mapping[str, BlockPlan], number: int) -> None:
+        state, dtype = self.state[tensor], step_dtype(tensor.dtype)
         # On the CPU, as torch's optimizers keep it: reading it costs no synchronisation.
         state["step"] = torch.zeros((), dtype=torch.float32)
-        dtype = step_dtype(tensor.dtype)
-        for key in self.element_states:
-            state[key] = self._placement.new_state(tensor, None, self.element_dtype or dtype)
-        for key in self.block_states:
-            lengths = (plan.num_blocks[number], plan.most_blocks[number])
-            state[key] = self._placement.new_state(tensor, lengths, dtype)
+        for key, structure in self.states.items():
+            if structure == ELEMENT:
+                state[key] = self._placement.new_state(tensor, None, self.element_dtype or dtype)
+            else:
+                lengths = plans[structure].num_blocks[number], plans[structure].most_blocks[number]
+                state[key] = self._placement.new_state(tensor, lengths, dtype)
 
-    def _plan(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> BlockPlan:
+    def _plan(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> dict[str, BlockPlan]:
         # Keyed by identity, not held: FSDP2 and offload replace parameters, and a stale one must be free to go.
         key = tuple(map(id, tensors))
         if key not in self._plans:
             self._check_tensors(tensors, names)
             layout = self._placement.layout(tensors, names)
-            plan = BlockPlan(layout, self.blocks, names, tensors)
-            self._check_state(tensors, plan)
-            self._plans[key] = plan
+            plans = {
+                structure: BlockPlan(layout, blocks, names, tensors) for structure, blocks in self.structures.items()
+            }
+            self._check_state(tensors, plans)
+            self._plans[key] = plans
         return self._plans[key]
 
-    def _check_state(self, tensors: tuple[torch.Tensor, ...], plan: BlockPlan) -> None:
+    def _check_state(self, tensors: tuple[torch.Tensor, ...], plans: Mapping[str, BlockPlan]) -> None:
         """Raise ValueError where a state that was loaded does not fit the tensors' blocks."""
         for number, tensor in enumerate(tensors):
-            for key in self.block_states if self.state.get(tensor) else ():
-                held = self.local(self.state[tensor][key]).numel()
+            for key, structure in self.states.items() if self.state.get(tensor) else ():
+                if structure == ELEMENT:
+                    continue
+                plan, held = plans[structure], self.local(self.state[tensor][key]).numel()
                 if held not in (plan.num_blocks[number], plan.most_blocks[number]):
                     raise ValueError(
                         f"{key} was loaded with {held} blocks, but the parameters have {plan.num_blocks[number]} on "
@@ -192,10 +220,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for tensor, name in zip(tensors, names, strict=True):
             if name is None:
                 continue
-            if tuple(tensor.shape) != self.blocks[name].shape:
+            if tuple(tensor.shape) != self.roles[name].shape:
                 raise ValueError(
                     f"The optimizer's tensor for {name} has shape {tuple(tensor.shape)}, the parameter had "
-                    f"{self.blocks[name].shape}: an engine replaced it. Call ds_memopt.register() before "
+                    f"{self.roles[name].shape}: an engine replaced it. Call ds_memopt.register() before "
                     "deepspeed.initialize; build the optimizer after any other wrapper that re-shapes parameters."
                 )
             if not self._bound and current and current.get(name) is not tensor:
@@ -244,13 +272,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _state_places(self, tensor: torch.Tensor, name: str | None) -> Iterator[tuple[str, int, slice, str]]:
         """For all states of a tensor: key, first entry in the whole parameter, place in the state, parameter name."""
-        for blocks in self._plan((tensor,), (name,)).ranges[0]:
-            interval = blocks.interval
-            yield "step", 0, slice(0, 1), interval.name
-            for key in self.element_states:
-                yield key, interval.start, slice(interval.offset, interval.offset + interval.length), interval.name
-            for key in self.block_states:
-                yield key, blocks.first, slice(blocks.local, blocks.local + blocks.count), interval.name
+        plans = self._plan((tensor,), (name,))
+        intervals = {held.interval.name: held.interval for plan in plans.values() for held in plan.held[0]}
+        for part, interval in intervals.items():
+            yield "step", 0, slice(0, 1), part
+            for key, structure in self.states.items():
+                if structure == ELEMENT:
+                    yield key, interval.start, slice(interval.offset, interval.offset + interval.length), part
+        for key, structure in self.states.items():
+            for held in plans[structure].held[0] if structure != ELEMENT else ():
+                yield key, held.first, slice(held.local, held.local + held.count), held.interval.name
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states keep the dtype they were saved in: torch would cast them to the parameters' dtype."""
@@ -319,3 +350,18 @@ def check_range(name: str, value: Any, valid: bool, limit: str, remedy: str) -> 
 def is_number(value: Any) -> bool:
     """Whether a hyper-parameter is a real number: JSON may hold a string where a number is meant."""
     return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
+
+
+def check_adam_group(group: Mapping[str, Any]) -> None:
+    """Raise ValueError for a learning rate, beta, epsilon or weight decay that is out of range."""
+    lr, betas, eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
+    check_range("lr", lr, is_number(lr) and lr >= 0, "a number >= 0", "1e-3 to 1e-5 is usual.")
+    pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(is_number, betas))
+    check_range(
+        "betas", betas, pair and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)", "Try (0.9, 0.95)."
+    )
+    # Not 0: a block without gradient would divide 0 by 0.
+    check_range("eps", eps, is_number(eps) and 0 < eps < 1, "a number in (0, 1)", "1e-8 is usual.")
+    check_range(
+        "weight_decay", weight_decay, is_number(weight_decay) and weight_decay >= 0, "a number >= 0", "Try 0.1."
+    )

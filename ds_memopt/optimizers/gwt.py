@@ -1,0 +1,375 @@
+"""GWT: Adam on the Haar approximation of the gradient; the details are normalised, and no state is kept of them.
+
+Source: "Gradient Wavelet Transform" (arXiv 2501.07237) and its official code, whose formula `variant="paper"` follows.
+
+No transform is ever written out. With the orthonormal Haar transform of level l along the last axis, a group of k = 2^l
+elements x has the approximation A = sum(x) / sqrt(k) and k - 1 details D. All of them are divided by one number per
+group, so the update's weight-domain form needs the details as a whole only, and that is x minus its mean:
+
+    iHaar(m / d, D / d) = (x - mean(x) + m / sqrt(k)) / d        with m the moving average of A
+
+The state is kept as m / sqrt(k), the moving average of mean(x). By Parseval A^2 + sum(D^2) = sum(x^2). A parameter that
+is not transformed is the case k = 1, where this is Adam. A short last group of a row counts as padded with zeros.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled, format_assignment
+from ds_memopt.shards import numel_of
+
+from .adam_mini import block_adam
+from .base import ShardedOptimizer, check_adam_group, check_range, is_number
+from .blockwise import BlockPlan, HeldBlocks
+
+logger = logging.getLogger("ds_memopt")
+
+TRANSFORMED_ROLES = {"query", "key", "value", "qkv", "attention output", "mlp", "experts", "latent attention"}
+"""The matrices of attention and MLP, as in the official code; embeddings, head, norms and the rest stay dense."""
+
+BASES = {
+    "adam": {"second_moment": "group", "exp_avg_sq": "dense"},
+    "adam_mini": {"block_exp_avg_sq": "block"},
+}
+"""For each base rule, its second moments, and the structure that each keeps one entry per block of."""
+
+
+class GWT(ShardedOptimizer):
+    """Adam (or Adam-mini) with wavelet-compressed states, under any placement.
+
+    For each group x of k = 2^level gradient elements along a row, at step t:
+
+        M   <- M + (1 - beta1) * (mean(x) - M)
+        v   <- v + (1 - beta2) * (mean(x^2) - v)
+        u   =  (x - mean(x) + M / (1 - beta1^t)) / [sqrt(v / (1 - beta2^t)) + eps]
+        p   <- p * (1 - lr * weight_decay) - lr * scale * u / L
+
+    and with k = 1, scale = dense_lr / lr, L = 1, hence Adam, for parameters that are not transformed. L limits the
+    growth of each matrix's update: max(|u| / n, limiter) / limiter, with n the norm after the last step's division.
+
+    State: "approximation" (M) and "second_moment" (v), one entry per group, "update_norm" (n), one per matrix, and
+    "exp_avg" and "exp_avg_sq" of what is not transformed: with a share rho of the parameters transformed,
+    8 * (rho / k + 1 - rho) bytes per parameter. With base="adam_mini" "block_exp_avg_sq", one entry per row and head,
+    takes the place of both second moments: 4 * (rho / k + 1 - rho) bytes and a little.
+
+    params: named parameters (`model.named_parameters()`) or param groups of them. Prefer `GWT.from_model`.
+    lr, betas, eps, weight_decay: as in AdamW; read from the param group at every step.
+    level: depth of the transform, 1 to 5. scale: factor on the updates of transformed matrices.
+    dense_lr: learning rate of all other parameters where the group's is `lr`; it follows the group's schedule.
+    limiter: largest growth of an update's norm from one step to the next, or None.
+    variant: "stable" as above, or "paper": v is the moving average of A^2, both bias corrections multiply the whole
+        update, eps is added to sqrt(v) before them, L looks at the approximation only and freezes a matrix whose first
+        gradient is zero, and weight decay comes last. Its first steps are up to 300 times larger than later ones: it
+        needs a warm-up from a learning rate of 0.
+    base: "adam", or "adam_mini": one v per row or head, from all of the row's or head's elements.
+    include, exclude: regular expressions for parameter names to transform besides, or to leave dense; exclude wins.
+    head_dim, value_blocks, model: as in `AdamMini`; the first two matter for base="adam_mini" only. Weights stored
+        [in, out] have blocks of rows there.
+
+    Raises ValueError for a hyper-parameter out of range and for a pattern that matches nothing or what cannot be
+    transformed (fewer than two dimensions, or a last axis shorter than k).
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        level: int = 2,
+        scale: float = 0.25,
+        dense_lr: float | None = None,
+        limiter: float | None = 1.01,
+        variant: Literal["stable", "paper"] = "stable",
+        base: Literal["adam", "adam_mini"] = "adam",
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        head_dim: int | None = None,
+        value_blocks: Literal["rows", "whole"] = "rows",
+        model: nn.Module | None = None,
+    ) -> None:
+        check_range("level", level, level in range(1, 6), "an integer from 1 to 5", "2 is usual.")
+        check_range("scale", scale, is_number(scale) and scale > 0, "a number > 0", "0.25 is usual.")
+        check_range(
+            "limiter", limiter, limiter is None or (is_number(limiter) and limiter > 1), "a number > 1 or None", "1.01."
+        )
+        check_range("variant", variant, variant in ("stable", "paper"), "'stable' or 'paper'", "'stable' is safe.")
+        check_range("base", base, base in BASES, "'adam' or 'adam_mini'", "'adam' is the paper's.")
+        valid = dense_lr is None or (is_number(dense_lr) and dense_lr >= 0 and lr > 0)
+        check_range("dense_lr", dense_lr, valid, "a number >= 0, given with lr > 0", "Leave it out to use lr.")
+        for name, patterns in (("include", include), ("exclude", exclude)):
+            valid = isinstance(patterns, (list, tuple)) and all(isinstance(p, str) for p in patterns)
+            check_range(name, patterns, valid, "a list of regular expressions", 'Try ["mlp"].')
+        self.period, self.limiter, self.paper = 2**level, limiter, variant == "paper"
+        self.by_block = base == "adam_mini"
+        self.scale, self.dense_scale = scale, 1.0 if dense_lr is None else dense_lr / lr
+        self.include, self.exclude = tuple(include), tuple(exclude)
+        self.states = {"approximation": "group", "exp_avg": "dense", "update_norm": "matrix", **BASES[base]}
+        if base == "adam" and model is None and head_dim is None:
+            head_dim = 1  # no rule of "adam" looks at heads
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            model=model,
+            head_dim=head_dim,
+            value_blocks=value_blocks,
+        )
+
+    def check_group(self, group: dict) -> None:
+        check_adam_group(group)
+
+    def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
+        self.transformed = self._choose(roles)
+        transformed = {name: blocks for name, blocks in roles.items() if name in self.transformed}
+        dense = {name: blocks for name, blocks in roles.items() if name not in self.transformed}
+        structures = {
+            "group": {name: self._groups(blocks) for name, blocks in transformed.items()},
+            "matrix": {name: _relabel(b, "whole", Contiguous(numel_of(b.shape), 1)) for name, b in transformed.items()},
+            "dense": {name: _relabel(b, "dense", Contiguous(1, numel_of(b.shape))) for name, b in dense.items()},
+        }
+        if self.by_block:
+            structures["block"] = {name: _without_columns(blocks) for name, blocks in roles.items()}
+        return structures
+
+    def log_structures(self) -> None:
+        cuts = self.structures["group"] | self.structures["dense"]
+        logger.info("GWT, transformed and dense:\n%s", format_assignment({name: cuts[name] for name in self.roles}))
+        if self.by_block:
+            logger.info("GWT, second moments:\n%s", format_assignment(self.structures["block"]))
+
+    def _choose(self, roles: Mapping[str, ParamBlocks]) -> set[str]:
+        """The parameters to transform."""
+        chosen = {
+            name
+            for name, blocks in roles.items()
+            if blocks.role in TRANSFORMED_ROLES and len(blocks.shape) > 1 and blocks.shape[-1] >= self.period
+        }
+        for pattern in self.include:
+            matches = self._matches("include", pattern, roles)
+            for name in sorted(matches):
+                shape = roles[name].shape
+                if len(shape) < 2 or shape[-1] < self.period:
+                    raise ValueError(
+                        f"include={pattern!r} matches {name} of shape {shape}, which cannot be transformed: it needs "
+                        f"two dimensions and a last axis of 2^level = {self.period} or more. Narrow the pattern."
+                    )
+            chosen |= matches
+        for pattern in self.exclude:
+            chosen -= self._matches("exclude", pattern, roles)
+        return chosen
+
+    def _matches(self, option: str, pattern: str, roles: Mapping[str, ParamBlocks]) -> set[str]:
+        matches = {name for name in roles if re.search(pattern, name)}
+        if not matches:
+            raise ValueError(
+                f"{option}={pattern!r} matches none of the {len(roles)} parameters, such as "
+                f"{next(iter(roles), '')!r}. Correct the regular expression or remove it."
+            )
+        return matches
+
+    def _groups(self, blocks: ParamBlocks) -> ParamBlocks:
+        numel, columns = numel_of(blocks.shape), blocks.shape[-1]
+        rule = f"groups of {self.period}"
+        if columns % self.period == 0:
+            return _relabel(blocks, rule, Contiguous(self.period, numel // self.period))
+        return _relabel(blocks, rule, Tiled(numel // columns, columns, self.period))
+
+    def update(
+        self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]
+    ) -> None:
+        active = [number for number, tensor in enumerate(tensors) if tensor.grad is not None]
+        gradients = {number: self.local(tensors[number].grad) for number in active}
+        sums = self._sums(gradients, plans)
+        steps = {number: self._advance(tensors[number], groups[number], plans, number, sums) for number in active}
+        if self.limiter is not None:
+            norms = plans["matrix"].new_blocks()
+            for number, step in steps.items():
+                self._add_square_norms(norms[number], plans, number, step, sums)
+            plans["matrix"].complete(norms)
+            for number, step in steps.items():
+                growth = self._growth(tensors[number], norms[number].sqrt_())
+                for held, limit in zip(plans["group"].held[number], growth, strict=True):
+                    held.blocks(step.inverse).div_(limit)
+        for number, step in steps.items():
+            parameter, group = self.local(tensors[number]), groups[number]
+            decay = 1 - group["lr"] * group["weight_decay"]
+            if decay != 1 and not self.paper:
+                parameter.mul_(decay)
+            self._apply_transformed(parameter, gradients[number], group["lr"], plans["group"].held[number], step)
+            self._apply_dense(tensors[number], parameter, gradients[number], group, plans, number, step)
+            if decay != 1 and self.paper:
+                parameter.mul_(decay)
+
+    def _sums(self, gradients: Mapping[int, torch.Tensor], plans: Mapping[str, BlockPlan]) -> _Sums:
+        groups = plans["group"]
+        means = groups.new_blocks()
+        for number, gradient in gradients.items():
+            for held in groups.held[number]:
+                for piece in held.pieces:
+                    piece.add_means(held.elements(gradient), held.blocks(means[number]), size=self.period)
+        # The paper's v and limiter look at sum(x) only.
+        if self.paper or (self.by_block and self.limiter is None):
+            energies = []
+            groups.complete(means)
+        else:
+            energies = groups.mean_squares(gradients)
+            groups.complete(means, energies)
+        squares = []
+        if self.by_block:
+            squares = plans["block"].mean_squares(gradients)
+            plans["block"].complete(squares)
+        return _Sums(means, energies, squares)
+
+    def _advance(
+        self, tensor: torch.Tensor, group: dict, plans: Mapping[str, BlockPlan], number: int, sums: _Sums
+    ) -> _Step:
+        """Advance the state of one tensor's groups and blocks."""
+        state, (beta1, beta2), mean = self.state[tensor], group["betas"], sums.means[number]
+        state["step"] += 1
+        step = state["step"].item()
+        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        m = self.block_state(tensor, "approximation", plans["group"].num_blocks[number]).lerp_(mean, 1 - beta1)
+        if self.by_block:
+            v = self.block_state(tensor, "block_exp_avg_sq", plans["block"].num_blocks[number])
+            v.lerp_(sums.squares[number], 1 - beta2)
+        else:
+            v = self.block_state(tensor, "second_moment", plans["group"].num_blocks[number])
+            # A^2 is k times the squared mean.
+            v.lerp_(mean.square().mul_(self.period) if self.paper else sums.energies[number], 1 - beta2)
+        factor = correction2**0.5 / correction1 if self.paper else 1.0
+        denominator = self._denominator(v, correction2, group["eps"])
+        by_block = denominator if self.by_block else None
+        if self.by_block:
+            denominator = self._spread(denominator, plans, number)
+        return _Step(step, mean, m if self.paper else m / correction1, denominator.reciprocal(), by_block, factor)
+
+    def _denominator(self, v: torch.Tensor, correction2: float, eps: float) -> torch.Tensor:
+        return v.sqrt().add_(eps) if self.paper else v.sqrt().div_(correction2**0.5).add_(eps)
+
+    def _spread(self, per_block: torch.Tensor, plans: Mapping[str, BlockPlan], number: int) -> torch.Tensor:
+        """Each group's block's value. A group never lies in two blocks: these are whole rows, or rows of a head."""
+        groups, blocks = plans["group"], plans["block"]
+        spread = [
+            torch.repeat_interleave(held.blocks(per_block), blocks.count_within(held, groups))
+            for held in blocks.held[number]
+            if held.interval.name in self.transformed
+        ]
+        return torch.cat(spread) if spread else per_block.new_empty(0)
+
+    def _add_square_norms(
+        self, norms: torch.Tensor, plans: Mapping[str, BlockPlan], number: int, step: _Step, sums: _Sums
+    ) -> None:
+        """Add, for each matrix, the part of its update's squared norm that lies on this rank."""
+        if self.paper:
+            squares, crosses = (step.m * step.inverse).square_(), None
+        else:
+            # sum((x + shift)^2) of a group of c elements is c * (mean(x^2) + shift^2) + 2 * shift * sum(x).
+            shift, inverse = step.m - step.mean, step.inverse.square()
+            squares = (sums.energies[number] + shift.square()).mul_(inverse)
+            crosses = shift.mul_(step.mean).mul_(inverse).mul_(2)
+        for row, held in enumerate(plans["group"].held[number]):
+            for piece in held.pieces:
+                # Of a group that ranks share each adds its share by elements, so that together they add it once.
+                share = self.period / piece.size
+                if crosses is None:
+                    norms[row] += piece.sum_over_elements(held.blocks(squares)) * share
+                else:
+                    norms[row] += piece.sum_over_elements(held.blocks(squares))
+                    norms[row] += piece.sum_over_elements(held.blocks(crosses)) * share
+        norms.clamp_(min=0)  # rounding
+
+    def _growth(self, tensor: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+        """The divisor of each matrix's update. Stays on the device: nothing is read back."""
+        previous = self.block_state(tensor, "update_norm", len(norms))
+        if self.paper:
+            growth = (norms / (previous + 1e-8)).clamp_(min=self.limiter).div_(self.limiter)
+            if self.state[tensor]["step"].item() == 1:
+                growth.fill_(1.0)
+        else:
+            # A matrix that has not moved yet has no norm to grow from.
+            growth = (norms / previous).clamp_(min=self.limiter).div_(self.limiter)
+            growth = torch.where(previous > 0, growth, torch.ones_like(growth))
+        previous.copy_(norms / growth)
+        return growth
+
+    def _apply_transformed(
+        self, parameter: torch.Tensor, gradient: torch.Tensor, lr: float, all_held: list[HeldBlocks], step: _Step
+    ) -> None:
+        factor = -lr * step.factor * self.scale
+        shift = (step.m - step.mean).mul_(step.inverse)
+        for held in all_held:
+            for piece in held.pieces:
+                view, inverse = piece.view(held.elements(parameter)), piece.per_element(held.blocks(step.inverse))
+                view.addcmul_(piece.view(held.elements(gradient)).to(inverse.dtype), inverse, value=factor)
+                view.add_(piece.per_element(held.blocks(shift)), alpha=factor)
+
+    def _apply_dense(
+        self,
+        tensor: torch.Tensor,
+        parameter: torch.Tensor,
+        gradient: torch.Tensor,
+        group: dict,
+        plans: Mapping[str, BlockPlan],
+        number: int,
+        step: _Step,
+    ) -> None:
+        """Adam, or Adam-mini, on the parameters that are not transformed."""
+        (beta1, beta2), dense = group["betas"], plans["dense"]
+        m = self.block_state(tensor, "exp_avg", dense.num_blocks[number])
+        correction = step.factor if self.paper else 1 / (1 - beta1**step.number)
+        blocks = {held.interval.name: held for held in plans["block"].held[number]} if self.by_block else {}
+        for held in dense.held[number]:
+            if self.by_block:
+                block = blocks[held.interval.name]
+                pieces, denominator = block.pieces, block.blocks(step.by_block)
+            else:
+                v = held.blocks(self.block_state(tensor, "exp_avg_sq", dense.num_blocks[number]))
+                elements = held.elements(gradient).to(v.dtype)
+                v.mul_(beta2).addcmul_(elements, elements, value=1 - beta2)
+                pieces, denominator = held.pieces, self._denominator(v, 1 - beta2**step.number, group["eps"])
+            block_adam(
+                pieces, held.elements(parameter), held.elements(gradient), held.blocks(m), denominator, beta1,
+                group["lr"] * self.dense_scale * correction,
+            )  # fmt: skip
+
+
+class _Sums(NamedTuple):
+    """Of each tensor: sum(x) / k and mean(x^2) of its groups, mean(x^2) of its blocks; the last two where needed."""
+
+    means: list[torch.Tensor]
+    energies: list[torch.Tensor]
+    squares: list[torch.Tensor]
+
+
+class _Step(NamedTuple):
+    """One tensor's update (x + m - mean) * inverse * factor, per group of gradient elements x, at its step `number`.
+
+    by_block: with base="adam_mini" the denominators of all blocks, those of dense parameters too.
+    """
+
+    number: float
+    mean: torch.Tensor
+    m: torch.Tensor
+    inverse: torch.Tensor
+    by_block: torch.Tensor | None
+    factor: float
+
+
+def _relabel(blocks: ParamBlocks, rule: str, section: Contiguous | Tiled) -> ParamBlocks:
+    return ParamBlocks(blocks.role, rule, blocks.shape, (section,))
+
+
+def _without_columns(blocks: ParamBlocks) -> ParamBlocks:
+    """Blocks of rows where Adam-mini has columns: a group along the last axis would lie in several of those."""
+    if not any(isinstance(section, Columns) for section in blocks.sections):
+        return blocks
+    return _relabel(blocks, "per row", Contiguous(blocks.shape[-1], numel_of(blocks.shape[:-1])))

@@ -1,0 +1,74 @@
+"""Checkpoints of a run: DeepSpeed's files, the facts a resumed run must share, and a `latest` that is always whole."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from ds_memopt.train.ranks import Ranks, on_all_ranks
+from ds_memopt.train.record import write_json, write_text
+
+FACTS = "run.json"
+
+
+def save(engine: Any, folder: Path, step: int, facts: dict[str, Any], ranks: Ranks) -> None:
+    """Save the engine's state as folder/step<step>, then point folder/latest to it. All ranks call.
+
+    DeepSpeed's own `latest` is written before its barrier, when other ranks may still be writing: a kill at that moment
+    would leave it pointing to half a checkpoint. So it is written here, after the barrier that ends save_checkpoint.
+    """
+    tag = f"step{step}"
+    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+    if ranks.is_main:
+        files = sorted(path.name for path in (folder / tag).glob("*.pt"))
+        write_json(folder / tag / FACTS, {**facts, "step": step, "files": files})
+        write_text(folder / "latest", tag)
+
+
+def check(folder: Path, facts: dict[str, Any], ranks: Ranks) -> int:
+    """The step of the checkpoint that folder/latest points to, after reading all its files. All ranks call.
+
+    ValueError on all ranks if there is no checkpoint, if a file is missing or damaged, or if one of `facts` (what the
+    trajectory depends on: ranks, batch, data, ...) has changed since.
+    """
+    return on_all_ranks(lambda: _check(folder, facts, ranks))
+
+
+def load(engine: Any, folder: Path, step: int) -> None:
+    """Restore the engine from folder/step<step>, which `check` has passed. All ranks call."""
+    loaded, _ = engine.load_checkpoint(str(folder), tag=f"step{step}")
+    if loaded is None or engine.global_steps != step:
+        raise ValueError(
+            f"DeepSpeed did not restore step {step} from {folder}: it stands at step {engine.global_steps}"
+        )
+
+
+def _check(folder: Path, facts: dict[str, Any], ranks: Ranks) -> int:
+    latest = folder / "latest"
+    if not latest.is_file():
+        raise ValueError(f"--resume found no checkpoint: {latest} does not exist; start afresh in another --output_dir")
+    tag = latest.read_text().strip()
+    try:
+        saved = json.loads((folder / tag / FACTS).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {folder / tag} is damaged: cannot read {FACTS} ({error})") from error
+    changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in facts.items() if saved.get(key) != value]
+    if changed:
+        raise ValueError(
+            f"--resume needs the settings that checkpoint {folder / tag} was made with: {'; '.join(changed)}"
+        )
+    for name in saved["files"][ranks.rank :: ranks.world_size]:
+        path = folder / tag / name
+        try:
+            with zipfile.ZipFile(path) as archive:  # what torch.save writes, with a CRC-32 of each tensor
+                damaged = archive.testzip()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"checkpoint file {path} is missing or damaged ({error}); {_REMEDY}") from error
+        if damaged:
+            raise ValueError(f"checkpoint file {path} is damaged (checksum of {damaged}); {_REMEDY}")
+    return saved["step"]
+
+
+_REMEDY = "to go back, write the name of an older checkpoint folder into `latest`"

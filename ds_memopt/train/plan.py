@@ -1,0 +1,178 @@
+"""Settling every setting of a run before a model exists: command line, then DeepSpeed config, then recipe."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from deepspeed.git_version_info import installed_ops
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+from torch.utils.cpp_extension import CUDA_HOME
+
+from ds_memopt.optimizers import METHODS
+from ds_memopt.train.config import (
+    AUTO,
+    SHARED_HYPERPARAMETERS,
+    choose,
+    load_config,
+    override_optimizer,
+    resolve_config,
+    zero_stage,
+)
+from ds_memopt.train.options import Options
+from ds_memopt.train.presets import find_model, split_batch
+from ds_memopt.train.ranks import Ranks
+from ds_memopt.train.record import METRICS
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run that is settled before a model exists. lr_schedule builds the scheduler, None if the
+    DeepSpeed config has its own."""
+
+    output_dir: Path
+    config: dict[str, Any]  # resolved DeepSpeed config
+    model_config: transformers.PretrainedConfig
+    seq_length: int
+    micro_batch: int
+    accumulation: int
+    steps: int
+    logging_interval: int
+    validation_interval: int
+    save_interval: int
+    lr_schedule: Callable[[torch.optim.Optimizer], Any] | None
+    facts: dict[str, Any]  # what the trajectory depends on: a resumed run must share it
+
+    def is_due(self, step: int, interval: int) -> bool:
+        return bool(interval) and (step % interval == 0 or step == self.steps)
+
+
+def make_plan(options: Options, ranks: Ranks) -> Plan:
+    """Settle all settings, from command line, DeepSpeed config and recipe. ValueError for any that is wrong."""
+    options.check()
+    if not options.resume and (Path(options.output_dir) / METRICS).exists():
+        raise ValueError(
+            f"--output_dir {options.output_dir} already holds a run ({METRICS} exists): "
+            "continue it with --resume, or choose another --output_dir"
+        )
+    raw = _with_command_line(load_config(options.deepspeed_config), options)
+    model_config, recipe = find_model(options.model)
+
+    micro_batch = choose(raw, "train_micro_batch_size_per_gpu", options.micro_batch, None)
+    accumulation = choose(raw, "gradient_accumulation_steps", options.accumulation, None)
+    micro_batch, accumulation = split_batch(recipe, micro_batch, accumulation, ranks.world_size)
+    if _lacks_fused_adam(raw, ranks):
+        raw["optimizer"]["params"]["torch_adam"] = True
+        if ranks.is_main:
+            print("no CUDA toolkit to compile DeepSpeed's FusedAdam with: AdamW runs as torch.optim.AdamW", flush=True)
+
+    steps = options.steps or recipe.steps
+    warmup_steps = math.ceil(recipe.warmup_fraction * steps) if options.warmup_steps is None else options.warmup_steps
+    dtype = options.dtype or ("fp32" if ranks.device.type == "cpu" else "bf16")
+    config = resolve_config(
+        raw,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        world_size=ranks.world_size,
+        lr=choose(raw, "optimizer.params.lr", options.lr, recipe.lr),
+        betas=choose(raw, "optimizer.params.betas", options.betas and list(options.betas), (0.9, 0.95)),
+        eps=choose(raw, "optimizer.params.eps", options.eps, 1e-8),
+        weight_decay=choose(raw, "optimizer.params.weight_decay", options.weight_decay, 0.1),
+        gradient_clipping=choose(raw, "gradient_clipping", options.gradient_clipping, 1.0),
+        dtype=dtype,
+        hidden_size=model_config.hidden_size,
+        steps=steps,
+        warmup_steps=warmup_steps,
+    )
+    seq_length = options.seq_length or recipe.seq_length
+    save_interval = options.save_interval
+    if save_interval is None:
+        save_interval = 0 if options.data == "synthetic" else steps
+    validation_interval = options.validation_interval
+    if validation_interval is None:
+        validation_interval = max(1, steps // 10)
+    facts = {
+        "model": options.model,
+        "data": options.data,
+        "optimizer": config["optimizer"],
+        "zero_stage": zero_stage(config),
+        "world_size": ranks.world_size,
+        "global_batch": micro_batch * accumulation * ranks.world_size,
+        "micro_batch": micro_batch,
+        "seq_length": seq_length,
+        "steps": steps,
+        "schedule": config.get("scheduler") or [options.schedule or "linear", warmup_steps],
+        "gradient_clipping": config["gradient_clipping"],
+        "dtype": next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32"),
+        "seed": options.seed,
+    }
+    return Plan(
+        output_dir=Path(options.output_dir),
+        config=config,
+        model_config=model_config,
+        seq_length=seq_length,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        steps=steps,
+        logging_interval=options.logging_interval or min(10, math.ceil(steps / 40)),
+        validation_interval=validation_interval,
+        save_interval=save_interval,
+        lr_schedule=_lr_schedule(config, options.schedule, warmup_steps, steps),
+        facts=json.loads(json.dumps(facts)),  # as a checkpoint gives them back: tuples are lists
+    )
+
+
+def _with_command_line(raw: dict[str, Any], options: Options) -> dict[str, Any]:
+    """The config with --optimizer in it, and with "auto" wherever the command line must be heard."""
+    if options.optimizer:
+        raw = override_optimizer(raw, options.optimizer)
+    if "type" not in raw.get("optimizer", {}):
+        raise ValueError(f"{options.deepspeed_config} has no optimizer.type: add that block or pass --optimizer")
+    if raw.get("scheduler") and (options.schedule or options.warmup_steps is not None):
+        raise ValueError("--schedule and --warmup_steps have no effect beside the DeepSpeed config's scheduler block")
+    name = raw["optimizer"]["type"]
+    if not (name in METHODS or name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name)):
+        raise ValueError(
+            f"optimizer type {name!r} is unknown; known are {', '.join([*METHODS, *DEEPSPEED_OPTIMIZERS])} "
+            "and the classes of torch.optim"
+        )
+    params = raw["optimizer"].setdefault("params", {})
+    for name in SHARED_HYPERPARAMETERS:
+        if name == "lr" or getattr(options, name) is not None:
+            params.setdefault(name, AUTO)
+    if options.dtype:
+        enabled = raw.setdefault("bf16", {}).setdefault("enabled", AUTO)
+        if enabled not in (AUTO, options.dtype == "bf16") or raw.get("fp16", {}).get("enabled") is True:
+            raise ValueError(f"--dtype {options.dtype} contradicts bf16 or fp16 in {options.deepspeed_config}")
+    return raw
+
+
+def _lacks_fused_adam(config: dict[str, Any], ranks: Ranks) -> bool:
+    """Whether DeepSpeed would compile its FusedAdam on a GPU machine that has no nvcc, and fail."""
+    return (
+        ranks.device.type == "cuda"
+        and CUDA_HOME is None
+        and not installed_ops.get("fused_adam")
+        and config["optimizer"]["type"].lower() in ("adam", "adamw")
+        and "torch_adam" not in config["optimizer"]["params"]
+        and "offload_optimizer" not in config.get("zero_optimization", {})
+    )
+
+
+def _lr_schedule(config: dict[str, Any], name: str | None, warmup_steps: int, steps: int) -> Callable | None:
+    if config.get("scheduler"):
+        return None
+    name = name or "linear"
+    schedule = partial(transformers.get_scheduler, name, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    try:  # a trial: a wrong name must fail now
+        schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+    except ValueError as error:
+        raise ValueError(f"--schedule {name}: {error}") from error
+    return schedule

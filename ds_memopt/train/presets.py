@@ -1,0 +1,137 @@
+"""Model presets with the recipe that each is trained by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers.initialization import no_init_weights
+
+TINY_VOCABULARY = 256  # bytes; byte 0 separates documents
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a preset is trained unless the command says otherwise.
+
+    global_batch: sequences of seq_length tokens per optimizer step, over all ranks. warmup_fraction: of the steps.
+    """
+
+    seq_length: int
+    global_batch: int
+    micro_batch: int
+    steps: int
+    lr: float
+    warmup_fraction: float = 0.01
+
+
+def _llama(hidden: int, layers: int, heads: int, mlp: int, vocabulary: int = 32000, **other: Any) -> Mapping[str, Any]:
+    return dict(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=other.pop("kv_heads", heads),
+        intermediate_size=mlp,
+        vocab_size=vocabulary,
+        rms_norm_eps=1e-5,
+        **other,
+    )
+
+
+# The six sizes from 39m to 1b are those of the Adam-mini paper (arXiv 2406.16793, table 4) with its recipe: Llama-2
+# architecture and tokenizer, 256 sequences of 512 tokens a step, warm-up over 1 % of the steps, linear decay to 0.
+_SCALING = Recipe(seq_length=512, global_batch=256, micro_batch=16, steps=7_800, lr=6e-4)
+# 7b, 13b and 8b follow the paper's longer models: 10k steps of 8 sequences of 2048 tokens at lr 1e-4.
+_LARGE = Recipe(seq_length=2048, global_batch=8, micro_batch=1, steps=10_000, lr=1e-4)
+
+PRESETS: dict[str, tuple[Mapping[str, Any], Recipe]] = {
+    "tiny": (
+        _llama(256, 6, 8, 768, TINY_VOCABULARY, kv_heads=4),
+        Recipe(seq_length=128, global_batch=4, micro_batch=4, steps=500, lr=1e-3, warmup_fraction=0.05),
+    ),
+    "llama-39m": (_llama(384, 8, 6, 1024), _SCALING),
+    "llama-67m": (_llama(512, 10, 8, 1536), replace(_SCALING, steps=13_400)),
+    "llama-102m": (_llama(640, 12, 10, 1792), replace(_SCALING, steps=20_400)),
+    "llama-162m": (_llama(768, 16, 12, 2048), replace(_SCALING, steps=32_400)),
+    "llama-271m": (_llama(1024, 16, 16, 2816), replace(_SCALING, steps=54_200, micro_batch=8)),
+    "llama-1b": (_llama(2048, 18, 16, 5632), replace(_SCALING, steps=200_000, micro_batch=4, lr=2e-4)),
+    "llama2-7b": (_llama(4096, 32, 32, 11008), _LARGE),
+    "llama2-13b": (_llama(5120, 40, 40, 13824), _LARGE),
+    "llama3-8b": (
+        _llama(4096, 32, 32, 14336, 128256, kv_heads=8, rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+        _LARGE,
+    ),
+}
+_FOLDER_RECIPE = Recipe(seq_length=1024, global_batch=8, micro_batch=1, steps=1_000, lr=1e-4)
+
+
+def find_model(name: str) -> tuple[transformers.PretrainedConfig, Recipe]:
+    """The configuration and recipe of a preset, or of a local folder that holds a Hugging Face config.json.
+
+    ValueError if `name` is neither.
+    """
+    if name in PRESETS:
+        settings, recipe = PRESETS[name]
+        return transformers.LlamaConfig(**settings, max_position_embeddings=recipe.seq_length), recipe
+    if (Path(name) / "config.json").is_file():
+        return transformers.AutoConfig.from_pretrained(name), _FOLDER_RECIPE
+    raise ValueError(
+        f"model {name!r} is neither a preset nor a local folder with a config.json; presets: {', '.join(PRESETS)}"
+    )
+
+
+def build_model(
+    name: str, config: transformers.PretrainedConfig, seed: int, device: torch.device, partitioned: bool
+) -> torch.nn.Module:
+    """The model in fp32: pretrained weights if the folder `name` holds some, else random weights that depend on `seed`.
+
+    partitioned: under ZeRO-3, with a `transformers.integrations.HfDeepSpeedConfig` alive, transformers builds the model
+    inside `deepspeed.zero.Init`, so that no rank ever holds all of it. The weights are the same either way on CPU.
+    """
+    if any(Path(name).glob("*.safetensors")) or any(Path(name).glob("pytorch_model*.bin")):
+        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    if partitioned:
+        torch.manual_seed(seed)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    # Without no_init_weights the constructors would draw from the generator too, and the weights differ from ZeRO-3's.
+    with no_init_weights(), torch.device(device):
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    torch.manual_seed(seed)
+    model.init_weights()
+    return model
+
+
+def count_parameters(model: torch.nn.Module) -> int:
+    """Parameters of the whole model, also when ZeRO-3 has partitioned them; tied ones count once."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float | None) -> list[dict[str, Any]]:
+    """Two groups: weights with 2 or more dimensions decay (None: the optimizer's default), norms and biases do not."""
+    decay, no_decay = [], []
+    for p in model.parameters():
+        (decay if len(getattr(p, "ds_shape", p.shape)) >= 2 else no_decay).append(p)
+    groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+    if weight_decay is not None:
+        groups[0]["weight_decay"] = weight_decay
+    return [group for group in groups if group["params"]]
+
+
+def split_batch(recipe: Recipe, micro_batch: int | None, accumulation: int | None, world_size: int) -> tuple[int, int]:
+    """(micro_batch, accumulation) that make up the recipe's global batch, where they are not given.
+
+    A micro-batch that is not given is at most the recipe's. If the ranks or the given size do not divide the global
+    batch, it is rounded up.
+    """
+    share = math.ceil(recipe.global_batch / world_size)
+    if micro_batch is None:
+        if accumulation is not None:
+            micro_batch = math.ceil(share / accumulation)
+        else:
+            micro_batch = max(size for size in range(1, min(recipe.micro_batch, share) + 1) if share % size == 0)
+    return micro_batch, accumulation or math.ceil(share / micro_batch)

@@ -1,0 +1,81 @@
+"""Starting the ranks, and errors that all of them share."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import deepspeed
+import deepspeed.comm as dist
+import torch
+from deepspeed.accelerator import get_accelerator
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. device: the accelerator of this rank, or the CPU."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_ranks() -> Ranks:
+    """Join the process group that the launcher describes (deepspeed, torchrun, srun through deepspeed); alone if there
+    is no launcher. On CPU the cores are shared out among the local ranks unless OMP_NUM_THREADS says otherwise."""
+    # DeepSpeed 0.19 calls names that torch 2.13 deprecates; the user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*deprecated")
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    accelerator = get_accelerator()
+    on_cpu = accelerator.device_name() == "cpu"
+    if on_cpu and "OMP_NUM_THREADS" not in os.environ:
+        local_ranks = int(
+            os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
+        )
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    if not on_cpu:
+        accelerator.set_device(local_rank)
+    deepspeed.init_distributed(verbose=False)
+    device = torch.device("cpu" if on_cpu else accelerator.device_name(local_rank))
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def on_all_ranks(work: Callable[[], Result]) -> Result:
+    """Run `work` on every rank. If it raises on any, raise one ValueError on all, so that no rank waits for another."""
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:  # whatever it is, the other ranks must hear of it before this one leaves
+        error = raised
+    message = error and (str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}")
+    messages: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, message)
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise ValueError(message if rank == 0 else f"rank {rank}: {message}") from error
+    return result
+
+
+def first_rank_of_node_first(work: Callable[[], Result], local_rank: int) -> Result:
+    """Run `work` on the first rank of each node, then on the others, which find its cache. Errors as `on_all_ranks`."""
+    result = on_all_ranks(lambda: work() if local_rank == 0 else None)
+    return on_all_ranks(lambda: result if local_rank == 0 else work())
+
+
+def _free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])

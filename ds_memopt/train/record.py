@@ -1,0 +1,82 @@
+"""What a run leaves in its output folder: metrics.jsonl, resolved_config.json, environment.json."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METRICS = "metrics.jsonl"
+PACKAGES = ("ds_memopt", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write aside, then rename: a reader, or a run that is killed here, never sees half a file."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text)
+    os.replace(aside, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The rows of folder/metrics.jsonl. ValueError if the file is missing or a line is no JSON."""
+    path = folder / METRICS
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise ValueError(
+            f"{folder} is not the folder of a run: cannot read {METRICS} in it ({error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} has a line that is not JSON: {error}") from error
+
+
+class MetricsFile:
+    """Appends one JSON object per line to folder/metrics.jsonl.
+
+    after_step: rows beyond this step, which an interrupted run logged after its last checkpoint, are dropped.
+    """
+
+    def __init__(self, folder: Path, after_step: int) -> None:
+        self._path = folder / METRICS
+        rows = read_metrics(folder) if after_step and self._path.exists() else []
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= after_step))
+
+    def append(self, row: dict[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def environment(world_size: int, device: torch.device) -> dict[str, Any]:
+    """What is needed to run this again: command, versions, device, commit of this source (None if unknown)."""
+    on_gpu = device.type == "cuda"
+    return {
+        "command": [sys.executable, *sys.argv],
+        "world_size": world_size,
+        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "device_type": device.type,
+        "cpu_cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "git_commit": _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

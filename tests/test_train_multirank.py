@@ -1,0 +1,224 @@
+"""The main job on two ranks: the real launcher, resume after a kill in the middle of a save, errors on all ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from spawn import free_port, run_ranks
+
+from ds_memopt.train.loop import pretrain
+from ds_memopt.train.options import Options
+from ds_memopt.train.record import read_metrics
+
+ROOT = Path(__file__).parent.parent
+# Nothing but the sizes differs from the defaults.
+SIZE = dict(steps=6, seq_length=16, micro_batch=4, accumulation=2, validation_batches=1)
+EVERY = dict(logging_interval=1, validation_interval=3, save_interval=2)
+COMPARED = ("step", "tokens", "loss", "validation_loss", "lr", "grad_norm")
+
+
+def _options(folder: Path, stage: int, **changes) -> Options:
+    config = str(ROOT / f"ds_configs/zero{stage}_adam_mini.json")
+    return Options(**{"deepspeed_config": config, "output_dir": str(folder), **SIZE, **EVERY, **changes})
+
+
+def _launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    sizes = [word for name, value in {**SIZE, **EVERY}.items() for word in (f"--{name}", str(value))]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", str(free_port())]
+    return subprocess.run(
+        [*launcher, str(ROOT / "launch/pretrain.py"), "--output_dir", str(folder), *sizes, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+    )
+
+
+def _pretrain_quietly(options: Options) -> str | None:
+    """The message if the run is refused."""
+    try:
+        pretrain(options)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _pretrain_all(runs: list[Options]) -> list[str | None]:
+    torch.set_num_threads(1)
+    return [_pretrain_quietly(options) for options in runs]
+
+
+def _die_in_save_of_step_4(options: Options) -> None:
+    """Rank 1 leaves half of its optimizer file of step 4 behind."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    save = TorchCheckpointEngine.save
+
+    def save_half(engine, state_dict, path):
+        save(engine, state_dict, path)
+        if "step4" in path and "zero_pp_rank_1" in path and "optim" in path:
+            os.truncate(path, os.path.getsize(path) // 2)
+            os._exit(9)
+
+    TorchCheckpointEngine.save = save_half
+    pretrain(options)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def launched(folders) -> Path:
+    """ZeRO-2 by the launcher with default arguments but for the sizes."""
+    done = _launch(folders / "launched")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "step 6/6: loss" in done.stdout
+    return folders / "launched"
+
+
+@pytest.fixture(scope="module")
+def whole(folders) -> dict[int | str, Path]:
+    """Uninterrupted runs under ZeRO-2 and ZeRO-3, in one process pair."""
+    runs = {
+        2: _options(folders / "whole2", 2),
+        3: _options(folders / "whole3", 3),
+        "recomputed": _options(folders / "recomputed", 3, gradient_checkpointing=True, save_interval=0),
+        "bf16": _options(folders / "bf16", 2, dtype="bf16", data="synthetic", accumulation=1),
+    }
+    for refused in run_ranks(_pretrain_all, 2, list(runs.values())):
+        assert refused == [None] * len(runs)
+    return {name: Path(options.output_dir) for name, options in runs.items()}
+
+
+def test_launcher_run_leaves_its_records(launched):
+    rows = read_metrics(launched)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert set(rows[0]) == {
+        "step", "tokens", "loss", "validation_loss", "lr", "grad_norm", "step_ms", "tokens_per_s",
+        "tokens_per_s_per_gpu", "peak_rss_gib", "bytes_sent_per_step", "optimizer_state_bytes_per_parameter",
+    }  # fmt: skip
+    assert [row["validation_loss"] is None for row in rows] == [True, True, False, True, True, False]
+    assert rows[0]["loss"] == pytest.approx(5.55, abs=0.1)  # ln 256: every byte equally likely
+    assert rows[-1]["validation_loss"] < 5.3
+    assert rows[-1]["tokens"] == 6 * 16 * 16
+    resolved = json.loads((launched / "resolved_config.json").read_text())
+    assert resolved["deepspeed"]["train_batch_size"] == resolved["global_batch"] == 16
+    assert resolved["deepspeed"]["optimizer"]["type"] == "AdamMini" and "auto" not in json.dumps(resolved)
+    environment = json.loads((launched / "environment.json").read_text())
+    assert environment["world_size"] == 2 and "pretrain.py" in environment["command"][1]
+
+
+def test_state_and_traffic_are_what_the_formula_says(launched, whole):
+    """tiny has 4,852,992 parameters of 4 bytes, a step has two micro-batches, and a ring of 2 sends half of a gather.
+
+    ZeRO-2 all_reduces the gradients of each micro-batch on CPU and gathers the weights once. ZeRO-3 gathers the weights
+    and reduce-scatters the gradients in each micro-batch; they fit stage3_max_live_parameters, so backward reuses them.
+    """
+    weights = 4 * 4_852_992
+    zero_2, zero_3 = read_metrics(launched)[-1], read_metrics(whole[3])[-1]
+    assert zero_2["bytes_sent_per_step"] == pytest.approx((2 * 1 + 0.5) * weights, rel=0.01)
+    assert zero_3["bytes_sent_per_step"] == pytest.approx(2 * (0.5 + 0.5) * weights, rel=0.01)
+    for row in (zero_2, zero_3):
+        assert 4.0 <= row["optimizer_state_bytes_per_parameter"] < 4.02
+
+
+@pytest.mark.parametrize("run", [3, "recomputed"])
+def test_zero_3_repeats_zero_2(whole, run):
+    """The same weights, data order and updates: the losses differ by rounding alone (another seed: by 1e-2)."""
+    for two, three in zip(read_metrics(whole[2]), read_metrics(whole[run]), strict=True):
+        assert three["loss"] == pytest.approx(two["loss"], abs=2e-5)
+
+
+def test_bf16_on_synthetic_data(whole):
+    """Random tokens teach nothing: the loss stays near ln 256."""
+    resolved = json.loads((whole["bf16"] / "resolved_config.json").read_text())
+    assert resolved["dtype"] == "bf16" and resolved["global_batch"] == 8
+    assert resolved["deepspeed"]["bf16"] == {"enabled": True}
+    for row in read_metrics(whole["bf16"]):
+        assert row["loss"] == pytest.approx(5.6, abs=0.2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_killed_in_a_save_and_resumed_equals_uninterrupted(folders, whole, stage):
+    folder = folders / f"killed{stage}"
+    with pytest.raises(RuntimeError, match="rank"):
+        run_ranks(_die_in_save_of_step_4, 2, _options(folder, stage))
+    assert (folder / "checkpoints/step4").is_dir()  # it did start to save
+    assert (folder / "checkpoints/latest").read_text() == "step2"
+    assert read_metrics(folder)[-1]["step"] == 4
+
+    assert run_ranks(_pretrain_all, 2, [_options(folder, stage, resume=True)]) == [[None]] * 2
+    resumed, uninterrupted = (
+        [[row[key] for key in COMPARED] for row in read_metrics(path)] for path in (folder, whole[stage])
+    )
+    assert resumed == uninterrupted
+    files = sorted(path.name for path in (whole[stage] / "checkpoints/step6").glob("*.pt"))
+    assert len(files) >= 3
+    for name in files:
+        ours, theirs = (
+            torch.load(path / "checkpoints/step6" / name, weights_only=False) for path in (folder, whole[stage])
+        )
+        assert _tensors(ours, theirs) > 0
+
+
+def _tensors(ours, theirs) -> int:
+    """How many tensors the two have; they must be equal bit for bit."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+        return 1
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        return sum(_tensors(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        return sum(map(_tensors, ours, theirs))
+    return 0
+
+
+def test_bad_checkpoints_are_refused_on_all_ranks(folders, whole):
+    """Damage that only one rank would meet must not leave the other waiting in a collective."""
+    damaged = {}
+    for name in ("truncated", "flipped", "missing", "no_latest", "other"):
+        folder = damaged[name] = folders / name
+        (folder / "checkpoints/step6").mkdir(parents=True)
+        shutil.copy(whole[2] / "checkpoints/latest", folder / "checkpoints")
+        for path in (whole[2] / "checkpoints/step6").iterdir():
+            shutil.copy(path, folder / "checkpoints/step6")
+    file = "checkpoints/step6/zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    os.truncate(damaged["truncated"] / file, 1000)
+    with (damaged["flipped"] / file).open("r+b") as stream:
+        stream.seek(os.path.getsize(damaged["flipped"] / file) // 2)
+        stream.write(bytes(8))
+    (damaged["missing"] / file).unlink()
+    (damaged["no_latest"] / "checkpoints/latest").unlink()
+
+    runs = {name: _options(folder, 2, resume=True) for name, folder in damaged.items() if name != "other"}
+    runs["other"] = _options(damaged["other"], 2, resume=True, seed=1, lr=2e-3)
+    runs["exists"] = _options(whole[2], 2)
+    seen = run_ranks(_pretrain_all, 2, list(runs.values()))
+    assert seen[0] == seen[1]
+    messages = dict(zip(runs, seen[0], strict=True))
+    for name in ("truncated", "missing"):
+        assert "zero_pp_rank_1" in messages[name] and "is missing or damaged" in messages[name]
+    assert "zero_pp_rank_1" in messages["flipped"] and "is damaged (checksum" in messages["flipped"]
+    assert "write the name of an older checkpoint folder into `latest`" in messages["flipped"]
+    assert "--resume found no checkpoint" in messages["no_latest"]
+    assert "seed was 0, is 1" in messages["other"] and "'lr': 0.002" in messages["other"]
+    assert "already holds a run" in messages["exists"] and "--resume" in messages["exists"]
+
+
+def test_launcher_fails_with_one_message(tmp_path):
+    done = _launch(tmp_path / "run", "--data", "nowhere.jsonl")
+    assert done.returncode != 0
+    assert (done.stdout + done.stderr).count("ValueError: --data nowhere.jsonl: no such file or folder") == 1
+    assert not (tmp_path / "run").exists()
