@@ -37,10 +37,10 @@ def main() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizers = {
-        "AdamW, foreach": torch.optim.AdamW(model.parameters(), lr=0.0, foreach=True),
-        "AdamW, fused": torch.optim.AdamW(model.parameters(), lr=0.0, fused=True),
+        "AdamW, foreach": torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True),
+        "AdamW, fused": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
     }
-    optimizers |= {name: method.from_model(model, lr=0.0) for name, method in METHODS.items()}
+    optimizers |= {name: method.from_model(model, lr=1e-6, weight_decay=0.01) for name, method in METHODS.items()}
 
     times: dict[str, list[float]] = {name: [] for name in optimizers}
     for step in range(arguments.steps + 2):

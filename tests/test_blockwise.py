@@ -84,7 +84,7 @@ def test_ranks_together_hold_every_block_once(name, partition):
         layout = Layout((Interval("p", start, stop - start, 0, 3),), (RankBorders(None, {"p": borders}),))
         flat = torch.cat([torch.full((3,), torch.nan), values[start:stop], torch.full((2,), torch.nan)]).double()
         plan = BlockPlan(layout, {"p": blocks}, [None], [flat])
-        (square,), (mean,) = plan.new_blocks(), plan.new_blocks()
+        square, mean = plan.new_blocks([0])[0], plan.new_blocks([0])[0]
         (held,) = plan.held[0]
         for piece in held.pieces:
             view = piece.view(held.elements(flat))

@@ -94,13 +94,11 @@ class AdamMini(ShardedOptimizer):
             v = self.block_state(tensor, "block_exp_avg_sq", plan.num_blocks[number])
             v.mul_(beta2).add_(mean_squares[number], alpha=1 - beta2)
             denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-            if group["weight_decay"]:
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            decay = 1 - group["lr"] * group["weight_decay"]
+            step_size = group["lr"] / (1 - beta1**step)
             for held in plan.held[number]:
-                block_adam(
-                    held.pieces, held.elements(parameter), held.elements(gradients[number]), held.elements(m),
-                    held.blocks(denominator), beta1, group["lr"] / (1 - beta1**step),
-                )  # fmt: skip
+                laid = held.elements(parameter), held.elements(gradients[number]), held.elements(m)
+                block_adam(held.pieces, *laid, held.blocks(denominator), beta1, step_size, decay)
 
 
 def block_adam(
@@ -111,11 +109,27 @@ def block_adam(
     denominator: torch.Tensor,
     beta1: float,
     step_size: float,
+    decay: float,
 ) -> None:
-    """m <- m + (1 - beta1) (g - m) and p <- p - step_size * m / denominator, the latter per block, on one interval."""
+    """Adam's update of one interval with one denominator per block."""
     for piece in pieces:
-        m_piece = piece.view(m)
-        new_m = m_piece.to(denominator.dtype).lerp_(piece.view(gradient).to(denominator.dtype), 1 - beta1)
-        if new_m.dtype != m_piece.dtype:
-            m_piece.copy_(new_m)
-        piece.view(parameter).addcdiv_(new_m, piece.per_element(denominator), value=-step_size)
+        laid = piece.view(parameter), piece.view(gradient), piece.view(m)
+        adam_piece(*laid, piece.per_element(denominator), beta1, step_size, decay)
+
+
+def adam_piece(
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    m: torch.Tensor,
+    denominator: torch.Tensor,
+    beta1: float,
+    step_size: float,
+    decay: float,
+) -> None:
+    """m <- m + (1 - beta1) * (g - m), p <- p * decay - step_size * m / denominator; m may be kept in 16 bits."""
+    new_m = m.to(denominator.dtype).lerp_(gradient.to(denominator.dtype), 1 - beta1)
+    if new_m.dtype != m.dtype:
+        m.copy_(new_m)
+    if decay != 1:
+        parameter.mul_(decay)
+    parameter.addcdiv_(new_m, denominator, value=-step_size)

@@ -25,7 +25,7 @@ from torch import nn
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled, format_assignment
 from ds_memopt.shards import numel_of
 
-from .adam_mini import block_adam
+from .adam_mini import adam_piece, block_adam
 from .base import ShardedOptimizer, check_adam_group, check_range, is_number
 from .blockwise import BlockPlan, HeldBlocks
 
@@ -187,43 +187,32 @@ class GWT(ShardedOptimizer):
         self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]
     ) -> None:
         active = [number for number, tensor in enumerate(tensors) if tensor.grad is not None]
-        gradients = {number: self.local(tensors[number].grad) for number in active}
-        sums = self._sums(gradients, plans)
-        steps = {number: self._advance(tensors[number], groups[number], plans, number, sums) for number in active}
-        if self.limiter is not None:
-            norms = plans["matrix"].new_blocks()
+        # Together where ranks must add up their parts, else one by one: the temporary tensors are smaller by far.
+        together = any(plan.seams.num_slots for plan in plans.values())
+        for numbers in [active] if together else [[number] for number in active]:
+            gradients = {number: self.local(tensors[number].grad) for number in numbers}
+            sums = self._sums(gradients, plans)
+            steps = {number: self._advance(tensors[number], groups[number], plans, number, sums) for number in numbers}
+            if self.limiter is not None:
+                self._limit(tensors, plans, sums, steps)
             for number, step in steps.items():
-                self._add_square_norms(norms[number], plans, number, step, sums)
-            plans["matrix"].complete(norms)
-            for number, step in steps.items():
-                growth = self._growth(tensors[number], norms[number].sqrt_())
-                for held, limit in zip(plans["group"].held[number], growth, strict=True):
-                    held.blocks(step.inverse).div_(limit)
-        for number, step in steps.items():
-            parameter, group = self.local(tensors[number]), groups[number]
-            decay = 1 - group["lr"] * group["weight_decay"]
-            if decay != 1 and not self.paper:
-                parameter.mul_(decay)
-            self._apply_transformed(parameter, gradients[number], group["lr"], plans["group"].held[number], step)
-            self._apply_dense(tensors[number], parameter, gradients[number], group, plans, number, step)
-            if decay != 1 and self.paper:
-                parameter.mul_(decay)
+                self._apply(tensors[number], gradients[number], groups[number], plans, number, step)
 
     def _sums(self, gradients: Mapping[int, torch.Tensor], plans: Mapping[str, BlockPlan]) -> _Sums:
         groups = plans["group"]
-        means = groups.new_blocks()
+        means = groups.new_blocks(gradients)
         for number, gradient in gradients.items():
             for held in groups.held[number]:
                 for piece in held.pieces:
                     piece.add_means(held.elements(gradient), held.blocks(means[number]), size=self.period)
         # The paper's v and limiter look at sum(x) only.
         if self.paper or (self.by_block and self.limiter is None):
-            energies = []
+            energies = {}
             groups.complete(means)
         else:
             energies = groups.mean_squares(gradients)
             groups.complete(means, energies)
-        squares = []
+        squares = {}
         if self.by_block:
             squares = plans["block"].mean_squares(gradients)
             plans["block"].complete(squares)
@@ -245,12 +234,12 @@ class GWT(ShardedOptimizer):
             v = self.block_state(tensor, "second_moment", plans["group"].num_blocks[number])
             # A^2 is k times the squared mean.
             v.lerp_(mean.square().mul_(self.period) if self.paper else sums.energies[number], 1 - beta2)
-        factor = correction2**0.5 / correction1 if self.paper else 1.0
+        shift = torch.sub(m if self.paper else m / correction1, mean)
         denominator = self._denominator(v, correction2, group["eps"])
         by_block = denominator if self.by_block else None
-        if self.by_block:
-            denominator = self._spread(denominator, plans, number)
-        return _Step(step, mean, m if self.paper else m / correction1, denominator.reciprocal(), by_block, factor)
+        inverse = (self._spread(denominator, plans, number) if self.by_block else denominator).reciprocal_()
+        factor = correction2**0.5 / correction1 if self.paper else 1.0
+        return _Step(step, shift, inverse, by_block, factor)
 
     def _denominator(self, v: torch.Tensor, correction2: float, eps: float) -> torch.Tensor:
         return v.sqrt().add_(eps) if self.paper else v.sqrt().div_(correction2**0.5).add_(eps)
@@ -265,52 +254,83 @@ class GWT(ShardedOptimizer):
         ]
         return torch.cat(spread) if spread else per_block.new_empty(0)
 
-    def _add_square_norms(
-        self, norms: torch.Tensor, plans: Mapping[str, BlockPlan], number: int, step: _Step, sums: _Sums
+    def _limit(
+        self, tensors: tuple[torch.Tensor, ...], plans: Mapping[str, BlockPlan], sums: _Sums, steps: dict[int, _Step]
     ) -> None:
-        """Add, for each matrix, the part of its update's squared norm that lies on this rank."""
+        """Divide each matrix's update so that its norm grows by no more than the limiter. Overwrites the sums.
+
+        All stays on the device: nothing is read back.
+        """
+        norms = plans["matrix"].new_blocks(steps)
+        for number, step in steps.items():
+            self._add_square_norms(norms[number], plans["group"].held[number], tensors[number], number, step, sums)
+        plans["matrix"].complete(norms)
+        for number, step in steps.items():
+            norm = norms[number].clamp_(min=0).sqrt_()
+            previous = self.block_state(tensors[number], "update_norm", len(norm))
+            if self.paper:
+                growth = (norm / (previous + 1e-8)).clamp_(min=self.limiter).div_(self.limiter)
+                if step.number == 1:
+                    growth.fill_(1.0)
+            else:
+                # A matrix that has not moved yet has no norm to grow from.
+                growth = (norm / previous).clamp_(min=self.limiter).div_(self.limiter)
+                growth = torch.where(previous > 0, growth, torch.ones_like(growth))
+            previous.copy_(norm / growth)
+            for held, limit in zip(plans["group"].held[number], growth, strict=True):
+                held.blocks(step.inverse).div_(limit)
+
+    def _add_square_norms(
+        self,
+        norms: torch.Tensor,
+        all_held: list[HeldBlocks],
+        tensor: torch.Tensor,
+        number: int,
+        step: _Step,
+        sums: _Sums,
+    ) -> None:
+        """Add, for each matrix, the part of its update's squared norm that lies on this rank.
+
+        Of a group that ranks share each adds its share by elements, so that together they add it once.
+        """
+        inverse = step.inverse
         if self.paper:
-            squares, crosses = (step.m * step.inverse).square_(), None
+            # |u|^2 = k * (M / denominator)^2 of each group.
+            u = self.block_state(tensor, "approximation", len(inverse)) * inverse
+            terms = [(u.square_(), True)]
         else:
             # sum((x + shift)^2) of a group of c elements is c * (mean(x^2) + shift^2) + 2 * shift * sum(x).
-            shift, inverse = step.m - step.mean, step.inverse.square()
-            squares = (sums.energies[number] + shift.square()).mul_(inverse)
-            crosses = shift.mul_(step.mean).mul_(inverse).mul_(2)
-        for row, held in enumerate(plans["group"].held[number]):
+            squares = sums.energies[number].addcmul_(step.shift, step.shift).mul_(inverse).mul_(inverse)
+            crosses = sums.means[number].mul_(step.shift).mul_(inverse).mul_(inverse).mul_(2)
+            terms = [(squares, False), (crosses, True)]
+        for row, held in enumerate(all_held):
             for piece in held.pieces:
-                # Of a group that ranks share each adds its share by elements, so that together they add it once.
-                share = self.period / piece.size
-                if crosses is None:
-                    norms[row] += piece.sum_over_elements(held.blocks(squares)) * share
-                else:
-                    norms[row] += piece.sum_over_elements(held.blocks(squares))
-                    norms[row] += piece.sum_over_elements(held.blocks(crosses)) * share
-        norms.clamp_(min=0)  # rounding
+                for values, per_group in terms:
+                    share = self.period / piece.size if per_group else 1.0
+                    norms[row].add_(piece.sum_over_elements(held.blocks(values)), alpha=share)
 
-    def _growth(self, tensor: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
-        """The divisor of each matrix's update. Stays on the device: nothing is read back."""
-        previous = self.block_state(tensor, "update_norm", len(norms))
-        if self.paper:
-            growth = (norms / (previous + 1e-8)).clamp_(min=self.limiter).div_(self.limiter)
-            if self.state[tensor]["step"].item() == 1:
-                growth.fill_(1.0)
-        else:
-            # A matrix that has not moved yet has no norm to grow from.
-            growth = (norms / previous).clamp_(min=self.limiter).div_(self.limiter)
-            growth = torch.where(previous > 0, growth, torch.ones_like(growth))
-        previous.copy_(norms / growth)
-        return growth
-
-    def _apply_transformed(
-        self, parameter: torch.Tensor, gradient: torch.Tensor, lr: float, all_held: list[HeldBlocks], step: _Step
+    def _apply(
+        self,
+        tensor: torch.Tensor,
+        gradient: torch.Tensor,
+        group: dict,
+        plans: Mapping[str, BlockPlan],
+        number: int,
+        step: _Step,
     ) -> None:
-        factor = -lr * step.factor * self.scale
-        shift = (step.m - step.mean).mul_(step.inverse)
-        for held in all_held:
+        parameter, decay = self.local(tensor), 1 - group["lr"] * group["weight_decay"]
+        factor = -group["lr"] * step.factor * self.scale
+        shift = step.shift.mul_(step.inverse)
+        for held in plans["group"].held[number]:
             for piece in held.pieces:
                 view, inverse = piece.view(held.elements(parameter)), piece.per_element(held.blocks(step.inverse))
+                if decay != 1 and not self.paper:
+                    view.mul_(decay)
                 view.addcmul_(piece.view(held.elements(gradient)).to(inverse.dtype), inverse, value=factor)
                 view.add_(piece.per_element(held.blocks(shift)), alpha=factor)
+        self._apply_dense(tensor, parameter, gradient, group, plans, number, step)
+        if decay != 1 and self.paper:
+            parameter.mul_(decay)
 
     def _apply_dense(
         self,
@@ -325,40 +345,39 @@ class GWT(ShardedOptimizer):
         """Adam, or Adam-mini, on the parameters that are not transformed."""
         (beta1, beta2), dense = group["betas"], plans["dense"]
         m = self.block_state(tensor, "exp_avg", dense.num_blocks[number])
-        correction = step.factor if self.paper else 1 / (1 - beta1**step.number)
+        step_size = group["lr"] * self.dense_scale * (step.factor if self.paper else 1 / (1 - beta1**step.number))
+        decay = 1.0 if self.paper else 1 - group["lr"] * group["weight_decay"]
         blocks = {held.interval.name: held for held in plans["block"].held[number]} if self.by_block else {}
         for held in dense.held[number]:
+            laid = held.elements(parameter), held.elements(gradient), held.blocks(m)
             if self.by_block:
                 block = blocks[held.interval.name]
-                pieces, denominator = block.pieces, block.blocks(step.by_block)
-            else:
-                v = held.blocks(self.block_state(tensor, "exp_avg_sq", dense.num_blocks[number]))
-                elements = held.elements(gradient).to(v.dtype)
-                v.mul_(beta2).addcmul_(elements, elements, value=1 - beta2)
-                pieces, denominator = held.pieces, self._denominator(v, 1 - beta2**step.number, group["eps"])
-            block_adam(
-                pieces, held.elements(parameter), held.elements(gradient), held.blocks(m), denominator, beta1,
-                group["lr"] * self.dense_scale * correction,
-            )  # fmt: skip
+                block_adam(block.pieces, *laid, block.blocks(step.by_block), beta1, step_size, decay)
+                continue
+            v = held.blocks(self.block_state(tensor, "exp_avg_sq", dense.num_blocks[number]))
+            for piece in held.pieces:
+                part_v, g = piece.per_element(v), piece.view(laid[1]).to(v.dtype)
+                part_v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                denominator = self._denominator(part_v, 1 - beta2**step.number, group["eps"])
+                adam_piece(*map(piece.view, laid), denominator, beta1, step_size, decay)
 
 
 class _Sums(NamedTuple):
-    """Of each tensor: sum(x) / k and mean(x^2) of its groups, mean(x^2) of its blocks; the last two where needed."""
+    """By number of tensor: sum(x) / k and mean(x^2) of groups, mean(x^2) of blocks; the last two where needed."""
 
-    means: list[torch.Tensor]
-    energies: list[torch.Tensor]
-    squares: list[torch.Tensor]
+    means: dict[int, torch.Tensor]
+    energies: dict[int, torch.Tensor]
+    squares: dict[int, torch.Tensor]
 
 
 class _Step(NamedTuple):
-    """One tensor's update (x + m - mean) * inverse * factor, per group of gradient elements x, at its step `number`.
+    """One tensor's update (x + shift) * inverse * factor, per group of gradient elements x, at its step `number`.
 
     by_block: with base="adam_mini" the denominators of all blocks, those of dense parameters too.
     """
 
     number: float
-    mean: torch.Tensor
-    m: torch.Tensor
+    shift: torch.Tensor
     inverse: torch.Tensor
     by_block: torch.Tensor | None
     factor: float
