@@ -19,7 +19,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     run = parser.add_argument_group("run")
     run.add_argument("--deepspeed_config", default=str(DEFAULT_CONFIG), help='DeepSpeed JSON; "auto" values are filled')
-    run.add_argument("--output_dir", default="runs/pretrain", help="metrics.jsonl, checkpoints, ... go here")
+    run.add_argument("--output_dir", help="metrics.jsonl, checkpoints, ... go here; default: runs/pretrain-1, -2, ...")
     run.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --output_dir")
     run.add_argument(
         "--model", default="tiny", help="tiny, llama-39m ... llama-1b, llama2-7b, ... or a local HF folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 from pathlib import Path
 
@@ -12,14 +13,17 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DummyOptim
 from tiny import GLOBAL_BATCH, HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train
-from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import Trainer, TrainingArguments
 
 import ds_memopt
 from ds_memopt import AdamMini
 from ds_memopt.measure import CommunicationMeter
+from ds_memopt.optimizers import METHODS
 
 STEPS = 4
+CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+TRAINER_FILES = ("zero2_adam_mini", "zero3_adam_mini", "zero2_offload_adam_mini", "zero3_gwt")
 
 
 def rows() -> list[dict]:
@@ -34,25 +38,16 @@ class InOrderTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer(folder: Path, stage: int, **zero_optimization) -> dict[str, torch.Tensor]:
-    """transformers' Trainer with nothing but JSON, "auto" values included."""
+def trainer(folder: Path, file: str) -> dict[str, torch.Tensor]:
+    """transformers' Trainer with nothing but the JSON of ds_configs, "auto" values included."""
     ds_memopt.register()
-    config = {
-        "optimizer": {
-            "type": "AdamMini",
-            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"},
+    config = json.loads((CONFIGS / f"{file}.json").read_text())
+    config["gradient_clipping"] = "auto"
+    config["scheduler"] = {
+        "type": "WarmupDecayLR",
+        "params": {
+            "total_num_steps": "auto", "warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": "auto",
         },
-        "scheduler": {
-            "type": "WarmupDecayLR",
-            "params": {
-                "total_num_steps": "auto", "warmup_min_lr": 0, "warmup_max_lr": "auto", "warmup_num_steps": "auto",
-            },
-        },
-        "zero_optimization": {"stage": stage, **zero_optimization},
-        "gradient_clipping": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "bf16": {"enabled": "auto"},
     }  # fmt: skip
     arguments = TrainingArguments(
         output_dir=str(folder), per_device_train_batch_size=GLOBAL_BATCH // 2 // dist.get_world_size(),
@@ -62,7 +57,7 @@ def trainer(folder: Path, stage: int, **zero_optimization) -> dict[str, torch.Te
     )  # fmt: skip
     run = InOrderTrainer(model=llama(), args=arguments, train_dataset=rows())
     run.train()
-    assert type(run.deepspeed.basic_optimizer) is AdamMini
+    assert type(run.deepspeed.basic_optimizer).__name__ == config["optimizer"]["type"]
     weights = full_parameters(run.deepspeed.module)
     run.deepspeed.destroy()
     return weights
@@ -200,14 +195,62 @@ def fsdp2_traffic() -> tuple[dict, int]:
     return meter.by_collective(), plan["block"].seams.num_slots
 
 
+def small_model() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(8, 15), torch.nn.Tanh(), torch.nn.Linear(15, 1))
+
+
+def train_small(model, optimizer, rank: int, world_size: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(STEPS):
+        rows = torch.randn(4, 8, generator=generator).chunk(world_size)[rank]
+        model(rows).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return full_parameters(model)
+
+
+def empty_shards(method) -> tuple[list[int], dict[str, torch.Tensor]]:
+    """FSDP2 over layers of 15 and 1 rows: uneven parts, and a rank that holds nothing of the last layer."""
+    model = small_model()
+    for layer in (model[0], model[2]):
+        fully_shard(layer)
+    fully_shard(model)
+    held = [p.to_local().numel() for p in model.parameters()]
+    weights = train_small(model, method.from_model(model, lr=1e-2), dist.get_rank(), dist.get_world_size())
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, held)
+    return gathered, weights
+
+
+def frozen_parameters(method: str, stage: int) -> dict[str, torch.Tensor]:
+    """A model of which only some parameters train, as with adapters."""
+    model = llama()
+    freeze(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine = initialize(model, ds_config(stage, method), model_parameters=trained)
+    train(engine, batches(STEPS, dist.get_rank(), dist.get_world_size()))
+    weights = full_parameters(engine.module)
+    engine.destroy()
+    return weights
+
+
+def freeze(model) -> None:
+    for name, p in model.named_parameters():
+        p.requires_grad_("layers.1" in name or "lm_head" in name)
+
+
 def everything(folder: Path) -> dict:
     results = {"unregistered": unregistered()}
     results["refusals"] = refusals()
     results["client"] = client_optimizer()
     results["traffic"], results["fsdp2 traffic"] = traffic(), fsdp2_traffic()
-    for stage in (2, 3):
-        results[f"trainer {stage}"] = trainer(folder / f"trainer{stage}", stage)
-    results["trainer offload"] = trainer(folder / "offload", 2, offload_optimizer={"device": "cpu"})
+    for file in TRAINER_FILES:
+        results[file] = trainer(folder / file, file)
+    for name, method in METHODS.items():
+        results[f"empty shards {name}"] = empty_shards(method)
+        for stage in (2, 3):
+            results[f"frozen {name} {stage}"] = frozen_parameters(name, stage)
     for stage in (1, 3):
         results[f"accelerate {stage}"] = with_accelerate(stage)
     return results

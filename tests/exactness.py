@@ -44,8 +44,8 @@ BF16_CASES = {
 
 
 def groups(model) -> list[dict]:
-    """Two groups such that ZeRO-1/2, which cuts each into even parts, cuts a head and a row on 2, 3 and 4 ranks."""
-    first = ("q_proj", "k_proj", "model.norm", "lm_head")
+    """Two groups such that ZeRO-1/2, which cuts each into even parts, cuts a head, a row (and on 3 ranks a group)."""
+    first = ("q_proj", "k_proj", "layers.0.input_layernorm", "model.norm", "lm_head")
     named = list(model.named_parameters())
     return [
         {"params": [p for name, p in named if any(word in name for word in first)]},

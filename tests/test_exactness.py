@@ -51,11 +51,11 @@ def test_one_rank_is_bit_for_bit_the_plain_optimizer():
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_every_placement_gives_the_same_weights(world_size):
-    """Limit: 3x what AdamW shows for the same pair of placements, which is 1e-6 to 1e-5 in fp32 and 1.4e-2 in bf16.
+    """Limit: 3x what AdamW shows for the same pair of placements (3e-6 to 2e-5 in fp32, 1.4e-2 in bf16); in fp32 8e-6.
 
-    Measured: the README's table. Blocks whose ranks do not add up their sums are off by 7e-3 or more, which the last
-    lines assert. (DeepSpeed's own AdamW is off by 0.1 at stage 0 in bf16, where it makes a dummy step: stage 1 sets the
-    limit there.)"""
+    Measured: the README's table, up to 2.6e-6. Blocks whose ranks do not add up their sums are off by 3e-3 or more,
+    which the last lines assert. (DeepSpeed's own AdamW is off by 0.1 at stage 0 in bf16, where it makes a dummy step:
+    stage 1 sets the limit there.)"""
     fp32, bf16, start = references()
     results, cuts, open_seams = run_ranks(all_placements, world_size, CASES[world_size])[0]
     for stage in ("zero1", "zero2", "zero3"):
@@ -75,7 +75,7 @@ def test_every_placement_gives_the_same_weights(world_size):
             ours = moved_apart(weights, reference[rule], start)
             adamw = moved_apart(results["AdamW"][peer], reference["AdamW"], start)
             print(f"N={world_size} {rule:15} {placement:32} {ours:.2e}, AdamW {adamw:.2e}, ratio {ours / adamw:.2f}")
-            assert ours <= 3 * adamw, (rule, placement)
+            assert ours <= (3 * adamw if placement in BF16_CASES else min(3 * adamw, 8e-6)), (rule, placement)
 
     for rule, weights in open_seams.items():
         apart = moved_apart(weights, fp32[rule], start)

@@ -142,7 +142,7 @@ class GWT(ShardedOptimizer):
 
     def log_structures(self) -> None:
         cuts = self.structures["group"] | self.structures["dense"]
-        logger.info("GWT, transformed and dense:\n%s", format_assignment({name: cuts[name] for name in self.roles}))
+        logger.info("GWT, transformed and dense:\n%s", format_assignment(_in_order(cuts, self.roles)))
         if self.by_block:
             logger.info("GWT, second moments:\n%s", format_assignment(self.structures["block"]))
 
@@ -381,6 +381,10 @@ class _Step(NamedTuple):
     inverse: torch.Tensor
     by_block: torch.Tensor | None
     factor: float
+
+
+def _in_order(blocks: Mapping[str, ParamBlocks], names: Iterable[str]) -> dict[str, ParamBlocks]:
+    return {name: blocks[name] for name in names if name in blocks}
 
 
 def _relabel(blocks: ParamBlocks, rule: str, section: Contiguous | Tiled) -> ParamBlocks:

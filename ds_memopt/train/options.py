@@ -13,7 +13,7 @@ class Options:
     model: str = "tiny"  # a preset, or a local Hugging Face folder
     data: str = "stdlib"  # "stdlib", "synthetic", or a text/JSONL file or folder
     tokenizer: str | None = None  # local folder, for text and JSONL data
-    output_dir: str = "runs/pretrain"
+    output_dir: str | None = None  # default: the first free of runs/pretrain-1, runs/pretrain-2, ...
     resume: bool = False  # continue from the latest checkpoint of output_dir
 
     steps: int | None = None  # optimizer steps of the whole run, resumed parts included

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import deepspeed.comm as dist
 import torch
 import transformers
 from deepspeed.git_version_info import installed_ops
@@ -57,9 +59,10 @@ class Plan:
 def make_plan(options: Options, ranks: Ranks) -> Plan:
     """Settle all settings, from command line, DeepSpeed config and recipe. ValueError for any that is wrong."""
     options.check()
-    if not options.resume and (Path(options.output_dir) / METRICS).exists():
+    output_dir = Path(options.output_dir) if options.output_dir else _new_folder(options, ranks)
+    if not options.resume and (output_dir / METRICS).exists():
         raise ValueError(
-            f"--output_dir {options.output_dir} already holds a run ({METRICS} exists): "
+            f"--output_dir {output_dir} already holds a run ({METRICS} exists): "
             "continue it with --resume, or choose another --output_dir"
         )
     raw = _with_command_line(load_config(options.deepspeed_config), options)
@@ -114,7 +117,7 @@ def make_plan(options: Options, ranks: Ranks) -> Plan:
         "seed": options.seed,
     }
     return Plan(
-        output_dir=Path(options.output_dir),
+        output_dir=output_dir,
         config=config,
         model_config=model_config,
         seq_length=seq_length,
@@ -127,6 +130,16 @@ def make_plan(options: Options, ranks: Ranks) -> Plan:
         lr_schedule=_lr_schedule(config, options.schedule, warmup_steps, steps),
         facts=json.loads(json.dumps(facts)),  # as a checkpoint gives them back: tuples are lists
     )
+
+
+def _new_folder(options: Options, ranks: Ranks) -> Path:
+    """The first free folder of runs/pretrain-1, runs/pretrain-2, ..., the same on all ranks."""
+    if options.resume:
+        raise ValueError("--resume continues the run of an --output_dir: name it")
+    number = next(number for number in itertools.count(1) if not Path(f"runs/pretrain-{number}").exists())
+    chosen = [number]
+    dist.broadcast_object_list(chosen, src=0)
+    return Path(f"runs/pretrain-{chosen[0]}")
 
 
 def _with_command_line(raw: dict[str, Any], options: Options) -> dict[str, Any]:
