@@ -42,6 +42,7 @@ def test_one_rank_is_bit_for_bit_the_plain_optimizer():
         for placement, weights in results[rule].items():
             reference = bf16 if placement in BF16_CASES else fp32
             apart = moved_apart(weights, reference[rule], start)
+            print(f"N=1 {rule:15} {placement:32} {apart:.2e}")
             if placement.startswith("zero3") and placement not in BF16_CASES:
                 adamw = moved_apart(results["AdamW"][placement], reference["AdamW"], start)
                 assert apart <= 3 * adamw, (rule, placement)

@@ -118,6 +118,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._model is None:
             shapes = dict(zip(group["param_names"], map(full_shape, group["params"]), strict=True))
             self.roles |= assign_blocks_by_name(shapes, self._head_dim, self._value_blocks)
+        elif unknown := [name for name in group["param_names"] if name not in self.roles]:
+            raise ValueError(
+                f"{unknown[0]!r} is no parameter of the model, which has {next(iter(self.roles), None)!r} and others. "
+                "Take names and model from the same object, wrapped or not."
+            )
         if self.structures:
             self._rebuild_structures()
 

@@ -238,7 +238,7 @@ class BlockPlan:
     ) -> None:
         self._blocks = blocks
         self._tensors = [(tensor.device, step_dtype(tensor.dtype)) for tensor in tensors]
-        self._counts: dict[str, torch.Tensor] = {}
+        self._counts: dict[str, tuple[torch.Tensor, int]] = {}
         self.seams = Seams(layout.borders, self._cut)
         self.held: list[list[HeldBlocks]] = [[] for _ in tensors]
         self.num_blocks = [0 for _ in tensors]
@@ -268,8 +268,8 @@ class BlockPlan:
     def _cut(self, name: str, borders: np.ndarray) -> np.ndarray:
         return cut_blocks(self._blocks[name], borders) if name in self._blocks else np.empty(0, dtype=np.int64)
 
-    def count_within(self, held: HeldBlocks, inner: BlockPlan) -> torch.Tensor:
-        """How many blocks of `inner` lie in each block of an interval of this plan, int64.
+    def count_within(self, held: HeldBlocks, inner: BlockPlan) -> tuple[torch.Tensor, int]:
+        """How many blocks of `inner` lie in each block of an interval of this plan, int64, and in all of them.
 
         Every block of `inner` must lie in one block here, and neither plan may have Columns.
         """
@@ -278,7 +278,8 @@ class BlockPlan:
             edges = block_starts(self._blocks[interval.name])[held.first : held.first + held.count + 1]
             edges = edges.clip(interval.start, interval.start + interval.length)
             firsts, lasts = block_span(inner._blocks[interval.name], edges[:-1], edges[1:])
-            self._counts[interval.name] = _index([lasts - firsts], self._tensors[interval.tensor][0])
+            counts = lasts - firsts
+            self._counts[interval.name] = _index([counts], self._tensors[interval.tensor][0]), int(counts.sum())
         return self._counts[interval.name]
 
     def new_blocks(self, numbers: Iterable[int]) -> dict[int, torch.Tensor]:

@@ -100,7 +100,11 @@ class GWT(ShardedOptimizer):
         check_range("level", level, level in range(1, 6), "an integer from 1 to 5", "2 is usual.")
         check_range("scale", scale, is_number(scale) and scale > 0, "a number > 0", "0.25 is usual.")
         check_range(
-            "limiter", limiter, limiter is None or (is_number(limiter) and limiter > 1), "a number > 1 or None", "1.01."
+            "limiter",
+            limiter,
+            limiter is None or (is_number(limiter) and limiter > 1),
+            "a number > 1 or None",
+            "Try 1.01.",
         )
         check_range("variant", variant, variant in ("stable", "paper"), "'stable' or 'paper'", "'stable' is safe.")
         check_range("base", base, base in BASES, "'adam' or 'adam_mini'", "'adam' is the paper's.")
@@ -248,9 +252,11 @@ class GWT(ShardedOptimizer):
         """Each group's block's value. A group never lies in two blocks: these are whole rows, or rows of a head."""
         groups, blocks = plans["group"], plans["block"]
         spread = [
-            torch.repeat_interleave(held.blocks(per_block), blocks.count_within(held, groups))
+            # With the sum of the counts at hand nothing is read back from the device.
+            torch.repeat_interleave(held.blocks(per_block), counts, output_size=total)
             for held in blocks.held[number]
             if held.interval.name in self.transformed
+            for counts, total in [blocks.count_within(held, groups)]
         ]
         return torch.cat(spread) if spread else per_block.new_empty(0)
 
