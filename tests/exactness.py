@@ -39,6 +39,7 @@ BF16_CASES = {
     "zero0, bf16": {"stage": 0, **BF16},
     "zero1, bf16": {"stage": 1, **BF16},
     "zero1, bf16, fp32 accumulation": {"stage": 1, **BF16, "data_types": {"grad_accum_dtype": "fp32"}},
+    "zero2, bf16": {"stage": 2, **BF16},
     "zero3, bf16": {"stage": 3, **BF16},
 }
 
