@@ -2,9 +2,9 @@
 
     python launch/evidence.py --jobs 2
 
-AdamW's learning rate is swept over four values with the first seed, and the others' over two or three; each method then runs all
-seeds at its best. Runs are single processes of launch/pretrain.py; finished ones are kept and not run again. Writes
-evidence.md and evidence.png into the output folder.
+AdamW's learning rate is swept over four values with the first seed, and the others' over two or three; each method then
+runs all seeds at its best. Runs are single processes of launch/pretrain.py; finished ones are kept and not run again.
+Writes evidence.md and evidence.png into the output folder.
 """
 
 from __future__ import annotations
