@@ -155,13 +155,27 @@ def client_optimizer() -> dict[str, torch.Tensor]:
     return weights
 
 
+GWT_ALIGNED = {"include": ["weight"], "level": 2}
+TRAFFIC = {
+    "cut": ("AdamMini", 2, {}),
+    "cut, zero3": ("AdamMini", 3, {}),
+    "aligned": ("AdamMini", 3, {}),
+    "GWT, cut": ("GWT", 3, {"level": 3}),
+    "GWT on Adam-mini, cut": ("GWT", 3, {"level": 3, "base": "adam_mini"}),
+    "GWT, aligned": ("GWT", 3, GWT_ALIGNED),
+    "GWT, aligned, no limiter": ("GWT", 3, GWT_ALIGNED | {"limiter": None}),
+}
+
+
 def traffic() -> dict[str, dict]:
-    """All-reduces that the optimizer's own call makes: {placement: (calls, payload bytes, cut blocks)}."""
+    """What each call of the optimizer sends, and how many slots each structure's seams have there: {case: ...}."""
     results = {}
-    # Two ranks split the second model's matrices at a row, and its biases have a block per element.
-    aligned = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
-    for name, stage, model in (("cut", 2, llama()), ("cut, zero3", 3, llama()), ("aligned", 3, aligned)):
-        engine = initialize(model, ds_config(stage), model_parameters=model.parameters())
+    for name, (method, stage, options) in TRAFFIC.items():
+        # Two ranks split these matrices at a row, and a bias has a block per element.
+        aligned = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 8))
+        model = aligned if "aligned" in name else llama()
+        config = ds_config(stage, method, HYPER | options)
+        engine = initialize(model, config, model_parameters=model.parameters())
         optimizer, counted = engine.basic_optimizer, []
         original = optimizer.step
 
@@ -177,8 +191,12 @@ def traffic() -> dict[str, dict]:
             engine.step()
         else:
             train(engine, batches(1, dist.get_rank(), dist.get_world_size()))
-        plans = [optimizer._plan((t,), (n,)) for t, n in optimizer._placement.named_tensors(optimizer.param_groups)]
-        results[name] = {"per call": counted, "slots": [plan["block"].seams.num_slots for plan in plans]}
+        tensors = optimizer._placement.named_tensors(optimizer.param_groups)
+        slots = [
+            {structure: plan.seams.num_slots for structure, plan in optimizer._plan((tensor,), (name,)).items()}
+            for tensor, name in tensors
+        ]
+        results[name] = {"per call": counted, "slots": slots}
         engine.destroy()
     return results
 

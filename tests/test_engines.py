@@ -124,18 +124,32 @@ def test_zero_without_registration_is_refused(results):
     assert "now holds 1 tensors: an engine replaced them. Call ds_memopt.register()" in results["unregistered"]
 
 
+def sent(slots: dict[str, int], case: str) -> list[int]:
+    """Floats of each all_reduce that a call needs: one for cut blocks, groups (two sums each) and matrices."""
+    if not case.startswith("GWT"):
+        return [slots["block"]]
+    limiter = slots["matrix"] if "no limiter" not in case else 0
+    return [2 * slots["group"], slots.get("block", 0), limiter]
+
+
 def test_seams_cost_one_small_all_reduce_a_call_and_nothing_where_nothing_is_cut(results):
-    """ZeRO-3 calls the optimizer once per sub-group, and the others once per param group: so often at most."""
-    for placement, counted in results["traffic"].items():
+    """ZeRO-3 calls the optimizer once per sub-group, and the others once per param group: so often at most. GWT needs
+    one for its groups, one for the blocks of Adam-mini and one for the limiter's sums, each only where it is cut."""
+    for case, counted in results["traffic"].items():
         assert len(counted["per call"]) == len(counted["slots"])
         for collectives, slots in zip(counted["per call"], counted["slots"], strict=True):
-            if slots == 0:
-                assert collectives == {}, placement
+            floats = [count for count in sent(slots, case) if count]
+            if not floats:
+                assert collectives == {}, case
             else:
-                assert set(collectives) == {"all_reduce"}, placement
-                assert (collectives["all_reduce"].calls, collectives["all_reduce"].payload_bytes) == (1, 4 * slots)
-    assert results["traffic"]["aligned"]["slots"] == [0]
-    assert sum(results["traffic"]["cut, zero3"]["slots"]) > 0 < sum(results["traffic"]["cut"]["slots"])
+                assert set(collectives) == {"all_reduce"}, case
+                assert collectives["all_reduce"].calls == len(floats), case
+                assert collectives["all_reduce"].payload_bytes == 4 * sum(floats), case
+    slots = {case: counted["slots"] for case, counted in results["traffic"].items()}
+    assert slots["aligned"] == [{"block": 0}]
+    assert [s["group"] for s in slots["GWT, aligned"]] == [0] and slots["GWT, aligned"][0]["matrix"] == 2
+    assert sum(s["block"] for s in slots["cut"]) and sum(s["block"] for s in slots["cut, zero3"])
+    assert sum(s["group"] for s in slots["GWT, cut"]) and sum(s["block"] for s in slots["GWT on Adam-mini, cut"])
     collectives, slots = results["fsdp2 traffic"]
     assert slots > 0 and set(collectives) == {"all_reduce"}
     assert (collectives["all_reduce"].calls, collectives["all_reduce"].payload_bytes) == (1, 4 * slots)
