@@ -31,6 +31,7 @@ FEATURES: dict[str, str] = {
     "resume": "Resume on the same number of GPUs",
     "zero_to_fp32": "`zero_to_fp32`",
     "fp16": "fp16 with loss scaling",
+    "fp16_autocast": "`torch_autocast` in fp16",
     "round_robin_gradients": "`round_robin_gradients`",
     "deepspeed_moe": "DeepSpeed's own MoE layers",
     "pipeline": "PipelineModule",
@@ -61,6 +62,11 @@ STATE_COMPRESSING: dict[str, Support] = {
         "tested", "Except ZeRO-1 with fp32 accumulation, whose files DeepSpeed's tool reads for no optimizer."
     ),
     "fp16": Support("untested"),
+    "fp16_autocast": Support(
+        "refused",
+        "Its gradient scaler decides on each rank alone whether to step, and ranks would wait for each other's sums. "
+        "Use bf16.",
+    ),
     "round_robin_gradients": Support("tested"),
     "deepspeed_moe": Support("untested"),
     "pipeline": Support("untested"),
@@ -97,8 +103,9 @@ SUPPORT: dict[str, dict[str, Support]] = {"AdamMini": STATE_COMPRESSING, "GWT": 
 MARKS: dict[Status, str] = {"tested": "yes", "untested": "untested", "refused": "refused"}
 
 
-def refuse(method: str, feature: str) -> None:
-    """Raise ValueError, with the reason and the remedy, if the method refuses the feature."""
+def refuse(cls: type, feature: str) -> None:
+    """Raise ValueError, with the reason and the remedy, if the method (or one derived from it) refuses the feature."""
+    method = next(base.__name__ for base in cls.__mro__ if base.__name__ in SUPPORT)
     support = SUPPORT[method][feature]
     if support.status == "refused":
         raise ValueError(f"{method} does not support {feature}: {support.note}")

@@ -2,7 +2,7 @@
 
     python launch/evidence.py --jobs 2
 
-AdamW's learning rate is swept over four values with the first seed, and the others' over two or three; each method then
+AdamW's learning rate is swept over four values with the first seed, and the others' over three; each method then
 runs all seeds at its best. Runs are single processes of launch/pretrain.py; finished ones are kept and not run again.
 Writes evidence.md and evidence.png into the output folder.
 """
@@ -33,7 +33,7 @@ ADAMW_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
 def methods(adamw_lr: float) -> dict[str, tuple[str, dict, tuple[float, ...]]]:
     """Name -> type, hyper-parameters, lrs to try. GWT's matrices see lr * scale, its other weights dense_lr."""
     gwt = {"scale": 0.25, "dense_lr": adamw_lr}
-    rates = (4 * adamw_lr, 8 * adamw_lr)
+    rates = (4 * adamw_lr, 8 * adamw_lr, 16 * adamw_lr)
     return {
         "AdamMini": ("AdamMini", {}, (adamw_lr, adamw_lr / 2, adamw_lr / 4)),
         "GWT-2": ("GWT", gwt | {"level": 2}, rates),

@@ -143,14 +143,25 @@ def unregistered() -> str:
     return message(train, engine, batches(1, dist.get_rank(), dist.get_world_size()))
 
 
-def client_optimizer() -> dict[str, torch.Tensor]:
+class Wrapper(torch.nn.Module):
+    """What a training framework puts around a model, after the optimizer was built: all names change."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+def client_optimizer(stage: int, **changes) -> dict[str, torch.Tensor]:
     """The same, registered: the object takes the place of the JSON block."""
-    config = ds_config(2)
+    config = ds_config(stage, **changes)
     del config["optimizer"]
     model = llama()
-    engine = initialize(model, config, optimizer=AdamMini.from_model(model, model.parameters(), **HYPER))
+    engine = initialize(Wrapper(model), config, optimizer=AdamMini.from_model(model, model.parameters(), **HYPER))
     train(engine, batches(STEPS, dist.get_rank(), dist.get_world_size()))
-    weights = full_parameters(engine.module)
+    weights = full_parameters(engine.module.inner)
     engine.destroy()
     return weights
 
@@ -209,7 +220,7 @@ def fsdp2_traffic() -> tuple[dict, int]:
         model(input_ids=batch, labels=batch).loss.backward()
     with CommunicationMeter() as meter:
         optimizer.step()
-    (plan,) = optimizer._plans.values()
+    ((_, plan),) = optimizer._plans.values()
     return meter.by_collective(), plan["block"].seams.num_slots
 
 
@@ -261,7 +272,9 @@ def freeze(model) -> None:
 def everything(folder: Path) -> dict:
     results = {"unregistered": unregistered()}
     results["refusals"] = refusals()
-    results["client"] = client_optimizer()
+    for stage in (2, 3):
+        results[f"client {stage}"] = client_optimizer(stage)
+    results["client 0"] = client_optimizer(0, bf16={"enabled": True})
     results["traffic"], results["fsdp2 traffic"] = traffic(), fsdp2_traffic()
     for file in TRAINER_FILES:
         results[file] = trainer(folder / file, file)

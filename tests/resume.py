@@ -17,12 +17,14 @@ from ds_memopt.optimizers import StatePart
 BEFORE, AFTER = 3, 4
 GWT = {"optimizer": "GWT", "hyper": HYPER | {"level": 3, "base": "adam_mini"}}
 STAGES = {
+    "zero0, bf16": {"stage": 0, "bf16": {"enabled": True}},
     "zero1": {"stage": 1},
     "zero1, bf16, fp32 accumulation": {
         "stage": 1, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"},
     },
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},
+    "zero2, offload": {"stage": 2, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
     "zero2, GWT": {"stage": 2, **GWT},
     "zero3, GWT": {"stage": 3, **GWT},
 }  # fmt: skip
@@ -47,7 +49,7 @@ def save_and_go_on(folder: Path) -> dict:
         saved = full_parameters(engine.module)
         parts = [part._replace(values=part.values.clone()) for part in engine.basic_optimizer.named_state()]
         head = dict(engine.module.named_parameters())["lm_head.weight"]
-        momentum = None if "GWT" in name else safe_get_full_optimizer_state(head, "exp_avg")
+        momentum = None if "GWT" in name or "zero0" in name else safe_get_full_optimizer_state(head, "exp_avg")
         train(engine, data[BEFORE:])
         results[name] = {
             "saved": saved, "end": full_parameters(engine.module), "parts": parts, "lm_head momentum": momentum,

@@ -12,7 +12,7 @@ from tiny import batches, distance, full_parameters, llama, train_plain
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from ds_memopt import AdamMini
+from ds_memopt import GWT, AdamMini
 from ds_memopt.optimizers import METHODS
 
 STEPS = 20
@@ -279,11 +279,43 @@ def test_unsuitable_tensors_are_named():
         optimizer.step()
 
 
-def test_a_checkpoint_of_other_blocks_is_refused():
+@pytest.mark.parametrize(
+    ("saver", "loader"),
+    [
+        (lambda m: AdamMini.from_model(m), lambda m: AdamMini.from_model(m, value_blocks="whole")),
+        (lambda m: GWT.from_model(m), lambda m: GWT.from_model(m, variant="paper")),
+        (lambda m: GWT.from_model(m), lambda m: GWT.from_model(m, exclude=["layers.0.mlp.up_proj"])),
+        (lambda m: torch.optim.AdamW(m.parameters()), lambda m: AdamMini.from_model(m, m.parameters())),
+    ],
+)
+def test_state_of_another_meaning_is_refused(saver, loader):
     model = llama()
-    optimizer = AdamMini.from_model(model, lr=1e-3)
+    optimizer, other = saver(model), loader(model)
     train_plain(model, optimizer, batches(1))
-    other = AdamMini.from_model(model, lr=1e-3, value_blocks="whole")
-    other.load_state_dict(optimizer.state_dict())
-    with raises("block_exp_avg_sq was loaded with 60 blocks, but the parameters have 1 on this rank"):
-        train_plain(model, other, batches(1))
+    with pytest.raises(
+        ValueError, match=r"The checkpoint's optimizer state is .*; this optimizer needs (AdamMini|GWT)"
+    ):
+        other.load_state_dict(optimizer.state_dict())
+
+
+def test_state_takes_the_dtype_that_it_is_asked_to_have():
+    model = llama()
+    optimizer = AdamMini.from_model(model)
+    train_plain(model, optimizer, batches(1))
+    half = AdamMini.from_model(model, state_dtype="bf16")
+    half.load_state_dict(optimizer.state_dict())
+    kept = {key: value.dtype for key, value in half.state[model.lm_head.weight].items()}
+    assert kept == {"step": torch.float32, "exp_avg": torch.bfloat16, "block_exp_avg_sq": torch.float32}
+
+
+def test_a_group_without_parameters_is_dropped_and_none_at_all_is_an_error():
+    model = llama()
+    optimizer = AdamMini.from_model(model, [{"params": list(model.parameters())}, {"params": [], "weight_decay": 0.0}])
+    assert len(optimizer.param_groups) == 1
+    with raises("There is no parameter to train."):
+        AdamMini.from_model(model, [])
+
+
+def test_a_copy_is_refused():
+    with raises("AdamMini cannot be copied or pickled. Build another one and load state_dict() into it."):
+        copy.deepcopy(AdamMini.from_model(llama()))

@@ -42,9 +42,12 @@ def test_accelerate_needs_nothing_but_json(results, method):
     assert distance(results[f"accelerate {method}"], expected) <= 1e-5 * distance(expected, start)
 
 
-def test_an_optimizer_object_works_like_the_json_block(results, plain):
+def test_an_optimizer_object_works_like_the_json_block_whatever_the_engine_calls_the_parameters(results, plain):
     start, expected = plain
-    assert distance(results["client"], expected) <= 3e-6 * distance(expected, start)
+    for stage in (2, 3):
+        assert distance(results[f"client {stage}"], expected) <= 3e-6 * distance(expected, start)
+    # Stage 0 in bf16 rounds the weights: close is enough, but they must have moved as far.
+    assert distance(results["client 0"], expected) <= 0.2 * distance(expected, start)
 
 
 def test_trainer_needs_nothing_but_json(results):

@@ -243,6 +243,10 @@ def test_user_errors_name_the_value_the_limit_and_the_remedy():
     model = llama()
     with raises("level=6 is out of range: it must be an integer from 1 to 5."):
         gwt(model, level=6)
+    with raises("level=2.0 is out of range"):
+        gwt(model, level=2.0)
+    with raises("dense_lr=0.1 is out of range: it must be a number >= 0, given with lr > 0."):
+        gwt(model, lr="auto", dense_lr=0.1)
     with raises("scale=0 is out of range: it must be a number > 0."):
         gwt(model, scale=0)
     with raises("limiter=1 is out of range: it must be a number > 1 or None."):

@@ -5,6 +5,7 @@ Shape letters: R rows, C columns, H heads, E experts. A parameter is flattened r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -89,9 +90,7 @@ class ParamBlocks:
     sections: tuple[Section, ...]
 
     def __post_init__(self):
-        numel = 1
-        for size in self.shape:
-            numel *= size
+        numel = math.prod(self.shape)
         covered = sum(section.numel for section in self.sections)
         assert covered == numel, f"sections cover {covered} of {numel} elements of a {self.role} of shape {self.shape}"
 

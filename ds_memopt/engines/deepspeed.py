@@ -2,18 +2,18 @@
 
 Private names of DeepSpeed used here, checked against 0.19.8:
   DeepSpeedEngine._is_supported_optimizer, ._configure_basic_optimizer, ._do_optimizer_sanity_check,
-      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer (all wrapped), .param_names
+      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer (all wrapped), and READ below
   deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
-  FP16_UnfusedOptimizer.fp16_groups, .fp32_groups
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import warnings
+from unittest import mock
 
 import deepspeed
+import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 
@@ -22,37 +22,34 @@ from ds_memopt.shards import MasterCopyPlacement, Zero3Placement, Zero12Placemen
 from ds_memopt.support import refuse
 
 TESTED_DEEPSPEED = "0.19"
-logger = logging.getLogger("ds_memopt")
 
 
 def register() -> None:
     """See `ds_memopt.register`."""
     if getattr(DeepSpeedEngine, "_ds_memopt_registered", False):
         return
-    missing = [f"DeepSpeedEngine.{name}" for name in WRAPPERS if not hasattr(DeepSpeedEngine, name)]
+    missing = [f"DeepSpeedEngine.{name}" for name in (*WRAPPERS, *READ) if not hasattr(DeepSpeedEngine, name)]
     if not hasattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"):
         missing.append("deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS")
     if missing:
-        raise RuntimeError(
-            f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}, which ds_memopt needs. "
-            f"Install deepspeed {TESTED_DEEPSPEED}.*."
-        )
+        raise _too_different(missing)
     if not deepspeed.__version__.startswith(TESTED_DEEPSPEED + "."):
         warnings.warn(
             f"ds_memopt was tested with DeepSpeed {TESTED_DEEPSPEED}.*, this is {deepspeed.__version__}: run its tests "
             f"or install deepspeed {TESTED_DEEPSPEED}.*.",
             stacklevel=3,
         )
-    if not logging.getLogger().handlers and not logger.handlers:
-        # As DeepSpeed does for its own logger: which block rule each parameter got must be seen.
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[ds_memopt] %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS += METHODS.values()
     for name, wrapper in WRAPPERS.items():
         setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), wrapper))
     DeepSpeedEngine._ds_memopt_registered = True
+
+
+def _too_different(missing: list[str]) -> RuntimeError:
+    return RuntimeError(
+        f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}, which ds_memopt needs. "
+        f"Install deepspeed {TESTED_DEEPSPEED}.*."
+    )
 
 
 def _wrapped(original, wrapper):
@@ -82,7 +79,7 @@ def _do_optimizer_sanity_check(original, engine, optimizer):
     """Refuse what the method cannot do, and an optimizer that took the place of one of ours."""
     if isinstance(optimizer, ShardedOptimizer):
         for feature in requested_features(engine):
-            refuse(type(optimizer).__name__, feature)
+            refuse(type(optimizer), feature)
     elif swapped := next((group[METHOD_KEY] for group in optimizer.param_groups if METHOD_KEY in group), None):
         raise ValueError(
             f"{swapped} was replaced by {type(optimizer).__name__} before DeepSpeed saw it (accelerate does that with "
@@ -103,44 +100,52 @@ def requested_features(engine) -> list[str]:
         "super_offload": offload is not None and engine.super_offload(),
         "zenflow": engine.zenflow_config() is not None,
         "tensor_parallel": engine.autotp_size() > 1,
+        "fp16_autocast": engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
     }
     return [feature for feature, asked in requested.items() if asked]
 
 
 def _configure_zero_optimizer(original, engine, optimizer):
+    if not isinstance(optimizer, ShardedOptimizer):
+        return original(optimizer)
+    names = optimizer.names_by_tensor()  # before ZeRO puts its flat buffers in the parameters' place
     zero = original(optimizer)
-    if isinstance(optimizer, ShardedOptimizer):
-        placement = Zero3Placement if engine.zero_optimization_partition_weights() else Zero12Placement
-        optimizer.bind(placement(zero, engine.param_names))
+    _bind(optimizer, Zero3Placement if engine.zero_optimization_partition_weights() else Zero12Placement, zero, names)
     return zero
 
 
 def _configure_bf16_optimizer(original, engine, optimizer):
+    if not isinstance(optimizer, ShardedOptimizer):
+        return original(optimizer)
+    names = optimizer.names_by_tensor()
     wrapper = original(optimizer)
-    if isinstance(optimizer, ShardedOptimizer):
-        optimizer.bind(Zero12Placement(wrapper, engine.param_names))
+    _bind(optimizer, Zero12Placement, wrapper, names)
     return wrapper
+
+
+def _bind(optimizer: ShardedOptimizer, placement, *layout) -> None:
+    try:
+        optimizer.bind(placement(*layout))
+    except AttributeError as error:
+        raise _too_different([str(error)]) from error
 
 
 def _configure_fp16_optimizer(original, engine, optimizer, low_precision_dtype):
     if not isinstance(optimizer, ShardedOptimizer):
         return original(optimizer, low_precision_dtype)
+    names = optimizer.names_by_tensor()
     # To create states, DeepSpeed makes a step with zero gradients here and nowhere else: it would decay the weights
     # and count as the first step, so that stage 0 would differ from all others. Our states are created when needed.
-    optimizer.step = lambda: None
-    try:
+    with mock.patch.object(optimizer, "step", lambda: None):
         wrapper = original(optimizer, low_precision_dtype)
-    finally:
-        del optimizer.step
-    copies = zip(
-        (copy for group in wrapper.fp32_groups for copy in group),
-        (param for group in wrapper.fp16_groups for param in group),
-        strict=True,
-    )
-    optimizer.bind(MasterCopyPlacement({copy: engine.param_names[param] for copy, param in copies}))
+    _bind(optimizer, MasterCopyPlacement, wrapper, names)
     return wrapper
 
 
+READ = (
+    "zero_offload_optimizer", "zero_elastic_checkpoint", "load_universal_checkpoint", "super_offload", "zenflow_config",
+    "autotp_size", "torch_autocast_enabled", "torch_autocast_dtype", "zero_optimization_partition_weights",
+)  # fmt: skip
 WRAPPERS = {
     "_is_supported_optimizer": _is_supported_optimizer,
     "_configure_basic_optimizer": _configure_basic_optimizer,

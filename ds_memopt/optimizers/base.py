@@ -6,7 +6,9 @@ import difflib
 import inspect
 import logging
 import weakref
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -35,6 +37,9 @@ class StatePart(NamedTuple):
     start: int
     values: torch.Tensor
 
+
+STATE_KEY = "ds_memopt_state"
+"""Key of every param group of ours: what its state means, so that state of another meaning is refused on load."""
 
 ELEMENT = "element"
 """The structure of a state that has one entry per element and is laid like the parameter itself."""
@@ -68,7 +73,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.element_dtype = element_dtype
         self._placement: Placement = PlainPlacement()
         self._bound = False
-        self._plans: dict[tuple[int, ...], dict[str, BlockPlan]] = {}
+        self._plans: dict[tuple[int, ...], tuple[tuple[weakref.ref, ...], dict[str, BlockPlan]]] = {}
         self._model = weakref.ref(model) if model is not None else None
         self._head_dim, self._value_blocks = head_dim, value_blocks
         self.roles: dict[str, ParamBlocks] = assign_blocks(model, value_blocks) if model is not None else {}
@@ -76,6 +81,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self._rebuild_structures()
         if is_first_rank():
+            make_log_visible()
             self.log_structures()
 
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
@@ -90,6 +96,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _rebuild_structures(self) -> None:
         trained = {name for group in self.param_groups for name in group["param_names"]}
         self.structures = self.build_structures({name: self.roles[name] for name in self.roles if name in trained})
+        meaning = f"{self.state_meaning()}, blocks {zlib.crc32(repr(self.structures).encode()):08x}"
+        for group in self.param_groups:
+            group[STATE_KEY] = meaning
+
+    def state_meaning(self) -> str:
+        """What the state holds, as far as the method's options change it: state of another meaning is not loaded."""
+        return type(self).__name__
 
     @classmethod
     def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
@@ -113,7 +126,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         group[METHOD_KEY] = type(self).__name__
         if any("_fsdp_wrapped_module" in name or "_flat_param" in name for name in group["param_names"]):
-            refuse(type(self).__name__, "fsdp1")
+            refuse(type(self), "fsdp1")
         self.check_group(group)
         if self._model is None:
             shapes = dict(zip(group["param_names"], map(full_shape, group["params"]), strict=True))
@@ -125,6 +138,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         if self.structures:
             self._rebuild_structures()
+
+    def __getstate__(self):
+        raise ValueError(
+            f"{type(self).__name__} cannot be copied or pickled. Build another one and load state_dict() into it."
+        )
+
+    def names_by_tensor(self) -> dict[torch.Tensor, str]:
+        """The name of each parameter in param_groups."""
+        pairs = [zip(group["params"], group["param_names"], strict=True) for group in self.param_groups]
+        return dict(chain.from_iterable(pairs))
 
     def check_group(self, group: dict) -> None:
         """Raise ValueError for a hyper-parameter of a param group that is out of range."""
@@ -194,15 +217,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _plan(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> dict[str, BlockPlan]:
         # Keyed by identity, not held: FSDP2 and offload replace parameters, and a stale one must be free to go.
         key = tuple(map(id, tensors))
-        if key not in self._plans:
+        held, plans = self._plans.get(key, ((), None))
+        if plans is None or any(reference() is not tensor for reference, tensor in zip(held, tensors, strict=True)):
             self._check_tensors(tensors, names)
             layout = self._placement.layout(tensors, names)
+            assert all(interval.name in self.roles for interval in layout.intervals), "an interval of unknown name"
             plans = {
                 structure: BlockPlan(layout, blocks, names, tensors) for structure, blocks in self.structures.items()
             }
             self._check_state(tensors, plans)
-            self._plans[key] = plans
-        return self._plans[key]
+            self._plans[key] = tuple(map(weakref.ref, tensors)), plans
+        return plans
 
     def _check_state(self, tensors: tuple[torch.Tensor, ...], plans: Mapping[str, BlockPlan]) -> None:
         """Raise ValueError where a state that was loaded does not fit the tensors' blocks."""
@@ -231,7 +256,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     f"{self.roles[name].shape}: an engine replaced it. Call ds_memopt.register() before "
                     "deepspeed.initialize; build the optimizer after any other wrapper that re-shapes parameters."
                 )
-            if not self._bound and current and current.get(name) is not tensor:
+            # FSDP2 shows whole parameters in the place of its shards while they are gathered.
+            gathered = hasattr(tensor, "to_local") and not hasattr(current.get(name), "to_local")
+            if not self._bound and current and current.get(name) is not tensor and not gathered:
                 raise ValueError(
                     f"{name} in the optimizer is no longer the model's parameter: the model's parameters were replaced "
                     f"after {type(self).__name__} was built, so its steps would change nothing. Build the optimizer "
@@ -289,15 +316,26 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 yield key, held.first, slice(held.local, held.local + held.count), held.interval.name
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but states keep the dtype they were saved in: torch would cast them to the parameters' dtype."""
+        """As torch's, but states have the dtype that this keeps them in; torch would cast them to the weights'.
+
+        Raises ValueError, before anything is changed, for state of another method, of other options or of other blocks.
+        """
+        meanings = {group.get(STATE_KEY) for group in state_dict["param_groups"]}
+        if meanings != {self.param_groups[0][STATE_KEY]}:
+            raise ValueError(
+                f"The checkpoint's optimizer state is {' and '.join(map(str, meanings))}; this optimizer needs "
+                f"{self.param_groups[0][STATE_KEY]}. Resume with the method, its options and the model, names "
+                "included, that saved it, or start without optimizer state."
+            )
         super().load_state_dict(state_dict)
         self._plans.clear()
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
         for number, tensor in zip(saved, tensors, strict=True):
             for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, torch.Tensor) and value.dtype != self.state[tensor][key].dtype:
-                    self.state[tensor][key] = value.detach().clone().to(tensor.device)
+                if key in self.states:
+                    dtype = self.element_dtype if self.states[key] == ELEMENT else None
+                    self.state[tensor][key] = value.detach().to(tensor.device, dtype or step_dtype(tensor.dtype))
 
 
 def _check_covered(name: str, key: str, start: int, length: int, offered: list[StatePart]) -> None:
@@ -310,6 +348,16 @@ def _check_covered(name: str, key: str, start: int, length: int, offered: list[S
         raise ValueError(
             f"The state offered for {name} lacks {key}[{covered}:{start + length}]. Hand in what all ranks gave out."
         )
+
+
+def make_log_visible() -> None:
+    """Print what ds_memopt logs unless the program has set logging up: what rule each parameter got must be seen."""
+    if not logging.getLogger().handlers and not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[ds_memopt] %(message)s"))
+        logger.addHandler(handler)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
 
 
 def check_hyper_parameter_names(cls: type, given: Mapping[str, Any]) -> None:
@@ -329,11 +377,17 @@ def named_groups(model: nn.Module, params: Iterable | None) -> list[dict]:
         matrices = [pair for pair in trainable if len(full_shape(pair[1])) > 1]
         vectors = [pair for pair in trainable if len(full_shape(pair[1])) <= 1]
         groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]]
+        return [group for group in groups if group["params"]] or _no_parameters()
     names = {id(p): name for name, p in model.named_parameters()}
     params = list(params)
     groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-    return [group | {"params": [_named(entry, names) for entry in group["params"]]} for group in groups]
+    named = [group | {"params": [_named(entry, names) for entry in group["params"]]} for group in groups]
+    # As DeepSpeed does: with adapters the usual second group, of norms and biases, is empty.
+    return [group for group in named if group["params"]] or _no_parameters()
+
+
+def _no_parameters():
+    raise ValueError("There is no parameter to train. Leave requires_grad set on some, and list them.")
 
 
 def _named(entry: Any, names: Mapping[int, str]) -> tuple[str, torch.Tensor]:

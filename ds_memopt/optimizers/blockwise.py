@@ -101,14 +101,14 @@ def _sum_of_runs(values: torch.Tensor) -> torch.Tensor:
 class ColumnPiece:
     """`count` rows of `width` elements at `offset` of an interval; column j of them belongs to block blocks[j].
 
-    sizes: the number of elements of each column's block in the whole parameter, [width].
+    runs: the same as (first column, blocks, columns of each, first block, elements of each block in the whole).
     """
 
     offset: int
     count: int
     width: int
     blocks: torch.Tensor
-    sizes: torch.Tensor
+    runs: tuple[tuple[int, int, int, int, int], ...]
 
     def view(self, interval: torch.Tensor) -> torch.Tensor:
         """The piece's elements of an interval, [count, width]."""
@@ -120,8 +120,11 @@ class ColumnPiece:
 
     def add_mean_squares(self, interval: torch.Tensor, means: torch.Tensor) -> None:
         """Add what this piece contributes to the mean square of each block."""
-        norms = torch.linalg.vector_norm(self.view(interval), dim=0, dtype=means.dtype)
-        means.index_add_(0, self.blocks, norms.square_().div_(self.sizes))
+        squares = torch.linalg.vector_norm(self.view(interval), dim=0, dtype=means.dtype).square_()
+        # Not index_add_, whose order of sums, and so the result, changes from run to run on a GPU.
+        for column, count, width, block, size in self.runs:
+            sums = squares.narrow(0, column, count * width).view(count, width).sum(-1)
+            means.narrow(0, block, count).add_(sums, alpha=1 / size)
 
 
 Piece = RowPiece | ColumnPiece
@@ -390,14 +393,18 @@ def _tile_pieces(section: Tiled, low: int, high: int, offset: int, block: int) -
 
 
 def _column_pieces(section: Columns, low: int, high: int, offset: int, block: int, device: torch.device) -> list[Piece]:
-    widths = np.concatenate([np.full(count, width) for width, count in section.runs])
-    of_column = torch.from_numpy(np.repeat(np.arange(len(widths)), widths) + block).to(device)
-    sizes = torch.from_numpy(np.repeat(widths, widths) * section.rows).to(device)
+    pieces: list[Piece] = []
     columns = section.num_columns
-    return [
-        ColumnPiece(
-            offset + begin - low, count, width,
-            of_column.narrow(0, begin % columns, width), sizes.narrow(0, begin % columns, width),
-        )
-        for begin, count, width in _lines(low, high, columns)
-    ]  # fmt: skip
+    for begin, rows, line_width in _lines(low, high, columns):
+        first, stop = begin % columns, begin % columns + line_width
+        runs, blocks, column, run_block = [], [], 0, block
+        for width, count in section.runs:
+            left, right = max(first, column) - column, min(stop, column + width * count) - column
+            for start, parts, part in _lines(left, right, width) if left < right else ():
+                runs.append((column + start - first, parts, part, run_block + start // width, width * section.rows))
+                blocks.append(np.repeat(np.arange(parts) + run_block + start // width, part))
+            column += width * count
+            run_block += count
+        of_column = torch.from_numpy(np.concatenate(blocks)).to(device)
+        pieces.append(ColumnPiece(offset + begin - low, rows, line_width, of_column, tuple(runs)))
+    return pieces

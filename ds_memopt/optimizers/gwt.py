@@ -82,7 +82,7 @@ class GWT(ShardedOptimizer):
         params: Iterable,
         lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
+        eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
         level: int = 2,
@@ -97,7 +97,8 @@ class GWT(ShardedOptimizer):
         value_blocks: Literal["rows", "whole"] = "rows",
         model: nn.Module | None = None,
     ) -> None:
-        check_range("level", level, level in range(1, 6), "an integer from 1 to 5", "2 is usual.")
+        whole = isinstance(level, int) and not isinstance(level, bool)
+        check_range("level", level, whole and 1 <= level <= 5, "an integer from 1 to 5", "2 is usual.")
         check_range("scale", scale, is_number(scale) and scale > 0, "a number > 0", "0.25 is usual.")
         check_range(
             "limiter",
@@ -108,7 +109,7 @@ class GWT(ShardedOptimizer):
         )
         check_range("variant", variant, variant in ("stable", "paper"), "'stable' or 'paper'", "'stable' is safe.")
         check_range("base", base, base in BASES, "'adam' or 'adam_mini'", "'adam' is the paper's.")
-        valid = dense_lr is None or (is_number(dense_lr) and dense_lr >= 0 and lr > 0)
+        valid = dense_lr is None or (is_number(dense_lr) and dense_lr >= 0 and is_number(lr) and lr > 0)
         check_range("dense_lr", dense_lr, valid, "a number >= 0, given with lr > 0", "Leave it out to use lr.")
         for name, patterns in (("include", include), ("exclude", exclude)):
             valid = isinstance(patterns, (list, tuple)) and all(isinstance(p, str) for p in patterns)
@@ -127,6 +128,9 @@ class GWT(ShardedOptimizer):
             head_dim=head_dim,
             value_blocks=value_blocks,
         )
+
+    def state_meaning(self) -> str:
+        return f"GWT, level {self.period.bit_length() - 1}, {'paper' if self.paper else 'stable'}"
 
     def check_group(self, group: dict) -> None:
         check_adam_group(group)

@@ -70,18 +70,25 @@ class PlainPlacement:
             return torch.zeros(lengths[0], dtype=dtype, device=tensor.device)
         # A plain tensor would be taken for a copy that all ranks share, and a distributed checkpoint would keep
         # rank 0's values for everyone. A DTensor needs equal parts: padded to the largest.
-        local = torch.zeros(lengths[1], dtype=dtype, device=tensor.device)
-        return DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False)
+        # By way of the meta device: from_local would move a CPU tensor, of offloaded parameters, to the mesh's device.
+        local = torch.empty(lengths[1], dtype=dtype, device="meta")
+        shape = DTensor.from_local(local, tensor.device_mesh, tensor.placements, run_check=False)
+        return torch.zeros_like(shape, device=tensor.device)
 
 
 class MasterCopyPlacement(PlainPlacement):
     """Placement of a 16-bit model at stage 0: each optimizer tensor is the fp32 copy of one whole parameter.
 
-    names: the name of the parameter that each fp32 copy stands for.
+    wrapper: the optimizer that DeepSpeed built; of its private names (0.19.8) fp16_groups and fp32_groups are used.
+    names: the name of every trainable model parameter.
     """
 
-    def __init__(self, names: Mapping[torch.Tensor, str]) -> None:
-        self._names = dict(names)
+    def __init__(self, wrapper, names: Mapping[torch.Tensor, str]) -> None:
+        self._names = {
+            copy: names[parameter]
+            for copies, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True)
+            for copy, parameter in zip(copies, parameters, strict=True)
+        }
 
     def names(self, param_group: dict) -> Sequence[str | None]:
         return [self._names[param] for param in param_group["params"]]

@@ -86,10 +86,10 @@ class Seams:
 
 def collective_device(group: ProcessGroup | None, device: torch.device) -> torch.device:
     """Where a collective of this group can read a tensor of `device`: with CPU offload over NCCL, not on the CPU."""
-    backend = str(dist.get_backend(group))
-    if device.type == "cpu" and "gloo" not in backend and "mpi" not in backend:
-        return torch.device(torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index())
-    return device
+    accelerator = torch.accelerator.current_accelerator()
+    if device.type != "cpu" or accelerator is None or "cpu:" in dist.get_backend_config(group):
+        return device
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 def is_first_rank() -> bool:

@@ -164,9 +164,10 @@ def _train(
             "bytes_sent_per_step": meter.bytes_sent() // steps,
             "optimizer_state_bytes_per_parameter": sums[1].item() / parameters,
         }
-        if not math.isfinite(row["loss"]):
+        if not all(math.isfinite(row[key]) for key in ("loss", "validation_loss") if row[key] is not None):
             raise RuntimeError(
-                f"the loss is {row['loss']} at step {step} (lr {lr:.3g}): lower --lr, lengthen --warmup_steps"
+                f"the loss is {row['loss']}, in validation {row['validation_loss']}, at step {step} (lr {lr:.3g}): "
+                "lower --lr, lengthen --warmup_steps"
             )
         if metrics:
             metrics.append(row)

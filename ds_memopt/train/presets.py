@@ -52,7 +52,7 @@ _LARGE = Recipe(seq_length=2048, global_batch=8, micro_batch=1, steps=10_000, lr
 PRESETS: dict[str, tuple[Mapping[str, Any], Recipe]] = {
     "tiny": (
         _llama(256, 6, 8, 768, TINY_VOCABULARY, kv_heads=4),
-        Recipe(seq_length=128, global_batch=4, micro_batch=4, steps=500, lr=1e-3, warmup_fraction=0.05),
+        Recipe(seq_length=128, global_batch=4, micro_batch=4, steps=500, lr=2.5e-4, warmup_fraction=0.05),
     ),
     "llama-39m": (_llama(384, 8, 6, 1024), _SCALING),
     "llama-67m": (_llama(512, 10, 8, 1536), replace(_SCALING, steps=13_400)),
