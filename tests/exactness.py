@@ -118,6 +118,8 @@ def zero(rule: str, stage: int, zero_init: bool = False, **changes) -> tuple[dic
     if method != "AdamW":
         for tensor, name in inner._placement.named_tensors(inner.param_groups):
             for structure, plan in inner._plan((tensor,), (name,)).items():
+                intervals = cut.setdefault("intervals", {}).setdefault(structure, [])
+                intervals += [(held.interval, held.first, held.count) for held in plan.held[0]]
                 for _, table in plan.seams.tables:
                     cut.setdefault(structure, {}).update((name, len(ids)) for name, ids in table._units.items())
     train(engine, batches(STEPS, dist.get_rank(), dist.get_world_size()))

@@ -8,7 +8,7 @@ import torch
 
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled
 from ds_memopt.optimizers.blockwise import BlockPlan, RowPiece, block_starts, cut_blocks, most_blocks, split_interval
-from ds_memopt.shards import Interval, Layout, RankBorders, SeamTable, even_borders
+from ds_memopt.shards import Interval, Layout, RankBorders, Seams, SeamTable, even_borders
 
 
 def structure(*sections) -> ParamBlocks:
@@ -108,6 +108,19 @@ def test_ranks_together_hold_every_block_once(name, partition):
             local[plan._seam_blocks[0]] = slots[plan._seam_slots[0]]
             (held,) = plan.held[0]
             torch.testing.assert_close(local, whole[held.first : held.first + held.count], rtol=1e-12, atol=1e-15)
+
+
+def test_seams_work_in_a_process_group_without_a_backend_name():
+    """As torch.distributed.init_process_group() makes it, and init_device_mesh."""
+    torch.distributed.init_process_group(rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        borders = {"p": even_borders(0, 91, 10)}
+        seams = Seams((RankBorders(None, borders),), lambda name, cuts: cut_blocks(STRUCTURES["rows"], cuts))
+        slots = torch.arange(float(seams.num_slots))
+        seams.sum(slots)
+        assert seams.num_slots > 0 and slots.tolist() == list(range(seams.num_slots))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_aligned_borders_make_no_seam():

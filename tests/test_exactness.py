@@ -69,6 +69,12 @@ def test_every_placement_gives_the_same_weights(world_size):
         for stage in ("zero1", "zero3"):
             assert cuts["GWT"][stage]["group"], f"{stage} cuts no wavelet group"
 
+    if world_size == 2:
+        # In bf16 rounding hides open seams; that the layouts are the same as in fp32 does not depend on it.
+        for rule in METHODS:
+            for placement in ("zero1, bf16", "zero1, bf16, fp32 accumulation", "zero2, bf16"):
+                assert cuts[rule][placement] == cuts[rule]["zero1"], (rule, placement)
+
     for rule in METHODS:
         for placement, weights in results[rule].items():
             reference = bf16 if placement in BF16_CASES else fp32
