@@ -5,7 +5,7 @@
 # another interpreter than the first suitable one of the PATH.
 
 ds_memopt_setup() {
-    local extras=$1 root python= candidate stamp wanted
+    local extras=$1 root python= candidate stamp wanted lock
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) || return 1
     for candidate in ${PYTHON:-python3 python3.13 python3.12 python3.11}; do
         if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then
@@ -40,6 +40,14 @@ ds_memopt_setup() {
         fi
     fi
     . "$root/.venv/bin/activate" || return 1
+    # Operators beside the packages that they were compiled for. A compilation that was killed leaves a lock behind, for
+    # which torch would wait for ever: remove it unless a process still holds it open.
+    export TORCH_EXTENSIONS_DIR=$root/.venv/torch_extensions
+    for lock in "$TORCH_EXTENSIONS_DIR"/*/lock; do
+        if [ -e "$lock" ] && [ -z "$(find /proc/[0-9]*/fd -lname "$lock" 2>/dev/null)" ]; then
+            rm -f "$lock"
+        fi
+    done
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         echo "setup: installing ds_memopt[$extras] with pinned versions (once; minutes)"
         # torch first: the build that pip picks for this machine satisfies every later requirement.
