@@ -61,10 +61,10 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    import torch  # these are slow to import: --help and a wrong option should answer at once
-
+    # These are slow to import: --help and a wrong option should answer at once.
     from ds_memopt.train.loop import pretrain
     from ds_memopt.train.options import Options
+    from ds_memopt.train.ranks import stop_ranks
 
     options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
     try:
@@ -72,8 +72,7 @@ def main() -> None:
     except ValueError as error:  # every rank has it; one says it
         sys.exit(f"ValueError: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        stop_ranks()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Layout of plain tensors, of fp32 copies of them, and of FSDP2's DTensors: one optimizer tensor per parameter.
 
 Names of FSDP2 used here, checked against torch 2.13: DTensor.to_local, .placements, .device_mesh, all public.
+Private names of DeepSpeed used here, checked against 0.19.8: FP16_UnfusedOptimizer.fp16_groups, .fp32_groups
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class PlainPlacement:
 class MasterCopyPlacement(PlainPlacement):
     """Placement of a 16-bit model at stage 0: each optimizer tensor is the fp32 copy of one whole parameter.
 
-    wrapper: the optimizer that DeepSpeed built; of its private names (0.19.8) fp16_groups and fp32_groups are used.
+    wrapper: the FP16_UnfusedOptimizer that DeepSpeed built.
     names: the name of every trainable model parameter.
     """
 

@@ -2,7 +2,7 @@
 
 Private names of DeepSpeed used here, checked against 0.19.8:
   DeepSpeedZeroOptimizer.single_partition_of_fp32_groups, .round_robin_bit16_groups, .round_robin_bit16_offsets,
-      .partition_size, .real_dp_process_group
+      .real_dp_process_group
   BF16_Optimizer.fp32_groups_flat_partition, .bf16_groups, .real_dp_process_group
 The parameters' own `_hp_mapping` is not used: it ignores the order that `round_robin_gradients` gives the flat buffer.
 """

@@ -7,6 +7,7 @@ import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import deepspeed
@@ -51,6 +52,15 @@ def start_ranks() -> Ranks:
     deepspeed.init_distributed(verbose=False)
     device = torch.device("cpu" if on_cpu else accelerator.device_name(local_rank))
     return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+
+
+def stop_ranks() -> None:
+    """Leave the process group, and remove the shared memory that DeepSpeed's CPU all_reduce leaves behind: 66 MiB."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    place = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{place}"):
+        buffer.unlink(missing_ok=True)
 
 
 def on_all_ranks(work: Callable[[], Result]) -> Result:
