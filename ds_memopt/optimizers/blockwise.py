@@ -18,7 +18,7 @@ SHORT = 32
 """Runs of up to so many elements, a power of two, are added up by halves: 0.16 instead of 0.4 ns per element."""
 
 CACHED = 2**18
-"""Elements of a piece on the CPU, so that it and its temporary tensors stay in the cache: twice as fast."""
+"""Elements of a piece on the CPU, so that it and its temporary tensors stay in the cache."""
 
 
 @dataclass(frozen=True)
