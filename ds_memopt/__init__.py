@@ -1,9 +1,9 @@
 """Memory-efficient training methods that live inside DeepSpeed and FSDP2."""
 
-from .optimizers import GWT, AdamMini
+from .optimizers import GWT, AdamMini, BAdam
 
 __version__ = "0.1.0"
-__all__ = ["GWT", "AdamMini", "register"]
+__all__ = ["GWT", "AdamMini", "BAdam", "register"]
 
 
 def register() -> None:

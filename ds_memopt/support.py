@@ -17,7 +17,8 @@ class Support:
 
 
 FEATURES: dict[str, str] = {
-    "plain": "Plain PyTorch, one process or DDP",
+    "plain": "Plain PyTorch, one process",
+    "ddp": "DistributedDataParallel",
     "fsdp2": "FSDP2 (`fully_shard`), HSDP",
     "zero0": "ZeRO-0, fp32 and bf16",
     "zero1": "ZeRO-1",
@@ -47,6 +48,7 @@ FEATURES: dict[str, str] = {
 
 STATE_COMPRESSING: dict[str, Support] = {
     "plain": Support("tested"),
+    "ddp": Support("tested"),
     "fsdp2": Support("tested"),
     "zero0": Support("tested"),
     "zero1": Support("tested"),
@@ -97,7 +99,15 @@ STATE_COMPRESSING: dict[str, Support] = {
     "fsdp1": Support("refused", "FSDP1 flattens parameters under names of its own. Use fully_shard (FSDP2) or ZeRO-3."),
 }
 
-SUPPORT: dict[str, dict[str, Support]] = {"AdamMini": STATE_COMPRESSING, "GWT": STATE_COMPRESSING}
+ROTATING = STATE_COMPRESSING | {
+    "ddp": Support(
+        "refused",
+        "It averages the gradients of the parameters that trained when it was built, so that from the second block on "
+        "every rank would train a model of its own. Use ZeRO-0 or above, or FSDP2.",
+    ),
+}
+
+SUPPORT: dict[str, dict[str, Support]] = {"AdamMini": STATE_COMPRESSING, "BAdam": ROTATING, "GWT": STATE_COMPRESSING}
 """For every method: its standing with every feature."""
 
 MARKS: dict[Status, str] = {"tested": "yes", "untested": "untested", "refused": "refused"}

@@ -5,17 +5,22 @@ read from the model's structure first (module types, head sizes) and from names 
 """
 
 from ds_memopt.blocks.assign import assign_blocks, assign_blocks_by_name, full_shape
+from ds_memopt.blocks.guard import BlockGuard
+from ds_memopt.blocks.partition import Partition, partition_into_blocks
 from ds_memopt.blocks.report import format_assignment
 from ds_memopt.blocks.structure import Columns, Contiguous, ParamBlocks, Section, Tiled
 
 __all__ = [
+    "BlockGuard",
     "Columns",
     "Contiguous",
     "ParamBlocks",
+    "Partition",
     "Section",
     "Tiled",
     "assign_blocks",
     "assign_blocks_by_name",
     "format_assignment",
     "full_shape",
+    "partition_into_blocks",
 ]

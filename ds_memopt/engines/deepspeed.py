@@ -2,7 +2,8 @@
 
 Private names of DeepSpeed used here, checked against 0.19.8:
   DeepSpeedEngine._is_supported_optimizer, ._configure_basic_optimizer, ._do_optimizer_sanity_check,
-      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer (all wrapped), and READ below
+      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer (all wrapped), and READ below;
+      what engines/rotation.py names
   deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
 """
 
@@ -17,6 +18,7 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 
+from ds_memopt.engines import rotation
 from ds_memopt.optimizers import METHOD_KEY, METHODS, ShardedOptimizer
 from ds_memopt.shards import MasterCopyPlacement, Zero3Placement, Zero12Placement
 from ds_memopt.support import refuse
@@ -109,7 +111,8 @@ def _configure_zero_optimizer(original, engine, optimizer):
     if not isinstance(optimizer, ShardedOptimizer):
         return original(optimizer)
     names = optimizer.names_by_tensor()  # before ZeRO puts its flat buffers in the parameters' place
-    zero = original(optimizer)
+    with rotation.no_empty_group(optimizer):
+        zero = original(optimizer)
     _bind(optimizer, Zero3Placement if engine.zero_optimization_partition_weights() else Zero12Placement, zero, names)
     return zero
 
@@ -118,7 +121,8 @@ def _configure_bf16_optimizer(original, engine, optimizer):
     if not isinstance(optimizer, ShardedOptimizer):
         return original(optimizer)
     names = optimizer.names_by_tensor()
-    wrapper = original(optimizer)
+    with rotation.no_empty_group(optimizer):
+        wrapper = original(optimizer)
     _bind(optimizer, Zero12Placement, wrapper, names)
     return wrapper
 
@@ -153,4 +157,5 @@ WRAPPERS = {
     "_configure_zero_optimizer": _configure_zero_optimizer,
     "_configure_bf16_optimizer": _configure_bf16_optimizer,
     "_configure_fp16_optimizer": _configure_fp16_optimizer,
+    **rotation.WRAPPERS,
 }

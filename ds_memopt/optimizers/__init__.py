@@ -1,10 +1,11 @@
 """The methods: pure update rules over shards of named parameters. No engine is known here."""
 
 from .adam_mini import AdamMini
+from .badam import BAdam
 from .base import METHOD_KEY, ShardedOptimizer, StatePart
 from .gwt import GWT
 
-METHODS: dict[str, type[ShardedOptimizer]] = {"AdamMini": AdamMini, "GWT": GWT}
+METHODS: dict[str, type[ShardedOptimizer]] = {"AdamMini": AdamMini, "BAdam": BAdam, "GWT": GWT}
 """Every method by the word that turns it on in a ds_config's optimizer type."""
 
-__all__ = ["GWT", "METHODS", "METHOD_KEY", "AdamMini", "ShardedOptimizer", "StatePart"]
+__all__ = ["GWT", "METHODS", "METHOD_KEY", "AdamMini", "BAdam", "ShardedOptimizer", "StatePart"]

@@ -320,13 +320,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Raises ValueError, before anything is changed, for state of another method, of other options or of other blocks.
         """
-        meanings = {group.get(STATE_KEY) for group in state_dict["param_groups"]}
-        if meanings != {self.param_groups[0][STATE_KEY]}:
-            raise ValueError(
-                f"The checkpoint's optimizer state is {' and '.join(map(str, meanings))}; this optimizer needs "
-                f"{self.param_groups[0][STATE_KEY]}. Resume with the method, its options and the model, names "
-                "included, that saved it, or start without optimizer state."
-            )
+        self.check_meaning(state_dict["param_groups"])
         super().load_state_dict(state_dict)
         self._plans.clear()
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -336,6 +330,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if key in self.states:
                     dtype = self.element_dtype if self.states[key] == ELEMENT else None
                     self.state[tensor][key] = value.detach().to(tensor.device, dtype or step_dtype(tensor.dtype))
+
+    def check_meaning(self, saved_groups: Iterable[dict]) -> None:
+        """Raise ValueError if param groups of a state_dict come from another method, other options or other blocks."""
+        meanings = {group.get(STATE_KEY) for group in saved_groups}
+        if meanings != {self.param_groups[0][STATE_KEY]}:
+            raise ValueError(
+                f"The checkpoint's optimizer state is {' and '.join(map(str, meanings))}; this optimizer needs "
+                f"{self.param_groups[0][STATE_KEY]}. Resume with the method, its options and the model, names "
+                "included, that saved it, or start without optimizer state."
+            )
 
 
 def _check_covered(name: str, key: str, start: int, length: int, offered: list[StatePart]) -> None:

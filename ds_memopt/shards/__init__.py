@@ -10,7 +10,7 @@ from .layout import (
     partition_each_parameter,
     partition_flat_buffer,
 )
-from .plain import MasterCopyPlacement, PlainPlacement
+from .plain import MasterCopyPlacement, PlainPlacement, trainable_parameters_changed
 from .seams import Seams, SeamTable, is_first_rank
 from .zero3 import Zero3Placement
 from .zero12 import Zero12Placement
@@ -31,4 +31,5 @@ __all__ = [
     "numel_of",
     "partition_each_parameter",
     "partition_flat_buffer",
+    "trainable_parameters_changed",
 ]

@@ -76,14 +76,17 @@ def even_borders(start: int, numel: int, partition: int) -> np.ndarray:
 
 
 def partition_flat_buffer(
-    members: Sequence[tuple[str, int, int]], partition: int, rank: int
+    members: Sequence[tuple[str | None, int, int]], partition: int, rank: int
 ) -> tuple[list[Interval], dict[str, np.ndarray]]:
     """One buffer of many parameters, cut every `partition` elements: ZeRO-1 and ZeRO-2.
 
-    members: (name, offset in the buffer, numel). Returns what `rank` holds, and the borders inside each parameter.
+    members: (name, offset in the buffer, numel); a parameter without a name is not trained and belongs to no interval.
+    Returns what `rank` holds, and the borders inside each parameter.
     """
     held, borders, low = [], {}, rank * partition
     for name, offset, numel in members:
+        if name is None:
+            continue
         borders[name] = even_borders(offset, numel, partition)
         begin, end = max(offset, low), min(offset + numel, low + partition)
         if begin < end:
@@ -92,19 +95,21 @@ def partition_flat_buffer(
 
 
 def partition_each_parameter(
-    members: Sequence[tuple[str, int, int]], rank: int
+    members: Sequence[tuple[str | None, int, int]], rank: int
 ) -> tuple[list[Interval], dict[str, np.ndarray]]:
     """Every parameter cut into equal pieces, a rank's pieces one after another in a buffer: ZeRO-3.
 
-    members: (name, numel, elements of a rank's piece). Returns what `rank` holds, and the borders of each parameter.
+    members: (name, numel, elements of a rank's piece); a parameter without a name is not trained and belongs to no
+    interval. Returns what `rank` holds, and the borders of each parameter.
     """
     held, borders, offset = [], {}, 0
     for name, numel, piece in members:
-        borders[name] = even_borders(0, numel, piece)
         # The last ranks' pieces may be partly or wholly padding, which belongs to no parameter.
         length = min(piece, numel - rank * piece)
-        if length > 0:
-            held.append(Interval(name, rank * piece, length, 0, offset))
+        if name is not None:
+            borders[name] = even_borders(0, numel, piece)
+            if length > 0:
+                held.append(Interval(name, rank * piece, length, 0, offset))
         offset += piece
     return held, borders
 

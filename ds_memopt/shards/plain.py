@@ -1,6 +1,7 @@
 """Layout of plain tensors, of fp32 copies of them, and of FSDP2's DTensors: one optimizer tensor per parameter.
 
-Names of FSDP2 used here, checked against torch 2.13: DTensor.to_local, .placements, .device_mesh, all public.
+Names of FSDP2 used here, checked against torch 2.13: DTensor.to_local, .placements, .device_mesh, all public; private:
+  FSDPModule._get_fsdp_state, FSDPState._fsdp_param_groups, FSDPParamGroup._init_mp_dtypes
 Private names of DeepSpeed used here, checked against 0.19.8: FP16_UnfusedOptimizer.fp16_groups, .fp32_groups
 """
 
@@ -10,7 +11,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 from torch.distributed import ProcessGroup
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from .layout import Interval, Layout, RankBorders, even_borders, numel_of
@@ -111,3 +114,14 @@ def sharded_mesh_dim(tensor: DTensor, name: str) -> int | None:
             "parallelism."
         )
     return split[0]
+
+
+def trainable_parameters_changed(model: nn.Module) -> None:
+    """Tell FSDP2, where it shards the model, that other parameters than before require gradients.
+
+    It chooses the dtype in which a module's gradients are reduced from those that do, once, at the first forward.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for param_group in module._get_fsdp_state()._fsdp_param_groups:
+                param_group._init_mp_dtypes()

@@ -21,7 +21,7 @@ class Zero12Placement(FlatPlacement):
     """Placement of a DeepSpeedZeroOptimizer or a BF16_Optimizer.
 
     zero: the ZeRO object that the engine built around the optimizer.
-    names: the name of every trainable model parameter.
+    names: the name of every model parameter that the optimizer updates; what ZeRO holds besides is left alone.
     """
 
     def __init__(self, zero, names: Mapping[torch.Tensor, str]) -> None:
@@ -29,7 +29,7 @@ class Zero12Placement(FlatPlacement):
         for group, flat in enumerate(flat_partitions(zero)):
             params, offsets = group_members(zero, group)
             process_group = zero.real_dp_process_group[group]
-            members = [(names[p], offset, p.numel()) for p, offset in zip(params, offsets, strict=True)]
+            members = [(names.get(p), offset, p.numel()) for p, offset in zip(params, offsets, strict=True)]
             held, borders = partition_flat_buffer(members, flat.numel(), dist.get_rank(process_group))
             self.flats.append((flat, held, RankBorders(process_group, borders)))
 

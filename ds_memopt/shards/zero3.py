@@ -19,7 +19,7 @@ class Zero3Placement(FlatPlacement):
     """Placement of a DeepSpeedZeroOptimizer_Stage3.
 
     zero: the ZeRO object that the engine built around the optimizer.
-    names: the name of every trainable model parameter.
+    names: the name of every model parameter that the optimizer updates; what ZeRO holds besides is left alone.
     """
 
     def __init__(self, zero, names: Mapping[torch.Tensor, str]) -> None:
@@ -28,7 +28,7 @@ class Zero3Placement(FlatPlacement):
             zero.fp16_groups, zero.fp32_partitioned_groups_flat, zero.sub_group_process_groups, strict=True
         )
         for params, flat, process_group in sub_groups:
-            members = [(names[param], param.ds_numel, param.ds_tensor.ds_numel) for param in params]
+            members = [(names.get(param), param.ds_numel, param.ds_tensor.ds_numel) for param in params]
             held, borders = partition_each_parameter(members, dist.get_rank(process_group))
             pieces = sum(piece for _, _, piece in members)
             assert pieces == flat.numel(), f"sub-group holds {flat.numel()} elements, its parameters {pieces}"

@@ -1,0 +1,163 @@
+"""BAdam in DeepSpeed: only the active block is given to ZeRO, and the same ZeRO object is built anew for the next one.
+
+All that holds on to the object (schedulers, accelerate, Trainer, the engine's hooks) goes on holding the right one.
+
+Private names of DeepSpeed used here, checked against 0.19.8:
+  DeepSpeedEngine._take_model_step, ._common_checkpoint_state, .load_module_state_dict (all wrapped),
+      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer
+  deepspeed.runtime.engine.DeepSpeedZeroOptimizer, .BF16_Optimizer, .FP16_UnfusedOptimizer,
+      deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3: where the engine takes the classes from
+  deepspeed.runtime.bf16_optimizer.see_memory_usage
+  ZeROOptimizer._grad_acc_post_hooks, DeepSpeedZeroOptimizer_Stage3.initialize_ds_offload, .parameter_offload,
+      PartitionedParameterCoordinator._invalidate_trace, .is_invalid_trace, and KEPT below
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from unittest import mock
+
+from deepspeed.runtime import bf16_optimizer as bf16_module
+from deepspeed.runtime import engine as engine_module
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero import stage3 as stage3_module
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+from ds_memopt.optimizers import BAdam
+
+POSITION_KEY = "ds_memopt_position"
+"""Key of a checkpoint's model states: which block was active, to be known before anything else is loaded."""
+
+CONFIGURE = {
+    DeepSpeedZeroOptimizer: (engine_module, lambda engine: engine._configure_zero_optimizer),
+    DeepSpeedZeroOptimizer_Stage3: (stage3_module, lambda engine: engine._configure_zero_optimizer),
+    BF16_Optimizer: (engine_module, lambda engine: engine._configure_bf16_optimizer),
+    FP16_UnfusedOptimizer: (engine_module, lambda engine: engine._configure_fp16_optimizer),
+}
+"""For each class that wraps an optimizer: where the engine takes it from, and the method of the engine that builds it."""
+
+KEPT = (
+    "loss_scaler", "dynamic_loss_scale", "loss_scale_config", "custom_loss_scaler", "external_loss_scale", "overflow",
+    "_global_grad_norm", "_grad_acc_post_hooks",
+)  # fmt: skip
+"""What such an object has learnt in training, or was told by the engine, and must not forget."""
+
+
+@contextlib.contextmanager
+def no_empty_group(optimizer) -> Iterator[None]:
+    """For ZeRO, which cannot flatten a param group without parameters: such a group is lent its smallest frozen one.
+
+    It gets no gradient, belongs to no interval and is never updated; it costs its own size in masters and traffic.
+    """
+    lent = [
+        (group, min(members, key=lambda member: member.numel()))
+        for group, members in (optimizer.members() if isinstance(optimizer, BAdam) else ())
+        if not group["params"]
+    ]
+    for group, parameter in lent:
+        group["params"] = [parameter.requires_grad_(True)]
+    yield
+    for _, parameter in lent:
+        parameter.requires_grad_(False)
+
+
+def take_model_step(original, engine, *arguments, **keywords):
+    """A step of the engine, and behind it, where no update can be lost, the switch to the next block."""
+    result = original(*arguments, **keywords)
+    optimizer = engine.basic_optimizer
+    if isinstance(optimizer, BAdam) and engine.optimizer is not optimizer and optimizer.finish_step():
+        release(engine)
+        optimizer.next_block()
+        rebuild(engine)
+    return result
+
+
+def common_checkpoint_state(original, engine, module_state_dict, zero_optimizer_state, save_frozen_param):
+    """What a checkpoint says of the run: also the active block and, at ZeRO-1 too, all frozen weights.
+
+    DeepSpeed writes the latter at ZeRO-2 and 3 only, and without them zero_to_fp32 would lose them.
+    """
+    if not isinstance(engine.basic_optimizer, BAdam):
+        return original(module_state_dict, zero_optimizer_state, save_frozen_param)
+    state = original(module_state_dict, zero_optimizer_state, save_frozen_param or zero_optimizer_state)
+    groups = [
+        {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
+    ]
+    return state | {POSITION_KEY: groups}
+
+
+def load_module_state_dict(original, engine, checkpoint, *arguments, **keywords):
+    """Load a model's weights; first of all the block that was active when they were saved becomes active."""
+    optimizer = engine.basic_optimizer
+    if isinstance(optimizer, BAdam) and engine.optimizer is not optimizer:
+        if POSITION_KEY not in checkpoint:
+            raise ValueError(
+                "This checkpoint was not written by BAdam, so what it holds as trained and as frozen does not fit. Turn "
+                "it into weights (zero_to_fp32.py, save_16bit_model) and load them before deepspeed.initialize."
+            )
+        groups = checkpoint[POSITION_KEY]
+        optimizer.check_meaning(groups)
+        release(engine)
+        optimizer.resume_at((groups[0]["visit"], groups[0]["visit_step"]))
+        rebuild(engine)
+    return original(checkpoint, *arguments, **keywords)
+
+
+def release(engine) -> None:
+    """Take the ZeRO object's hooks off the parameters. ZeRO-3 keeps those that gather and partition."""
+    wrapper = engine.optimizer
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        with mock.patch.object(wrapper.parameter_offload, "destroy"):
+            wrapper.destroy()
+    elif hasattr(wrapper, "destroy"):
+        wrapper.destroy()
+
+
+def rebuild(engine) -> None:
+    """Build the ZeRO object anew, in place, around the parameters that are in the optimizer's param groups now."""
+    wrapper, optimizer = engine.optimizer, engine.basic_optimizer
+    module, configure = CONFIGURE[type(wrapper)]
+    kept = {name: getattr(wrapper, name) for name in KEPT if hasattr(wrapper, name)}
+
+    def in_place(*arguments, **keywords):
+        wrapper.__init__(*arguments, **keywords)
+        return wrapper
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(module, type(wrapper).__name__, in_place))
+        stack.enter_context(quiet(logging.getLogger("DeepSpeed")))
+        stack.enter_context(mock.patch.object(bf16_module, "see_memory_usage"))  # it prints whatever the level is
+        if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+            offload = wrapper.parameter_offload
+            stack.enter_context(mock.patch.object(wrapper, "initialize_ds_offload", lambda **keywords: offload))
+        low_precision = (wrapper.low_precision_dtype,) if isinstance(wrapper, FP16_UnfusedOptimizer) else ()
+        again = configure(engine)(optimizer, *low_precision)
+    assert again is wrapper, "the engine built another object"
+    for name, value in kept.items():
+        setattr(wrapper, name, value)
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        coordinator = wrapper.parameter_offload.get_param_coordinator()
+        if not coordinator.is_invalid_trace():
+            coordinator._invalidate_trace()  # backward will end at another layer
+
+
+@contextlib.contextmanager
+def quiet(logger: logging.Logger) -> Iterator[None]:
+    """Only warnings, from a logger that would tell at every switch what it told at the start."""
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+WRAPPERS = {
+    "_take_model_step": take_model_step,
+    "_common_checkpoint_state": common_checkpoint_state,
+    "load_module_state_dict": load_module_state_dict,
+}

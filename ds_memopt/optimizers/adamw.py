@@ -1,0 +1,70 @@
+"""AdamW over shards: the rule that a rotating block runs by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from ds_memopt.blocks import Contiguous, ParamBlocks
+from ds_memopt.shards import numel_of
+
+from .adam_mini import adam_piece
+from .base import ELEMENT, ShardedOptimizer, check_adam_group
+from .blockwise import BlockPlan
+
+
+class AdamW(ShardedOptimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) under any placement: torch's formula, per element.
+
+    State: "exp_avg" and "exp_avg_sq", in fp32: 8 bytes per parameter. lr, betas, eps, weight_decay: as torch's.
+    """
+
+    states = {"exp_avg": ELEMENT, "exp_avg_sq": ELEMENT}
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        model: nn.Module | None = None,
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, model=model, head_dim=1, value_blocks="rows")  # no rule looks at heads
+
+    def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
+        whole = {
+            name: ParamBlocks(blocks.role, "per element", blocks.shape, (Contiguous(1, numel_of(blocks.shape)),))
+            for name, blocks in roles.items()
+        }
+        return {"element": whole}
+
+    def log_structures(self) -> None:
+        """Nothing: every element is a block of its own."""
+
+    def check_group(self, group: dict) -> None:
+        check_adam_group(group)
+
+    def update(
+        self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]
+    ) -> None:
+        for number, (tensor, group) in enumerate(zip(tensors, groups, strict=True)):
+            if tensor.grad is None:
+                continue
+            state, (beta1, beta2) = self.state[tensor], group["betas"]
+            state["step"] += 1
+            step = state["step"].item()
+            decay = 1 - group["lr"] * group["weight_decay"]
+            step_size = group["lr"] / (1 - beta1**step)
+            laid = tensor, tensor.grad, state["exp_avg"], state["exp_avg_sq"]
+            for held in plans["element"].held[number]:
+                for piece in held.pieces:
+                    parameter, gradient, m, v = (piece.view(held.elements(self.local(each))) for each in laid)
+                    g = gradient.to(v.dtype)
+                    v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+                    denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
+                    adam_piece(parameter, gradient, m, denominator, beta1, step_size, decay)

@@ -1,0 +1,326 @@
+"""BAdam: Adam on one block of parameters at a time, with all other blocks frozen.
+
+Source: Luo, Yu, Li, "BAdam: A Memory Efficient Full Parameter Optimization Method for Large Language Models", NeurIPS
+2024 (arXiv 2404.02827), Algorithm 1.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from ds_memopt.blocks import BlockGuard, ParamBlocks, full_shape, partition_into_blocks
+from ds_memopt.shards import Placement, is_first_rank, numel_of, trainable_parameters_changed
+
+from .adam_mini import AdamMini
+from .adamw import AdamW
+from .base import (
+    STATE_KEY,
+    ShardedOptimizer,
+    check_adam_group,
+    check_hyper_parameter_names,
+    check_range,
+    make_log_visible,
+)
+from .blockwise import BlockPlan
+from .gwt import GWT
+from .residual import add_residual_, residual_of
+from .rotation import ORDERS, Rotation
+
+logger = logging.getLogger("ds_memopt")
+
+BASES: dict[str, type[ShardedOptimizer]] = {"adamw": AdamW, "adam_mini": AdamMini, "gwt": GWT}
+"""The rules that an active block may run."""
+
+USUAL_SWITCH_EVERY, FEWEST_AUTOMATIC = 100, 10
+"""K of the paper's experiments, and what "auto" does not go below: shorter visits are mostly the first step of Adam."""
+
+
+class Position(NamedTuple):
+    """How far training is: the number of the visit, from 0, and the steps that were made in it."""
+
+    visit: int
+    visit_step: int
+
+
+class BAdam(ShardedOptimizer):
+    """BAdam under any placement. The parameters are partitioned into D blocks; of these one is active for K =
+    switch_every steps of the base rule, with fresh state and bias correction; the others do not require gradients.
+
+    State of the active block only: with base="adamw" 8 bytes per active parameter, and an engine's fp32 master besides.
+
+    params: named parameters (`model.named_parameters()`) or param groups of them. Prefer `BAdam.from_model`.
+    lr, betas, eps, weight_decay: as in AdamW; read from the param group at every step.
+    switch_every: steps per visit, or "auto": total_steps / D, but from 10 to 100.
+    total_steps: steps of the whole run, if known. DeepSpeed's scheduler tells it where it has "total_num_steps".
+    order: "random" (a new permutation for every round through the blocks), "descending" (from the output down),
+        "ascending" or "fixed" (one block for ever). start_block: number of the first block, except for "random".
+    blocks: "layer", "sublayer" (attention and MLP apart) or lists of regular expressions, one list per block.
+    include_embedding, include_lm_head: whether the embedding, and final norm with head, are blocks as well.
+    always_active: regular expressions for parameters that train in every block (their state starts anew as well).
+    base: rule of the active block: "adamw", "adam_mini" or "gwt"; base_options: its own hyper-parameters.
+    keep_residual: keep what rounding to bf16 drops of a block's fp32 masters, in 16 bits per parameter, sharded as they
+        are, so that updates far below a weight's precision add up over the visits. Not for always_active.
+    seed: of the random order.
+    model: the model that the parameters belong to.
+
+    Raises ValueError for a hyper-parameter out of range and for what `partition_into_blocks` refuses.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        switch_every: int | Literal["auto"] = USUAL_SWITCH_EVERY,
+        total_steps: int | None = None,
+        order: Literal["random", "descending", "ascending", "fixed"] = "random",
+        start_block: int | None = None,
+        blocks: Literal["layer", "sublayer"] | Sequence[Sequence[str]] = "layer",
+        include_embedding: bool = False,
+        include_lm_head: bool = False,
+        always_active: Sequence[str] = (),
+        base: Literal["adamw", "adam_mini", "gwt"] = "adamw",
+        base_options: Mapping[str, Any] | None = None,
+        keep_residual: bool = False,
+        seed: int = 0,
+        model: nn.Module | None = None,
+    ) -> None:
+        if model is None:
+            raise ValueError("BAdam needs the model, whose layers are its blocks. Use BAdam.from_model(model, ...).")
+        check_range("base", base, base in BASES, "'adamw', 'adam_mini' or 'gwt'", "'adamw' is the paper's.")
+        check_range("order", order, order in ORDERS, f"one of {', '.join(ORDERS)}", "'random' is usual.")
+        _check_count("switch_every", switch_every, switch_every == "auto", " or 'auto'", "50 to 100 is usual.")
+        _check_count("total_steps", total_steps, total_steps is None, " or None", "Leave it out if it is not known.")
+        groups = list(params)
+        groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
+        groups = [group | {"params": list(group["params"])} for group in groups]
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        check_hyper_parameter_names(BASES[base], base_options or {})
+        self.rule = BASES[base]([dict(group) for group in groups], **defaults, **(base_options or {}), model=model)
+        self.states, self.keep_residual = self.rule.states, keep_residual
+        self._residuals: dict[str, torch.Tensor] = {}
+        self._stepped = False
+        super().__init__(
+            groups, defaults, model=model, head_dim=None, value_blocks="rows", element_dtype=self.rule.element_dtype
+        )
+        self._members = [list(zip(group["param_names"], group["params"], strict=True)) for group in self.param_groups]
+        self.partition = partition_into_blocks(
+            model, self._parameters(), blocks, include_embedding, include_lm_head, always_active
+        )
+        self._blocks = list(self.partition.blocks)
+        last = len(self._blocks) - 1
+        if start_block is None:
+            start_block = last if order == "descending" else 0
+        elif order == "random":
+            raise ValueError(f'start_block={start_block} has no meaning with order="random". Leave it out.')
+        _check_count("start_block", start_block, False, f" from 0 to {last}", "Leave it out.", low=0, high=last)
+        self.rotation = Rotation(len(self._blocks), order, start_block, seed)
+        self.switch_every = _automatic(total_steps, len(self._blocks)) if switch_every == "auto" else switch_every
+        listed = zlib.crc32(repr((self.partition, self.rotation)).encode())
+        for group in self.param_groups:
+            group[STATE_KEY] = f"BAdam, switch_every {self.switch_every}, rotation {listed:08x}, {group[STATE_KEY]}"
+        self._guard = BlockGuard(model, type(self))
+        self._log(total_steps)
+        self._activate(Position(0, 0))
+
+    def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
+        return self.rule.structures
+
+    def state_meaning(self) -> str:
+        return self.rule.state_meaning()
+
+    def log_structures(self) -> None:
+        """Nothing: the base rule has logged its own."""
+
+    def check_group(self, group: dict) -> None:
+        check_adam_group(group)
+
+    def add_param_group(self, param_group: dict) -> None:
+        if hasattr(self, "partition"):
+            raise ValueError("BAdam's blocks are fixed when it is built: list all parameters there.")
+        super().add_param_group(param_group)
+
+    @property
+    def position(self) -> Position:
+        """Where in the rotation training is; it is saved with the state."""
+        return Position(self.param_groups[0]["visit"], self.param_groups[0]["visit_step"])
+
+    @property
+    def active_block(self) -> str:
+        """The name of the block that trains."""
+        return self._blocks[self.rotation.block(self.position.visit)]
+
+    def names_by_tensor(self) -> dict[torch.Tensor, str]:
+        """The name of each parameter that trains now."""
+        return {p: name for group in self._members for name, p in group if p.requires_grad}
+
+    def members(self) -> list[tuple[dict, list[nn.Parameter]]]:
+        """Each param group, and all parameters that train in it with one block or another."""
+        return [(group, [p for _, p in pairs]) for group, pairs in zip(self.param_groups, self._members, strict=True)]
+
+    def bind(self, placement: Placement) -> None:
+        """As any optimizer's; called again by the engine for every block."""
+        super().bind(placement)
+        for name, master in self._masters():
+            if name in self._residuals:
+                add_residual_(master, self._residuals.pop(name))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update the active block. Without an engine, the next block becomes active after its last step."""
+        if not self._bound:
+            self._fill_missing_gradients()
+        loss = super().step(closure)
+        self._stepped = True
+        if not self._bound and self.finish_step():
+            self.next_block()
+        return loss
+
+    def update(
+        self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]
+    ) -> None:
+        self.rule.state, self.rule._placement = self.state, self._placement  # it works on this optimizer's tensors
+        self.rule.update(tensors, groups, plans)
+
+    def finish_step(self) -> bool:
+        """Count the training step that just ended, unless it was skipped, and tell whether the visit is over.
+
+        For an engine, which calls `step` once per param group or sub-group, or not at all on an overflow.
+        """
+        if not self._stepped:
+            return False
+        self._stepped = False
+        position = self.position
+        self._set_position(position._replace(visit_step=position.visit_step + 1))
+        return position.visit_step + 1 >= self.switch_every and self.rotation.order != "fixed"
+
+    def next_block(self) -> None:
+        """End the visit: the next block's parameters take the place of the active ones in param_groups."""
+        self._store_residuals()
+        self._activate(Position(self.position.visit + 1, 0))
+
+    def resume_at(self, position: tuple[int, int]) -> None:
+        """Make the block active that was active at `position` of a saved run, with zero state; then load the state."""
+        self._activate(Position(*position))
+        if not self._bound:
+            tensors = self._placement.named_tensors(self.param_groups)
+            plans = self._plan(*zip(*tensors, strict=True))
+            for number, (tensor, _) in enumerate(tensors):
+                self._init_state(tensor, plans, number)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's; with keep_residual, also the residuals of the inactive blocks."""
+        state_dict = super().state_dict()
+        return state_dict | {"residuals": self._residuals} if self.keep_residual else state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer's. Without an engine the saved block becomes active; an engine has made it so before."""
+        self.check_meaning(state_dict["param_groups"])
+        saved = state_dict["param_groups"][0]
+        position = Position(saved["visit"], saved["visit_step"])
+        if not self._bound:
+            self._activate(position)
+        assert position.visit == self.position.visit, "the engine has not made the saved block active"
+        super().load_state_dict(state_dict)
+        self._residuals = state_dict.get("residuals", {})
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(pair for group in self._members for pair in group)
+
+    def _activate(self, position: Position) -> None:
+        active = {*self.partition.blocks[self._blocks[self.rotation.block(position.visit)]]}
+        active |= {*self.partition.always_active}
+        self._set_position(position)
+        for group, members in zip(self.param_groups, self._members, strict=True):
+            for name, p in members:
+                p.requires_grad_(name in active)
+                p.grad = None
+            group["params"] = [p for name, p in members if name in active]
+            group["param_names"] = [name for name, _ in members if name in active]
+        self.state.clear()
+        self._plans.clear()
+        trainable_parameters_changed(self._model())
+        self._guard.watch(self.names_by_tensor())
+
+    def _set_position(self, position: Position) -> None:
+        for group in self.param_groups:
+            group |= position._asdict()
+
+    def _fill_missing_gradients(self) -> None:
+        """Missing gradients count as zero, as under ZeRO: an expert without tokens decays like any other."""
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        if all(tensor.grad is None for tensor in tensors):
+            raise ValueError(
+                f"No parameter of the active block, {self.active_block}, has a gradient. Call backward before step; if "
+                "it was called, the block took no part in the loss, or the engine was built without ds_memopt."
+            )
+        for tensor in tensors:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+
+    def _store_residuals(self) -> None:
+        dtypes = {p.dtype for p in self.names_by_tensor()}
+        if not self.keep_residual or dtypes == {torch.float32}:
+            return  # fp32 weights are their own masters
+        if not self._bound or dtypes != {torch.bfloat16}:
+            raise ValueError(
+                f"keep_residual=True needs bf16 weights and DeepSpeed's fp32 masters of them, not {dtypes} "
+                f"{'under' if self._bound else 'without'} an engine. Set bf16.enabled, or keep_residual to false."
+            )
+        # Not of what is always active: with the next block other ranks hold other parts of it.
+        names = {*self.partition.blocks[self.active_block]}
+        self._residuals |= {name: residual_of(master) for name, master in self._masters() if name in names}
+
+    def _masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This rank's interval of each active parameter: the same at every visit of a block."""
+        tensors, names = zip(*self._placement.named_tensors(self.param_groups), strict=True)
+        for interval in self._placement.layout(tensors, names).intervals:
+            elements = slice(interval.offset, interval.offset + interval.length)
+            yield interval.name, self.local(tensors[interval.tensor])[elements]
+
+    def _log(self, total_steps: int | None) -> None:
+        if not is_first_rank():
+            return
+        make_log_visible()
+        sizes = {name: numel_of(full_shape(p)) for name, p in self._parameters().items()}
+        lines = [f"  {name}: {sum(map(sizes.get, names)):,}" for name, names in self.partition.blocks.items()]
+        logger.info(
+            "BAdam, %d blocks of %s steps each, %s order; parameters:\n%s",
+            len(lines), self.switch_every, self.rotation.order, "\n".join(lines),
+        )  # fmt: skip
+        if self.partition.never_trained:
+            logger.warning("BAdam never trains %s: they are in no block.", ", ".join(self.partition.never_trained))
+        if total_steps is None or self.rotation.order == "fixed":
+            return
+        visits = min(-(-total_steps // self.switch_every), self.rotation.num_blocks)
+        visited = set(map(self.rotation.block, range(visits)))
+        untrained = [name for number, name in enumerate(self._blocks) if number not in visited]
+        if untrained:
+            logger.warning(
+                "BAdam: %d steps are fewer than %d blocks x %d; these never train: %s. Lower switch_every to %d or less.",
+                total_steps, len(self._blocks), self.switch_every, ", ".join(untrained),
+                max(total_steps // len(self._blocks), 1),
+            )  # fmt: skip
+
+
+def _automatic(total_steps: int | None, num_blocks: int) -> int:
+    if total_steps is None:
+        return USUAL_SWITCH_EVERY
+    return min(max(total_steps // num_blocks, FEWEST_AUTOMATIC), USUAL_SWITCH_EVERY)
+
+
+def _check_count(
+    name: str, value: Any, besides: bool, limit: str, remedy: str, low: int = 1, high: float = float("inf")
+) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    limit = f"an integer{limit}" if "from" in limit else f"an integer >= {low}{limit}"
+    check_range(name, value, besides or (whole and low <= value <= high), limit, remedy)
