@@ -10,6 +10,7 @@ Private names of DeepSpeed used here, checked against 0.19.8:
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from unittest import mock
 
@@ -73,7 +74,11 @@ def _configure_basic_optimizer(original, engine, model_parameters):
     """Build the optimizer that the JSON names; here DeepSpeed still knows the module, hence names and roles."""
     word = engine.optimizer_name()
     if word in METHODS:
-        return METHODS[word].from_model(engine.module, model_parameters, **(engine.optimizer_params() or {}))
+        hyper_parameters = dict(engine.optimizer_params() or {})
+        total_steps = (engine.scheduler_params() or {}).get("total_num_steps")
+        if total_steps is not None and "total_steps" in inspect.signature(METHODS[word]).parameters:
+            hyper_parameters.setdefault("total_steps", total_steps)
+        return METHODS[word].from_model(engine.module, model_parameters, **hyper_parameters)
     return original(model_parameters)
 
 
@@ -148,7 +153,7 @@ def _configure_fp16_optimizer(original, engine, optimizer, low_precision_dtype):
 
 READ = (
     "zero_offload_optimizer", "zero_elastic_checkpoint", "load_universal_checkpoint", "super_offload", "zenflow_config",
-    "autotp_size", "torch_autocast_enabled", "torch_autocast_dtype", "zero_optimization_partition_weights",
+    "scheduler_params", "autotp_size", "torch_autocast_enabled", "torch_autocast_dtype", "zero_optimization_partition_weights",
 )  # fmt: skip
 WRAPPERS = {
     "_is_supported_optimizer": _is_supported_optimizer,

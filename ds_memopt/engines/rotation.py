@@ -38,7 +38,7 @@ CONFIGURE = {
     BF16_Optimizer: (engine_module, lambda engine: engine._configure_bf16_optimizer),
     FP16_UnfusedOptimizer: (engine_module, lambda engine: engine._configure_fp16_optimizer),
 }
-"""For each class that wraps an optimizer: where the engine takes it from, and the method of the engine that builds it."""
+"""For each class that wraps an optimizer: where the engine takes it from, and the engine's method that builds it."""
 
 KEPT = (
     "loss_scaler", "dynamic_loss_scale", "loss_scale_config", "custom_loss_scaler", "external_loss_scale", "overflow",
@@ -96,8 +96,8 @@ def load_module_state_dict(original, engine, checkpoint, *arguments, **keywords)
     if isinstance(optimizer, BAdam) and engine.optimizer is not optimizer:
         if POSITION_KEY not in checkpoint:
             raise ValueError(
-                "This checkpoint was not written by BAdam, so what it holds as trained and as frozen does not fit. Turn "
-                "it into weights (zero_to_fp32.py, save_16bit_model) and load them before deepspeed.initialize."
+                "This checkpoint was not written by BAdam, so what it holds as trained and as frozen does not fit. "
+                "Turn it into weights (zero_to_fp32.py, save_16bit_model) and load them before deepspeed.initialize."
             )
         groups = checkpoint[POSITION_KEY]
         optimizer.check_meaning(groups)

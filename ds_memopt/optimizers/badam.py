@@ -306,7 +306,7 @@ class BAdam(ShardedOptimizer):
         untrained = [name for number, name in enumerate(self._blocks) if number not in visited]
         if untrained:
             logger.warning(
-                "BAdam: %d steps are fewer than %d blocks x %d; these never train: %s. Lower switch_every to %d or less.",
+                "BAdam: %d steps are fewer than %d blocks x %d; never trained: %s. Lower switch_every to %d or less.",
                 total_steps, len(self._blocks), self.switch_every, ", ".join(untrained),
                 max(total_steps // len(self._blocks), 1),
             )  # fmt: skip
