@@ -60,7 +60,7 @@ def test_every_placement_gives_the_same_weights(world_size):
     fp32, bf16, start = references()
     results, cuts, open_seams = run_ranks(all_placements, world_size, CASES[world_size])[0]
     for stage in ("zero1", "zero2", "zero3"):
-        for rule in ("AdamMini", "GWT, adam_mini"):
+        for rule in ("AdamMini", "GWT, adam_mini", "BAdam, adam_mini"):
             cut = cuts[rule][stage]["block"]
             assert any("q_proj" in name or "k_proj" in name for name in cut), f"{stage} cuts no head: {cut}"
             rows = ("mlp", "o_proj", "lm_head", "embed")

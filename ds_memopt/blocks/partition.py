@@ -153,7 +153,7 @@ def _find_layers(model: nn.Module, rest: Iterable[str]) -> tuple[dict[str, list[
         )
     layers: dict[str, list[str]] = {}
     for name, (path, member) in home.items():
-        if path in holders and len(modules[path]) == longest:
+        if len(modules[path]) == longest:
             layers.setdefault(member, []).append(name)
     # A tower is all that surrounds a list without layers, up to the module that it shares with the layers.
     around_layers = {path for layer in layers.values() for name in layer for path in _paths(name)}
@@ -185,7 +185,7 @@ def _find_ends(model: nn.Module, elsewhere: set[str], roles: Mapping[str, str]) 
 _SUBLAYER = re.compile(
     r"(?i)(?P<mlp>post_attention_(layer)?norm|mlp|ffn|\bff\b|feed_?forward|expert|moe|router|intermediate|dense\w+dense"
     r"|(ln|norm)_?2\b|norm_after)"
-    r"|(?P<attention>attn|attention|input_layernorm|(ln|norm)_?1\b|norm_before|\b(query|key|value|qkv)$)"
+    r"|(?P<attention>attn|attention|input_layernorm|(ln|norm)_?1\b|\b(query|key|value|qkv)$)"
 )
 
 

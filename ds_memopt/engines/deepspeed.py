@@ -153,7 +153,8 @@ def _configure_fp16_optimizer(original, engine, optimizer, low_precision_dtype):
 
 READ = (
     "zero_offload_optimizer", "zero_elastic_checkpoint", "load_universal_checkpoint", "super_offload", "zenflow_config",
-    "scheduler_params", "autotp_size", "torch_autocast_enabled", "torch_autocast_dtype", "zero_optimization_partition_weights",
+    "scheduler_params", "autotp_size", "torch_autocast_enabled", "torch_autocast_dtype",
+    "zero_optimization_partition_weights",
 )  # fmt: skip
 WRAPPERS = {
     "_is_supported_optimizer": _is_supported_optimizer,
