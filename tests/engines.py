@@ -25,7 +25,14 @@ from ds_memopt.optimizers import METHODS
 
 STEPS = 4
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
-TRAINER_FILES = ("zero2_adam_mini", "zero3_adam_mini", "zero2_offload_adam_mini", "zero3_gwt")
+TRAINER_FILES = (
+    "zero2_adam_mini", "zero3_adam_mini", "zero2_offload_adam_mini", "zero3_gwt", "zero2_badam", "zero3_badam",
+)  # fmt: skip
+ROTATION = {"switch_every": 1, "include_embedding": True, "include_lm_head": True, "eps": 1e-5}
+"""What BAdam is given besides HYPER in the runs of 4 steps: 4 blocks of one step each. For eps see exactness.py."""
+OPTIONS = {"BAdam": ROTATION}
+FROZEN_OPTIONS = {"BAdam": {"switch_every": 2, "blocks": [["layers.1"], ["lm_head"]]}}
+SMALL_OPTIONS = {"BAdam": {"switch_every": 2, "blocks": [["0.weight", "2.bias"], ["0.bias", "2.weight"]]}}
 
 
 def rows() -> list[dict]:
@@ -45,6 +52,7 @@ def trainer(folder: Path, file: str) -> dict[str, torch.Tensor]:
     ds_memopt.register()
     config = json.loads((CONFIGS / f"{file}.json").read_text())
     config["gradient_clipping"] = "auto"
+    config["optimizer"]["params"] |= OPTIONS.get(config["optimizer"]["type"], {})
     config["scheduler"] = {
         "type": "WarmupDecayLR",
         "params": {
@@ -55,6 +63,7 @@ def trainer(folder: Path, file: str) -> dict[str, torch.Tensor]:
         output_dir=str(folder), per_device_train_batch_size=GLOBAL_BATCH // 2 // dist.get_world_size(),
         gradient_accumulation_steps=2, num_train_epochs=1, learning_rate=HYPER["lr"], adam_beta1=0.9, adam_beta2=0.95,
         weight_decay=HYPER["weight_decay"], warmup_steps=2, max_grad_norm=0.5, deepspeed=config, report_to=[],
+        adam_epsilon=(ROTATION if "badam" in file else HYPER)["eps"], gradient_checkpointing="badam" in file,
         use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True,
     )  # fmt: skip
     run = InOrderTrainer(model=llama(), args=arguments, train_dataset=rows())
@@ -68,7 +77,7 @@ def trainer(folder: Path, file: str) -> dict[str, torch.Tensor]:
 def with_accelerate(stage: int, method: str) -> dict[str, torch.Tensor]:
     ds_memopt.register()
     reset_accelerate()
-    plugin = accelerate.DeepSpeedPlugin(hf_ds_config=ds_config(stage, method))
+    plugin = accelerate.DeepSpeedPlugin(hf_ds_config=ds_config(stage, method, HYPER | OPTIONS.get(method, {})))
     accelerator = accelerate.Accelerator(deepspeed_plugin=plugin)
     model = llama()
     model, optimizer = accelerator.prepare(model, DummyOptim(model.parameters(), **HYPER))
@@ -250,7 +259,8 @@ def empty_shards(method) -> tuple[list[int], dict[str, torch.Tensor]]:
         fully_shard(layer)
     fully_shard(model)
     held = [p.to_local().numel() for p in model.parameters()]
-    weights = train_small(model, method.from_model(model, lr=1e-2), dist.get_rank(), dist.get_world_size())
+    optimizer = method.from_model(model, lr=1e-2, **SMALL_OPTIONS.get(method.__name__, {}))
+    weights = train_small(model, optimizer, dist.get_rank(), dist.get_world_size())
     gathered = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, held)
     return gathered, weights
@@ -261,7 +271,8 @@ def frozen_parameters(method: str, stage: int) -> dict[str, torch.Tensor]:
     model = llama()
     freeze(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    engine = initialize(model, ds_config(stage, method), model_parameters=trained)
+    config = ds_config(stage, method, HYPER | FROZEN_OPTIONS.get(method, {}))
+    engine = initialize(model, config, model_parameters=trained)
     train(engine, batches(STEPS, dist.get_rank(), dist.get_world_size()))
     weights = full_parameters(engine.module)
     engine.destroy()
@@ -288,4 +299,5 @@ def everything(folder: Path) -> dict:
             results[f"frozen {name} {stage}"] = frozen_parameters(name, stage)
     results["accelerate AdamMini"] = with_accelerate(1, "AdamMini")
     results["accelerate GWT"] = with_accelerate(3, "GWT")
+    results["accelerate BAdam"] = with_accelerate(2, "BAdam")
     return results

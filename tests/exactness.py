@@ -50,6 +50,7 @@ FP32_CASES = {
     "zero2, round_robin_gradients": {"stage": 2, "zero_optimization": {"round_robin_gradients": True}},
     "zero2, offload": {"stage": 2, "zero_optimization": OFFLOAD},
     "zero3, offload": {"stage": 3, "zero_optimization": OFFLOAD},
+    "zero3, offload of parameters": {"stage": 3, "zero_optimization": {"offload_param": {"device": "cpu"}}},
 }
 BF16_CASES = {
     "zero0, bf16": {"stage": 0, **BF16},

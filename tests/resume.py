@@ -11,11 +11,15 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train, train_plain
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from ds_memopt import AdamMini
+from ds_memopt import AdamMini, BAdam
 from ds_memopt.optimizers import StatePart
 
-BEFORE, AFTER = 3, 4
+BEFORE, AFTER = 3, 4  # BAdam is saved after the first of a visit's two steps
 GWT = {"optimizer": "GWT", "hyper": HYPER | {"level": 3, "base": "adam_mini"}}
+BADAM = {
+    "optimizer": "BAdam",
+    "hyper": HYPER | {"switch_every": 2, "include_embedding": True, "include_lm_head": True, "keep_residual": True},
+}
 STAGES = {
     "zero0, bf16": {"stage": 0, "bf16": {"enabled": True}},
     "zero1": {"stage": 1},
@@ -27,6 +31,17 @@ STAGES = {
     "zero2, offload": {"stage": 2, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
     "zero2, GWT": {"stage": 2, **GWT},
     "zero3, GWT": {"stage": 3, **GWT},
+    "zero0, bf16, BAdam": {"stage": 0, "bf16": {"enabled": True}, **BADAM},
+    "zero0, BAdam": {"stage": 0, **BADAM},
+    "zero1, BAdam": {"stage": 1, **BADAM},
+    "zero1, bf16, fp32 accumulation, BAdam": {
+        "stage": 1, "bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, **BADAM,
+    },
+    "zero2, bf16, BAdam": {"stage": 2, "bf16": {"enabled": True}, **BADAM},
+    "zero2, BAdam": {"stage": 2, **BADAM},
+    "zero3, bf16, BAdam": {"stage": 3, "bf16": {"enabled": True}, **BADAM},
+    "zero3, BAdam": {"stage": 3, **BADAM},
+    "zero3, offload, BAdam": {"stage": 3, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}, **BADAM},
 }  # fmt: skip
 
 
@@ -49,7 +64,8 @@ def save_and_go_on(folder: Path) -> dict:
         saved = full_parameters(engine.module)
         parts = [part._replace(values=part.values.clone()) for part in engine.basic_optimizer.named_state()]
         head = dict(engine.module.named_parameters())["lm_head.weight"]
-        momentum = None if "GWT" in name or "zero0" in name else safe_get_full_optimizer_state(head, "exp_avg")
+        linked = not any(word in name for word in ("GWT", "BAdam", "zero0"))
+        momentum = safe_get_full_optimizer_state(head, "exp_avg") if linked else None
         train(engine, data[BEFORE:])
         results[name] = {
             "saved": saved, "end": full_parameters(engine.module), "parts": parts, "lm_head momentum": momentum,
@@ -63,6 +79,15 @@ def save_and_go_on(folder: Path) -> dict:
     dcp.save(state, checkpoint_id=folder / "fsdp2")
     train_plain(model, optimizer, data[BEFORE:])
     results["fsdp2"] = {"end": full_parameters(model)}
+
+    model = shard_fsdp2(llama())
+    optimizer = BAdam.from_model(model, **BADAM["hyper"])
+    train_plain(model, optimizer, data[:BEFORE])
+    dcp.save({"position": optimizer.position._asdict()}, checkpoint_id=folder / "fsdp2, BAdam, position")
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(state, checkpoint_id=folder / "fsdp2, BAdam")
+    train_plain(model, optimizer, data[BEFORE:])
+    results["fsdp2, BAdam"] = {"end": full_parameters(model)}
     return results
 
 
@@ -85,6 +110,18 @@ def resume(folder: Path) -> dict:
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
     train_plain(model, optimizer, local_batches()[BEFORE:])
     results["fsdp2"] = full_parameters(model)
+
+    model = shard_fsdp2(llama(seed=9))
+    optimizer = BAdam.from_model(model, **BADAM["hyper"])
+    position = {"position": optimizer.position._asdict()}
+    dcp.load(position, checkpoint_id=folder / "fsdp2, BAdam, position")
+    optimizer.resume_at(position["position"].values())  # state is written and read for the active block alone
+    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.load(state, checkpoint_id=folder / "fsdp2, BAdam")
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    train_plain(model, optimizer, local_batches()[BEFORE:])
+    results["fsdp2, BAdam"] = full_parameters(model)
     return results
 
 

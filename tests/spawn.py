@@ -5,6 +5,7 @@ Processes are forked from a server that has imported the slow packages once, so 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -67,6 +68,7 @@ def _rank_main(function, rank: int, world_size: int, port: int, folder: str, arg
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     torch.set_num_threads(1)
+    gc.freeze()  # ZeRO-3 collects garbage at every build: spare it the imported packages
     try:
         import deepspeed
 

@@ -10,12 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
-from engines import STEPS, TRAINER_FILES, everything, freeze, small_model, train_small
+from engines import (
+    FROZEN_OPTIONS,
+    OPTIONS,
+    SMALL_OPTIONS,
+    STEPS,
+    TRAINER_FILES,
+    everything,
+    freeze,
+    small_model,
+    train_small,
+)
 from spawn import free_port, run_ranks
 from tiny import HYPER, batches, distance, full_parameters, llama, train_plain
 
 import ds_memopt
-from ds_memopt import GWT, AdamMini
+from ds_memopt import GWT, AdamMini, BAdam
 from ds_memopt.optimizers import METHODS
 
 
@@ -37,7 +47,8 @@ def plain():
 def test_accelerate_needs_nothing_but_json(results, method):
     model = llama()
     start = full_parameters(model)
-    train_plain(model, METHODS[method].from_model(model, model.parameters(), **HYPER), batches(STEPS))
+    hyper = HYPER | OPTIONS.get(method, {})
+    train_plain(model, METHODS[method].from_model(model, model.parameters(), **hyper), batches(STEPS))
     expected = full_parameters(model)
     assert distance(results[f"accelerate {method}"], expected) <= 1e-5 * distance(expected, start)
 
@@ -58,8 +69,9 @@ def test_trainer_needs_nothing_but_json(results):
     for run in TRAINER_FILES:
         model = llama()
         start = full_parameters(model)
-        method = GWT if "gwt" in run else AdamMini
-        optimizer = method.from_model(model, model.parameters(), **HYPER)
+        method = GWT if "gwt" in run else BAdam if "badam" in run else AdamMini
+        hyper = HYPER | OPTIONS.get(method.__name__, {})
+        optimizer = method.from_model(model, model.parameters(), **hyper)
         schedule = WarmupDecayLR(
             optimizer, total_num_steps=STEPS, warmup_min_lr=0, warmup_max_lr=HYPER["lr"], warmup_num_steps=2
         )
@@ -82,7 +94,7 @@ def test_a_rank_may_hold_nothing_of_a_parameter(results, method):
     assert held == [[64, 8, 15, 1], [56, 7, 0, 0]]
     model = small_model()
     start = full_parameters(model)
-    expected = train_small(model, METHODS[method].from_model(model, lr=1e-2), 0, 1)
+    expected = train_small(model, METHODS[method].from_model(model, lr=1e-2, **SMALL_OPTIONS.get(method, {})), 0, 1)
     assert distance(weights, expected) <= 1e-5 * distance(expected, start)
 
 
@@ -93,11 +105,12 @@ def test_frozen_parameters_do_not_move_under_zero(results, method, stage):
     model = llama()
     freeze(model)
     start = full_parameters(model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    train_plain(model, METHODS[method].from_model(model, trained, **HYPER), batches(STEPS))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    hyper = HYPER | FROZEN_OPTIONS.get(method, {})
+    train_plain(model, METHODS[method].from_model(model, trained.values(), **hyper), batches(STEPS))
     expected = full_parameters(model)
     assert distance(weights, expected) <= 1e-5 * distance(expected, start)
-    assert all(torch.equal(weights[name], start[name]) for name, p in model.named_parameters() if not p.requires_grad)
+    assert all(torch.equal(weights[name], start[name]) for name in start if name not in trained)
 
 
 REFUSALS = {

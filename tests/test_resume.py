@@ -24,7 +24,7 @@ def saved(tmp_path_factory):
 def test_new_processes_continue_bit_for_bit(saved):
     folder, ranks = saved
     resumed = run_ranks(resume, 2, folder)[0]
-    assert set(resumed) == {*STAGES, "fsdp2"}
+    assert set(resumed) == {*STAGES, "fsdp2", "fsdp2, BAdam"}
     for name, weights in resumed.items():
         assert distance(weights, ranks[0][name]["end"]) == 0, name
 
@@ -32,7 +32,7 @@ def test_new_processes_continue_bit_for_bit(saved):
 def test_zero_to_fp32_gives_the_weights_at_the_checkpoint(saved):
     """Not for ZeRO-1 with fp32 accumulation, whose files DeepSpeed's tool reads for no optimizer."""
     folder, ranks = saved
-    for name in ("zero1", "zero2", "zero3", "zero3, GWT"):
+    for name in ("zero1", "zero2", "zero3", "zero3, GWT", "zero1, BAdam", "zero2, BAdam", "zero3, BAdam"):
         weights = get_fp32_state_dict_from_zero_checkpoint(folder / name)
         for parameter, value in ranks[0][name]["saved"].items():
             assert torch.equal(weights[parameter], value), (name, parameter)

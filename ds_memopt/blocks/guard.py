@@ -1,7 +1,7 @@
 """Watch over a model of which only one block trains: what would make its gradients wrong, missing or costly.
 
 Names of transformers used here, checked against 5.23: _gradient_checkpointing_func, a functools.partial over
-torch.utils.checkpoint; _require_grads_hooks and disable_input_require_grads().
+torch.utils.checkpoint, and the forward hook make_inputs_require_grads; peft calls its own make_inputs_require_grad.
 Private name of torch used here, checked against 2.13: DistributedDataParallel._active_ddp_module.
 """
 
@@ -31,8 +31,9 @@ class BlockGuard:
     def __init__(self, model: nn.Module, method: type) -> None:
         self._model, self._method = weakref.ref(model), method
         self._recording = False  # whether the model's forward was entered with gradients enabled
-        self._checked = False
         self._handles: list[RemovableHandle] = []
+        if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+            refuse(method, "ddp")
         model.register_forward_pre_hook(self._enter_model)
         model.register_forward_hook(self._leave_model, always_call=True)
 
@@ -46,15 +47,13 @@ class BlockGuard:
             for name, module in self._model().named_modules()
             if any(id(parameter) in identities for parameter in module.parameters(recurse=False))
         ]
-        self._checked = False
 
     def _enter_model(self, model: nn.Module, args: tuple) -> None:
         if DistributedDataParallel._active_ddp_module is not None:
             refuse(self._method, "ddp")
-        if not self._checked:
-            make_checkpointing_stop_early(model)
-            self._checked = True
         self._recording = torch.is_grad_enabled()
+        if self._recording:
+            make_checkpointing_stop_early(model)
 
     def _leave_model(self, *ignored) -> None:
         self._recording = False
@@ -81,5 +80,7 @@ def make_checkpointing_stop_early(model: nn.Module) -> None:
             keywords = checkpoint.keywords | {"use_reentrant": False}
             module._gradient_checkpointing_func = functools.partial(checkpoint.func, *checkpoint.args, **keywords)
             logger.info("%s: gradient checkpointing set to use_reentrant=False.", type(module).__name__)
-        if getattr(module, "_require_grads_hooks", None):
-            module.disable_input_require_grads()
+        for number, hook in list(module._forward_hooks.items()):
+            # transformers forgets its hook when checkpointing is enabled twice, as by a program and then by Trainer.
+            if getattr(hook, "__name__", "").startswith("make_inputs_require_grad"):
+                del module._forward_hooks[number]

@@ -10,7 +10,6 @@ Private names of DeepSpeed used here, checked against 0.19.8:
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
 from unittest import mock
 
@@ -20,7 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 
 from ds_memopt.engines import rotation
-from ds_memopt.optimizers import METHOD_KEY, METHODS, ShardedOptimizer
+from ds_memopt.optimizers import METHOD_KEY, METHODS, ShardedOptimizer, takes
 from ds_memopt.shards import MasterCopyPlacement, Zero3Placement, Zero12Placement
 from ds_memopt.support import refuse
 
@@ -76,7 +75,7 @@ def _configure_basic_optimizer(original, engine, model_parameters):
     if word in METHODS:
         hyper_parameters = dict(engine.optimizer_params() or {})
         total_steps = (engine.scheduler_params() or {}).get("total_num_steps")
-        if total_steps is not None and "total_steps" in inspect.signature(METHODS[word]).parameters:
+        if total_steps is not None and takes(word, "total_steps"):
             hyper_parameters.setdefault("total_steps", total_steps)
         return METHODS[word].from_model(engine.module, model_parameters, **hyper_parameters)
     return original(model_parameters)
@@ -116,6 +115,7 @@ def _configure_zero_optimizer(original, engine, optimizer):
     if not isinstance(optimizer, ShardedOptimizer):
         return original(optimizer)
     names = optimizer.names_by_tensor()  # before ZeRO puts its flat buffers in the parameters' place
+    rotation.shrink_bucket(engine, optimizer)
     with rotation.no_empty_group(optimizer):
         zero = original(optimizer)
     _bind(optimizer, Zero3Placement if engine.zero_optimization_partition_weights() else Zero12Placement, zero, names)

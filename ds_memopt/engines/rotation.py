@@ -4,10 +4,11 @@ All that holds on to the object (schedulers, accelerate, Trainer, the engine's h
 
 Private names of DeepSpeed used here, checked against 0.19.8:
   DeepSpeedEngine._take_model_step, ._common_checkpoint_state, .load_module_state_dict (all wrapped),
-      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer
+      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer,
+      ._config.zero_config.reduce_bucket_size
   deepspeed.runtime.engine.DeepSpeedZeroOptimizer, .BF16_Optimizer, .FP16_UnfusedOptimizer,
       deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3: where the engine takes the classes from
-  deepspeed.runtime.bf16_optimizer.see_memory_usage
+  deepspeed.runtime.bf16_optimizer.see_memory_usage, deepspeed.runtime.zero.utils.gc
   ZeROOptimizer._grad_acc_post_hooks, DeepSpeedZeroOptimizer_Stage3.initialize_ds_offload, .parameter_offload,
       PartitionedParameterCoordinator._invalidate_trace, .is_invalid_trace, and KEPT below
 """
@@ -24,6 +25,7 @@ from deepspeed.runtime import engine as engine_module
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero import stage3 as stage3_module
+from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
@@ -63,6 +65,13 @@ def no_empty_group(optimizer) -> Iterator[None]:
     yield
     for _, parameter in lent:
         parameter.requires_grad_(False)
+
+
+def shrink_bucket(engine, optimizer) -> None:
+    """Make ZeRO's bucket for gradients, 1 GB by default in ZeRO-3, no larger than the largest block."""
+    if isinstance(optimizer, BAdam):
+        zero_config = engine._config.zero_config
+        zero_config.reduce_bucket_size = min(zero_config.reduce_bucket_size, optimizer.largest_block())
 
 
 def take_model_step(original, engine, *arguments, **keywords):
@@ -134,6 +143,8 @@ def rebuild(engine) -> None:
         if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
             offload = wrapper.parameter_offload
             stack.enter_context(mock.patch.object(wrapper, "initialize_ds_offload", lambda **keywords: offload))
+            # It would collect garbage, for 0.2 s, to make room for the whole model; a block needs little.
+            stack.enter_context(mock.patch.object(zero_utils, "gc"))
         low_precision = (wrapper.low_precision_dtype,) if isinstance(wrapper, FP16_UnfusedOptimizer) else ()
         again = configure(engine)(optimizer, *low_precision)
     assert again is wrapper, "the engine built another object"

@@ -96,23 +96,38 @@ class BAdam(ShardedOptimizer):
     ) -> None:
         if model is None:
             raise ValueError("BAdam needs the model, whose layers are its blocks. Use BAdam.from_model(model, ...).")
-        check_range("base", base, base in BASES, "'adamw', 'adam_mini' or 'gwt'", "'adamw' is the paper's.")
+        known = isinstance(base, str) and base in BASES
+        check_range("base", base, known, "'adamw', 'adam_mini' or 'gwt'", "'adamw' is the paper's.")
         check_range("order", order, order in ORDERS, f"one of {', '.join(ORDERS)}", "'random' is usual.")
+        check_range("keep_residual", keep_residual, isinstance(keep_residual, bool), "true or false", "false is usual.")
+        _check_count("seed", seed, False, "", "0 is usual.", low=0)
         _check_count("switch_every", switch_every, switch_every == "auto", " or 'auto'", "50 to 100 is usual.")
         _check_count("total_steps", total_steps, total_steps is None, " or None", "Leave it out if it is not known.")
         groups = list(params)
         groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
         groups = [group | {"params": list(group["params"])} for group in groups]
+        if not all(isinstance(entry, tuple) for group in groups for entry in group["params"]):
+            raise ValueError("BAdam needs the parameters' names. Build it with BAdam.from_model(model, ...).")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        check_hyper_parameter_names(BASES[base], base_options or {})
-        self.rule = BASES[base]([dict(group) for group in groups], **defaults, **(base_options or {}), model=model)
+        base_options = {} if base_options is None else base_options
+        own = isinstance(base_options, Mapping) and not {*base_options} & {*defaults}
+        limit = "an object of the base rule's own hyper-parameters"
+        check_range("base_options", base_options, own, limit, "Give lr, betas, eps and weight_decay to BAdam.")
+        try:
+            check_hyper_parameter_names(BASES[base], base_options)
+        except ValueError as error:
+            raise ValueError(f"base_options: {error}") from None
+        self.rule = BASES[base]([dict(group) for group in groups], **defaults, **base_options, model=model)
         self.states, self.keep_residual = self.rule.states, keep_residual
         self._residuals: dict[str, torch.Tensor] = {}
         self._stepped = False
         super().__init__(
             groups, defaults, model=model, head_dim=None, value_blocks="rows", element_dtype=self.rule.element_dtype
         )
-        self._members = [list(zip(group["param_names"], group["params"], strict=True)) for group in self.param_groups]
+        self._members = [
+            [(name, p) for name, p in zip(group["param_names"], group["params"], strict=True) if p.requires_grad]
+            for group in self.param_groups
+        ]
         self.partition = partition_into_blocks(
             model, self._parameters(), blocks, include_embedding, include_lm_head, always_active
         )
@@ -163,6 +178,12 @@ class BAdam(ShardedOptimizer):
         """The name of each parameter that trains now."""
         return {p: name for group in self._members for name, p in group if p.requires_grad}
 
+    def largest_block(self) -> int:
+        """Elements of the largest block, with what is always active."""
+        sizes = {name: numel_of(full_shape(p)) for name, p in self._parameters().items()}
+        always = sum(sizes[name] for name in self.partition.always_active)
+        return always + max(sum(map(sizes.get, names)) for names in self.partition.blocks.values())
+
     def members(self) -> list[tuple[dict, list[nn.Parameter]]]:
         """Each param group, and all parameters that train in it with one block or another."""
         return [(group, [p for _, p in pairs]) for group, pairs in zip(self.param_groups, self._members, strict=True)]
@@ -170,6 +191,7 @@ class BAdam(ShardedOptimizer):
     def bind(self, placement: Placement) -> None:
         """As any optimizer's; called again by the engine for every block."""
         super().bind(placement)
+        self._check_residual()
         for name, master in self._masters():
             if name in self._residuals:
                 add_residual_(master, self._residuals.pop(name))
@@ -177,9 +199,14 @@ class BAdam(ShardedOptimizer):
     @torch.no_grad()
     def step(self, closure=None):
         """Update the active block. Without an engine, the next block becomes active after its last step."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         if not self._bound:
+            self._check_residual()
             self._fill_missing_gradients()
-        loss = super().step(closure)
+        super().step()
         self._stepped = True
         if not self._bound and self.finish_step():
             self.next_block()
@@ -267,15 +294,17 @@ class BAdam(ShardedOptimizer):
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
 
-    def _store_residuals(self) -> None:
+    def _check_residual(self) -> None:
         dtypes = {p.dtype for p in self.names_by_tensor()}
-        if not self.keep_residual or dtypes == {torch.float32}:
-            return  # fp32 weights are their own masters
-        if not self._bound or dtypes != {torch.bfloat16}:
+        if self.keep_residual and dtypes != {torch.float32} and not (self._bound and dtypes == {torch.bfloat16}):
             raise ValueError(
                 f"keep_residual=True needs bf16 weights and DeepSpeed's fp32 masters of them, not {dtypes} "
                 f"{'under' if self._bound else 'without'} an engine. Set bf16.enabled, or keep_residual to false."
             )
+
+    def _store_residuals(self) -> None:
+        if not self.keep_residual or next(iter(self.names_by_tensor())).dtype == torch.float32:
+            return  # fp32 weights are their own masters
         # Not of what is always active: with the next block other ranks hold other parts of it.
         names = {*self.partition.blocks[self.active_block]}
         self._residuals |= {name: residual_of(master) for name, master in self._masters() if name in names}
@@ -297,6 +326,9 @@ class BAdam(ShardedOptimizer):
             "BAdam, %d blocks of %s steps each, %s order; parameters:\n%s",
             len(lines), self.switch_every, self.rotation.order, "\n".join(lines),
         )  # fmt: skip
+        others = [n for n, p in self._model().named_parameters() if p.requires_grad and n not in sizes]
+        if others:
+            logger.warning("BAdam was not given %s: backward reaches them at every step.", ", ".join(others))
         if self.partition.never_trained:
             logger.warning("BAdam never trains %s: they are in no block.", ", ".join(self.partition.never_trained))
         if total_steps is None or self.rotation.order == "fixed":
@@ -305,10 +337,11 @@ class BAdam(ShardedOptimizer):
         visited = set(map(self.rotation.block, range(visits)))
         untrained = [name for number, name in enumerate(self._blocks) if number not in visited]
         if untrained:
+            enough = total_steps // len(self._blocks)
             logger.warning(
-                "BAdam: %d steps are fewer than %d blocks x %d; never trained: %s. Lower switch_every to %d or less.",
+                "BAdam: %d steps are fewer than %d blocks x %d; never trained: %s. %s.",
                 total_steps, len(self._blocks), self.switch_every, ", ".join(untrained),
-                max(total_steps // len(self._blocks), 1),
+                f"Lower switch_every to {enough} or less" if enough else f"Train {len(self._blocks)} steps or more",
             )  # fmt: skip
 
 

@@ -100,6 +100,7 @@ def resolve_config(
         "optimizer.params.betas": list(betas),
         "optimizer.params.eps": eps,
         "optimizer.params.weight_decay": weight_decay,
+        "optimizer.params.switch_every": AUTO,  # BAdam's own "auto", which needs the model
         "scheduler.params.warmup_min_lr": 0.0,
         "scheduler.params.warmup_max_lr": lr,
         "scheduler.params.warmup_num_steps": warmup_steps,

@@ -131,7 +131,7 @@ def _train(
     for step in range(first_step + 1, plan.steps + 1):
         # Dropout draws from a stream that step and rank determine: nothing to save, and a resumed run goes on exactly.
         torch.manual_seed((plan.facts["seed"] * plan.steps + step) * ranks.world_size + ranks.rank)
-        lr = engine.get_lr()[0]
+        lr, active_block = engine.get_lr()[0], getattr(engine.basic_optimizer, "active_block", None)
         with meter:
             for _ in range(plan.accumulation):
                 ids = next(batches).to(ranks.device)
@@ -158,6 +158,7 @@ def _train(
             "loss": sums[0].item() / (steps * plan.accumulation * ranks.world_size),
             "validation_loss": validation_loss(engine, held_out, ranks.device) if validate else None,
             "lr": lr,
+            **({"active_block": active_block} if active_block else {}),
             "grad_norm": _finite(engine.get_global_grad_norm()),
             **speed,
             **dict(zip(memory, peaks.tolist(), strict=True)),

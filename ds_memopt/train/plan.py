@@ -18,7 +18,7 @@ from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from torch.utils.cpp_extension import CUDA_HOME
 
-from ds_memopt.optimizers import METHODS
+from ds_memopt.optimizers import METHODS, takes
 from ds_memopt.train.config import (
     AUTO,
     SHARED_HYPERPARAMETERS,
@@ -94,6 +94,8 @@ def make_plan(options: Options, ranks: Ranks) -> Plan:
         steps=steps,
         warmup_steps=warmup_steps,
     )
+    if takes(config["optimizer"]["type"], "total_steps"):
+        config["optimizer"]["params"].setdefault("total_steps", steps)
     seq_length = options.seq_length or recipe.seq_length
     save_interval = options.save_interval
     if save_interval is None:

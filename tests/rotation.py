@@ -1,0 +1,216 @@
+"""Worker of test_rotation.py: what BAdam costs under ZeRO, and what it must not lose there, on two ranks."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, train
+
+from ds_memopt.measure import CommunicationMeter, state_bytes
+from ds_memopt.optimizers.residual import add_residual_
+
+LAYERS = 8
+BF16 = {"bf16": {"enabled": True}}
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+FP32_ACCUMULATION = {"data_types": {"grad_accum_dtype": "fp32"}, "gradient_accumulation_steps": 2}
+COST_CASES = {
+    "zero1": {"stage": 1, **BF16},
+    "zero2": {"stage": 2, **BF16},
+    "zero3": {"stage": 3, **BF16},
+    "zero2, offload": {"stage": 2, **BF16, **OFFLOAD},
+}
+SMALL_LR = 1e-6
+
+
+def engine_of(method: str, stage: int, layers: int = 2, hyper: dict | None = None, **changes):
+    model = llama(num_hidden_layers=layers)
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for _, p in named if p.ndim > 1]},
+        {"params": [p for _, p in named if p.ndim == 1], "weight_decay": 0.0},
+    ]
+    if changes.get("zero_optimization") is OFFLOAD["zero_optimization"] and method == "AdamW":
+        changes["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own would compile for minutes
+    config = ds_config(stage, method, HYPER | (hyper or {}), **changes)
+    if config.get("gradient_accumulation_steps", 1) > 1:
+        config["train_micro_batch_size_per_gpu"] //= config["gradient_accumulation_steps"]
+    return initialize(model, config, model_parameters=groups)
+
+
+def local(steps: int) -> list[torch.Tensor]:
+    return list(batches(steps, dist.get_rank(), dist.get_world_size()))
+
+
+def masters(engine) -> list[torch.Tensor]:
+    """This rank's fp32 masters: the tensors that the optimizer itself updates."""
+    zero = engine.optimizer
+    held = getattr(zero, "fp32_partitioned_groups_flat", None) or zero.single_partition_of_fp32_groups
+    return list(held)
+
+
+def alive_bytes() -> int:
+    """Bytes of all storages that some tensor of this process refers to."""
+    gc.collect()
+    storages = {}
+    for candidate in gc.get_objects():
+        if isinstance(candidate, torch.Tensor):
+            storage = candidate.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
+def cost(case: dict) -> dict:
+    """Bytes sent per step, without and with a switch, and bytes held, of BAdam and of AdamW."""
+    result = {}
+    for method, hyper in (("AdamW", {}), ("BAdam", {"switch_every": 3, "order": "ascending"})):
+        engine, data = engine_of(method, layers=LAYERS, hyper=hyper, **case), local(6)
+        train(engine, data[:1])  # states come to be, ZeRO-3 records its trace
+        with CommunicationMeter() as meter:
+            train(engine, data[1:2])
+        result[method] = {"sent": meter.bytes_sent(), "by collective": meter.by_collective()}
+        trained = [p for p in engine.module.parameters() if p.requires_grad]
+        result[method] |= {
+            "parameters": sum(getattr(p, "ds_numel", p.numel()) for p in trained),
+            "state and masters": sum(state_bytes(engine.optimizer).values()) + sum(map(_bytes, masters(engine))),
+        }
+        with CommunicationMeter() as meter:
+            train(engine, data[2:3])
+        result[method]["sent with switch"] = meter.bytes_sent()
+        train(engine, data[3:4])
+        with CommunicationMeter() as meter:
+            train(engine, data[4:5])
+        result[method]["sent in the second visit"] = meter.bytes_sent()
+        engine.destroy()
+    return result
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def hundred_switches(case: dict) -> list[int]:
+    """Bytes alive after 2, 50 and 100 switches between two layers."""
+    engine = engine_of("BAdam", hyper={"switch_every": 1, "order": "ascending"}, **case)
+    data, alive = local(1) * 100, []
+    for steps in (2, 48, 50):
+        train(engine, data[:steps])
+        alive.append(alive_bytes())
+    assert engine.basic_optimizer.position.visit == 100
+    engine.destroy()
+    return alive
+
+
+def accumulation(stage: int) -> dict[str, torch.Tensor]:
+    """Weights after 6 steps, of two micro-batches each whose gradients are added up in fp32."""
+    hyper = {"switch_every": 2, "order": "ascending", "eps": 1e-5}
+    # ZeRO-1 reduces the sum, by default in bf16; ZeRO-2 and 3 reduce each micro-batch's gradients, which are in bf16.
+    reduction = {"communication_data_type": "fp32"} if stage == 1 else {}
+    engine = engine_of("BAdam", stage, hyper=hyper, **BF16, **FP32_ACCUMULATION, **reduction)
+    for batch in local(6):
+        for half in batch.chunk(2):
+            engine.backward(engine(input_ids=half, labels=half).loss)
+            engine.step()
+    weights = full_parameters(engine.module)
+    engine.destroy()
+    return weights
+
+
+def small_steps(stage: int, keep_residual: bool) -> dict[str, dict]:
+    """After 6 visits to each of two layers at lr 1e-6: the weights, this rank's parts of their fp32 masters by name, as
+    (start, elements), and the bytes of residuals."""
+    hyper = {
+        "switch_every": 4,
+        "order": "ascending",
+        "lr": SMALL_LR,
+        "weight_decay": 0.0,
+        "keep_residual": keep_residual,
+    }
+    engine = engine_of("BAdam", stage, hyper=hyper | {"keep_residual": keep_residual}, **BF16)
+    data = local(48)
+    optimizer = engine.basic_optimizer
+    train(engine, data[:-1])
+    starts = held_intervals(optimizer)
+    train(engine, data[-1:])
+    weights = full_parameters(engine.module)
+    residuals = optimizer.state_dict().get("residuals", {})
+    starts |= held_intervals(optimizer)
+    parts = {name: (starts[name], master.clone()) for name, master in optimizer._masters()}
+    for name, residual in residuals.items():
+        master = weights[name].flatten()[starts[name] : starts[name] + len(residual)].clone()
+        add_residual_(master, residual)
+        parts[name] = starts[name], master
+    engine.destroy()
+    return {"weights": weights, "masters": parts, "bytes": {name: _bytes(r) for name, r in residuals.items()}}
+
+
+def held_intervals(optimizer) -> dict[str, int]:
+    """Where this rank's part of each active parameter begins."""
+    tensors, names = zip(*optimizer._placement.named_tensors(optimizer.param_groups), strict=True)
+    return {interval.name: interval.start for interval in optimizer._placement.layout(tensors, names).intervals}
+
+
+def checkpoints(folder: Path) -> dict:
+    """After two switches: the weights, and files that must hold all of them."""
+    results = {}
+    for stage in (1, 2, 3):
+        config = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}} if stage == 3 else {}
+        engine = engine_of("BAdam", stage, hyper={"switch_every": 2}, **BF16, **config)
+        train(engine, local(5))
+        engine.save_checkpoint(folder / f"zero{stage}")
+        assert engine.save_16bit_model(folder / f"zero{stage}-16bit")
+        results[stage] = full_parameters(engine.module)
+        engine.destroy()
+    return results
+
+
+def refused_loads(folder: Path) -> dict[str, str]:
+    """What loading says to a checkpoint that does not fit, and that a wrong one has changed no weight."""
+    engine = engine_of("AdamW", 2, **BF16)
+    engine.save_checkpoint(folder / "adamw")
+    engine.destroy()
+    messages = {}
+    for name, hyper in (("adamw", {"switch_every": 2}), ("zero2", {"switch_every": 3})):
+        engine = engine_of("BAdam", 2, hyper=hyper, **BF16)
+        before = full_parameters(engine.module)
+        try:
+            engine.load_checkpoint(folder / name)
+        except ValueError as error:
+            messages[name] = str(error)
+        after = full_parameters(engine.module)
+        assert all(torch.equal(before[parameter], after[parameter]) for parameter in before)
+        engine.destroy()
+    return messages
+
+
+def skipped_steps() -> list[tuple[int, tuple[int, int]]]:
+    """Steps skipped so far and the position, after each of 6 steps of which the second overflows on one rank."""
+    engine = engine_of("BAdam", 2, hyper={"switch_every": 2}, bf16={"enabled": True, "check_grad_overflow": True})
+    positions = []
+    for step, batch in enumerate(local(6), 1):
+        loss = engine(input_ids=batch, labels=batch).loss
+        engine.backward(loss * float("inf") if step == 2 and dist.get_rank() == 1 else loss)
+        engine.step()
+        positions.append((engine.skipped_steps, tuple(engine.basic_optimizer.position)))
+    engine.destroy()
+    return positions
+
+
+def on_one_rank() -> dict:
+    return {
+        "accumulation": {stage: accumulation(stage) for stage in (1, 2, 3)},
+        "small steps": {(stage, keep): small_steps(stage, keep) for stage in (0, 2, 3) for keep in (True, False)},
+    }
+
+
+def everything(folder: Path) -> dict:
+    return {
+        "costs": {name: cost(case) for name, case in COST_CASES.items()},
+        "alive": {name: hundred_switches(case) for name, case in COST_CASES.items()},
+        "small steps": {stage: small_steps(stage, keep_residual=True) for stage in (0, 2, 3)},
+        "checkpoints": checkpoints(folder),
+        "refused": refused_loads(folder),
+        "skipped": skipped_steps(),
+    }
