@@ -1,7 +1,7 @@
 """What a step of BAdam costs beside one of AdamW, in the same run: time, bytes sent, masters and state, and the switch.
 
-    deepspeed --num_gpus 2 launch/benchmark_rotation.py                       # ZeRO-1, 2 and 3
-    deepspeed --num_gpus 8 launch/benchmark_rotation.py --hidden_size 4096 --layers 32 --dtype bf16 --stages 2
+deepspeed --num_gpus 2 launch/benchmark_rotation.py                       # ZeRO-1, 2 and 3
+deepspeed --num_gpus 8 launch/benchmark_rotation.py --hidden_size 4096 --layers 32 --dtype bf16 --stages 2
 """
 
 from __future__ import annotations
