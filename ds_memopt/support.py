@@ -109,7 +109,19 @@ ROTATING = STATE_COMPRESSING | {
     ),
 }
 
-SUPPORT: dict[str, dict[str, Support]] = {"AdamMini": STATE_COMPRESSING, "BAdam": ROTATING, "GWT": STATE_COMPRESSING}
+ZEROTH_ORDER = STATE_COMPRESSING | {
+    "ddp": Support("refused", "There are no gradients to average: MeZO itself adds up the losses. Leave it out."),
+    "zero1_fp32_accumulation": Support("tested"),
+    "zero_to_fp32": Support("untested", "Use `save_16bit_model`."),
+    "deepspeed_moe": Support("untested"),
+}
+
+SUPPORT: dict[str, dict[str, Support]] = {
+    "AdamMini": STATE_COMPRESSING,
+    "BAdam": ROTATING,
+    "GWT": STATE_COMPRESSING,
+    "MeZO": ZEROTH_ORDER,
+}
 """For every method: its standing with every feature."""
 
 MARKS: dict[Status, str] = {"tested": "yes", "untested": "untested", "refused": "refused"}

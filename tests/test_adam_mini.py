@@ -13,7 +13,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ds_memopt import GWT, AdamMini
-from ds_memopt.optimizers import METHODS
+from ds_memopt.optimizers import FIRST_ORDER
 
 STEPS = 20
 BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1
@@ -132,7 +132,7 @@ def test_bf16_weights_keep_v_in_fp32_through_a_checkpoint():
     assert distance(full_parameters(model), full_parameters(twin)) == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIRST_ORDER)
 def test_bf16_weights_move_like_fp32_ones(method):
     """One large step, so that the rounding of the weights (2^-9) is small beside it; measured 0.2 % apart."""
     moved = {}
@@ -143,7 +143,7 @@ def test_bf16_weights_move_like_fp32_ones(method):
         }
         model.to(dtype)
         before = full_parameters(model)
-        optimizer = METHODS[method].from_model(model, lr=1.0)
+        optimizer = FIRST_ORDER[method].from_model(model, lr=1.0)
         for name, p in params(model):
             p.grad = gradients[name].to(dtype)
         optimizer.step()

@@ -3,8 +3,8 @@
 Private names of DeepSpeed used here, checked against 0.19.8:
   DeepSpeedEngine._is_supported_optimizer, ._configure_basic_optimizer, ._do_optimizer_sanity_check,
       ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer (all wrapped), and READ below;
-      what engines/rotation.py names
-  deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
+      what engines/rotation.py and engines/zeroth_order.py name
+  deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS, deepspeed.runtime.zero.config.ZERO_OPTIMIZATION
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
-from ds_memopt.engines import rotation
-from ds_memopt.optimizers import METHOD_KEY, METHODS, ShardedOptimizer, takes
+from ds_memopt.engines import rotation, zeroth_order
+from ds_memopt.optimizers import METHOD_KEY, METHODS, MeZO, ShardedOptimizer, takes
 from ds_memopt.shards import MasterCopyPlacement, Zero3Placement, Zero12Placement
 from ds_memopt.support import refuse
 
@@ -83,7 +84,7 @@ def _configure_basic_optimizer(original, engine, model_parameters):
 
 def _do_optimizer_sanity_check(original, engine, optimizer):
     """Refuse what the method cannot do, and an optimizer that took the place of one of ours."""
-    if isinstance(optimizer, ShardedOptimizer):
+    if isinstance(optimizer, tuple(METHODS.values())):
         for feature in requested_features(engine):
             refuse(type(optimizer), feature)
     elif swapped := next((group[METHOD_KEY] for group in optimizer.param_groups if METHOD_KEY in group), None):
@@ -92,7 +93,8 @@ def _do_optimizer_sanity_check(original, engine, optimizer):
             f'optimizer offload). Name it in the ds_config instead, "optimizer": {{"type": "{swapped}", ...}}, and '
             "pass accelerate's DummyOptim."
         )
-    return original(optimizer)
+    checked = original(optimizer)
+    return ZERO_OPTIMIZATION if isinstance(optimizer, MeZO) else checked  # whatever the stage and the precision
 
 
 def requested_features(engine) -> list[str]:
@@ -112,6 +114,8 @@ def requested_features(engine) -> list[str]:
 
 
 def _configure_zero_optimizer(original, engine, optimizer):
+    if isinstance(optimizer, MeZO):
+        return zeroth_order.build(engine, optimizer, original)
     if not isinstance(optimizer, ShardedOptimizer):
         return original(optimizer)
     names = optimizer.names_by_tensor()  # before ZeRO puts its flat buffers in the parameters' place
@@ -164,4 +168,5 @@ WRAPPERS = {
     "_configure_bf16_optimizer": _configure_bf16_optimizer,
     "_configure_fp16_optimizer": _configure_fp16_optimizer,
     **rotation.WRAPPERS,
+    **zeroth_order.WRAPPERS,
 }

@@ -29,7 +29,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from ds_memopt.optimizers import BAdam
+from ds_memopt.optimizers import BAdam, MeZO
 
 POSITION_KEY = "ds_memopt_position"
 """Key of a checkpoint's model states: which block was active, to be known before anything else is loaded."""
@@ -90,9 +90,11 @@ def common_checkpoint_state(original, engine, module_state_dict, zero_optimizer_
 
     DeepSpeed writes the latter at ZeRO-2 and 3 only, and without them zero_to_fp32 would lose them.
     """
+    if isinstance(engine.basic_optimizer, (BAdam, MeZO)):
+        save_frozen_param = save_frozen_param or zero_optimizer_state
+    state = original(module_state_dict, zero_optimizer_state, save_frozen_param)
     if not isinstance(engine.basic_optimizer, BAdam):
-        return original(module_state_dict, zero_optimizer_state, save_frozen_param)
-    state = original(module_state_dict, zero_optimizer_state, save_frozen_param or zero_optimizer_state)
+        return state
     groups = [
         {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
     ]

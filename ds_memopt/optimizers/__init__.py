@@ -2,12 +2,18 @@
 
 import inspect
 
+import torch
+
 from .adam_mini import AdamMini
 from .badam import BAdam
 from .base import METHOD_KEY, ShardedOptimizer, StatePart
 from .gwt import GWT
+from .mezo import MeZO
 
-METHODS: dict[str, type[ShardedOptimizer]] = {"AdamMini": AdamMini, "BAdam": BAdam, "GWT": GWT}
+FIRST_ORDER: dict[str, type[ShardedOptimizer]] = {"AdamMini": AdamMini, "BAdam": BAdam, "GWT": GWT}
+"""The methods that go by gradients: an engine lays their flat partitions."""
+
+METHODS: dict[str, type[torch.optim.Optimizer]] = FIRST_ORDER | {"MeZO": MeZO}
 """Every method by the word that turns it on in a ds_config's optimizer type."""
 
 
@@ -16,4 +22,15 @@ def takes(word: str, hyper_parameter: str) -> bool:
     return word in METHODS and hyper_parameter in inspect.signature(METHODS[word]).parameters
 
 
-__all__ = ["GWT", "METHODS", "METHOD_KEY", "AdamMini", "BAdam", "ShardedOptimizer", "StatePart", "takes"]
+__all__ = [
+    "FIRST_ORDER",
+    "GWT",
+    "METHODS",
+    "METHOD_KEY",
+    "AdamMini",
+    "BAdam",
+    "MeZO",
+    "ShardedOptimizer",
+    "StatePart",
+    "takes",
+]

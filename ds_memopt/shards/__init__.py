@@ -1,5 +1,6 @@
 """Where data lies: which intervals of which parameters this rank's optimizer tensors hold."""
 
+from .inplace import InPlaceShards, Part, PartitionedShards, SplitShards, WholeShards
 from .layout import (
     Interval,
     Layout,
@@ -16,14 +17,19 @@ from .zero3 import Zero3Placement
 from .zero12 import Zero12Placement
 
 __all__ = [
+    "InPlaceShards",
     "Interval",
     "Layout",
     "MasterCopyPlacement",
+    "Part",
+    "PartitionedShards",
     "Placement",
     "PlainPlacement",
     "RankBorders",
     "SeamTable",
     "Seams",
+    "SplitShards",
+    "WholeShards",
     "Zero12Placement",
     "Zero3Placement",
     "even_borders",

@@ -1,0 +1,354 @@
+"""MeZO: fine-tuning with forward passes only.
+
+Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023 (arXiv 2305.17333),
+Algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from ds_memopt.shards import InPlaceShards, Part, WholeShards, is_first_rank
+
+from .base import (
+    METHOD_KEY,
+    STATE_KEY,
+    check_hyper_parameter_names,
+    check_range,
+    is_number,
+    make_log_visible,
+    named_groups,
+)
+from .noise import NOISE_VERSION, Noise
+from .perturb import Perturbation
+from .residual import add_residual_, residual_of
+
+logger = logging.getLogger("ds_memopt")
+
+PIECE = 2**20
+"""Elements that are updated at once, so that temporary memory stays small."""
+
+FORGOTTEN = 0.01
+"""Momentum terms of a smaller weight than this, relative to the newest, are left out."""
+
+
+class Evaluation(NamedTuple):
+    """One forward pass of a step: at weights + coefficient * z of this probe."""
+
+    probe: int
+    coefficient: float
+
+
+class MeZO(torch.optim.Optimizer):
+    """MeZO under any placement. At step t, with z_j = Noise(seed, t, j) and n probes:
+
+        g_j = [L(theta + epsilon z_j) - L(theta - epsilon z_j)] / (2 epsilon)          ("two_sided")
+        g_j = [L(theta + epsilon z_j) - L(theta)] / epsilon                             ("one_sided")
+        theta <- theta * (1 - lr * weight_decay) - lr / n * sum_j g_j z_j
+
+    L is the mean over the samples of all ranks and micro-batches. Noise is recomputed wherever it is needed, from the
+    parameter's name and the element's index, so that it is the same on any number of ranks. No gradients, no masters.
+
+    params: named parameters (`model.named_parameters()`) or param groups of them. Prefer `MeZO.from_model`.
+    lr: the paper uses 1e-7 to 1e-6. weight_decay: read, as lr is, from the param group at every step.
+    epsilon: size of the probe. probes: n. noise: "gaussian", or "rademacher": +1 and -1.
+    keep: what becomes of an update below a 16-bit weight's precision: "residual" keeps it in 2 bytes per parameter
+        (bf16 only), "fp32" in a master copy of 4 bytes, "none" rounds it away. fp32 weights lose nothing anyway.
+    momentum: b of the average (1 - b) * sum_i b^i g_{t-i} z_{t-i}, whose noise is recomputed at every step from the
+        last g: no state per parameter, but up to log(0.01) / log(b) times the noise of an update.
+    normalize: divide g by the root of its squares' moving average (decay 0.99): what is left of Adam's second moment,
+        which is nearly the same for all parameters here.
+    seed: of all noise. compiled: generate it with torch.compile, the same numbers faster; None: if that works here.
+    model: the model that the parameters belong to.
+
+    Raises ValueError for a hyper-parameter out of range, and for keep="residual" with fp16 weights.
+    """
+
+    states: ClassVar[dict[str, str]] = {}
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-6,
+        epsilon: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        probes: int = 1,
+        noise: Literal["gaussian", "rademacher"] = "gaussian",
+        estimator: Literal["two_sided", "one_sided"] = "two_sided",
+        keep: Literal["residual", "fp32", "none"] = "residual",
+        momentum: float = 0.0,
+        normalize: bool = False,
+        seed: int = 0,
+        compiled: bool | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        if model is None:
+            raise ValueError("MeZO needs the model, whose forwards it perturbs. Use MeZO.from_model(model, ...).")
+        whole = isinstance(probes, int) and not isinstance(probes, bool) and probes >= 1
+        check_range("probes", probes, whole, "an integer >= 1", "1 is usual.")
+        check_range("epsilon", epsilon, is_number(epsilon) and epsilon > 0, "a number > 0", "1e-3 is usual.")
+        known = noise in ("gaussian", "rademacher")
+        check_range("noise", noise, known, "'gaussian' or 'rademacher'", "'gaussian' is the paper's.")
+        known = estimator in ("two_sided", "one_sided")
+        check_range("estimator", estimator, known, "'two_sided' or 'one_sided'", "'two_sided' is the paper's.")
+        check_range(
+            "keep", keep, keep in ("residual", "fp32", "none"), "'residual', 'fp32' or 'none'", "Try 'residual'."
+        )
+        valid = is_number(momentum) and 0 <= momentum < 1
+        check_range("momentum", momentum, valid, "a number in [0, 1)", "0 is usual.")
+        check_range("normalize", normalize, isinstance(normalize, bool), "true or false", "false is usual.")
+        self.epsilon, self.probes, self.kind, self.keep = epsilon, probes, noise, keep
+        self.two_sided, self.momentum, self.normalize, self.seed = estimator == "two_sided", momentum, normalize, seed
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        meaning = f"MeZO, epsilon {epsilon}, {probes} probes, {noise}, {estimator}, keep {keep}, momentum {momentum}, "
+        meaning += f"normalize {normalize}, seed {seed}, noise version {NOISE_VERSION}"
+        for group in self.param_groups:
+            group |= {STATE_KEY: meaning, "steps": 0, "skipped": 0, "history": [], "mean_square": 0.0}
+        self._names = {
+            p: name
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+            if p.requires_grad
+        }
+        self.shards: InPlaceShards = WholeShards(model, self._names)
+        self._model = model
+        self._perturbation: Perturbation | None = None
+        self._sums: torch.Tensor | None = None
+        self.compiled = self._can_compile() if compiled is None else compiled
+        self._kept: tuple[Any, Any] = (1.0, 1.0)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
+        """Build the optimizer for a model; params: as `ShardedOptimizer.from_model` takes them."""
+        check_hyper_parameter_names(cls, hyper_parameters)
+        return cls(named_groups(model, params), model=model, **hyper_parameters)
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if "param_names" not in group:
+            raise ValueError("MeZO needs the parameters' names. Build it with MeZO.from_model(model, ...).")
+        group[METHOD_KEY] = type(self).__name__
+        for name in ("lr", "weight_decay"):
+            valid = is_number(group[name]) and group[name] >= 0
+            check_range(name, group[name], valid, "a number >= 0", "lr 1e-7 to 1e-6 and no decay are usual.")
+        if self.keep == "residual" and any(p.dtype == torch.float16 for p in group["params"]):
+            raise ValueError('keep="residual" needs bf16 or fp32 weights, not fp16. Use bf16, or keep="fp32".')
+
+    def bind(self, shards: InPlaceShards) -> None:
+        """Tell how an engine keeps the weights. Called by the engine, before the first step."""
+        self.shards = shards
+
+    def names_by_tensor(self) -> dict[torch.Tensor, str]:
+        """The name of each parameter that is trained."""
+        return dict(self._names)
+
+    @property
+    def steps(self) -> int:
+        """Steps made so far, skipped ones included: the t of the next step's noise."""
+        return self.param_groups[0]["steps"]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped because a loss was not finite."""
+        return self.param_groups[0]["skipped"]
+
+    def evaluations(self) -> list[Evaluation]:
+        """The forward passes of a step, in order."""
+        probes = range(self.probes)
+        if self.two_sided:
+            return [Evaluation(j, c) for j in probes for c in (self.epsilon, -self.epsilon)]
+        return [Evaluation(0, 0.0), *(Evaluation(j, self.epsilon) for j in probes)]
+
+    @contextlib.contextmanager
+    def perturbed(self, evaluation: Evaluation) -> Iterator[None]:
+        """While this lasts, forwards of the model run at the weights of the evaluation, without dropout."""
+        if self._perturbation is None:  # not before: FSDP2 and ZeRO-3 lay their hooks first
+            names = {name: p for p, name in self._names.items()}
+            current = dict(self._model.named_parameters())
+            if missing := [name for name in names if name not in current]:
+                raise ValueError(
+                    f"{missing[0]!r} is no longer a parameter of the model. Build MeZO after all wrappers."
+                )
+            self._perturbation = Perturbation(self._model, {id(current[name]): name for name in names})
+        training = [module for module in self._model.modules() if module.training]
+        noise, scale = self._noise(self.steps, evaluation.probe), evaluation.coefficient
+
+        def add(copy: torch.Tensor, weights: torch.Tensor, name: str) -> None:
+            noise.add_(copy, name, 0, scale)
+
+        with self._perturbation.applied(add if scale else None):
+            for module in training:
+                module.training = False
+            try:
+                yield
+            finally:
+                for module in training:
+                    module.training = True
+
+    def _noise(self, step: int, probe: int) -> Noise:
+        return Noise(self.seed, step, probe, self.kind, self.compiled)
+
+    def _can_compile(self) -> bool:
+        device = next(iter(self._names)).device
+        try:
+            Noise(0, 0, 0, self.kind, compiled=True).values("", 0, 1, device)
+        except RuntimeError as error:
+            if is_first_rank():
+                make_log_visible()
+                logger.info("MeZO's noise is not compiled, which is slower: %s", str(error).splitlines()[0])
+            return False
+        return True
+
+    def observe(self, number: int, total: Any, weight: Any) -> None:
+        """Add the losses of a micro-batch at evaluation `number`: their sum, and the number of samples or tokens.
+
+        Raises ValueError for a loss in 16 bits, whose rounding alone is 2 at an epsilon of 1e-3.
+        """
+        if isinstance(total, torch.Tensor) and total.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"The loss is {total.dtype}, too coarse for differences of {self.epsilon} around it. Compute it in "
+                "fp32, from logits.float()."
+            )
+        if self._sums is None:
+            device = next(iter(self._names)).device
+            self._sums = torch.zeros(len(self.evaluations()) + 1, dtype=torch.float64, device=device)
+        self._sums[number] += total
+        if number == 0:
+            self._sums[-1] += weight
+
+    @torch.no_grad()
+    def evaluate(self, closure: Callable[[], Any]) -> Any:
+        """Call the closure at the weights of every evaluation of the step, and observe; returns its first result."""
+        results = []
+        for number, evaluation in enumerate(self.evaluations()):
+            with self.perturbed(evaluation):
+                result = closure()
+            self.observe(number, *(result if isinstance(result, tuple) else (result, 1.0)))
+            results.append(result)
+        return results[0]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None):
+        """Make one step from what was observed, or from a closure that is called once for every evaluation.
+
+        closure: returns the mean loss over this rank's samples, or (sum of losses, number of samples or tokens); any
+            number that Python can compute will do, no gradient is needed. Returns its first result.
+        All ranks call. If a loss is not finite, on whatever rank, all skip the update.
+        """
+        first = self.evaluate(closure) if closure is not None else None
+        if self._sums is None:
+            raise ValueError("MeZO.step has no loss to go by. Pass a closure, or call engine.backward(loss) before.")
+        sums, self._sums = self._sums, None
+        self.shards.sum(sums)
+        self.apply(self._projected(sums.tolist()))
+        return first
+
+    def _projected(self, sums: list[float]) -> list[float]:
+        """g of each probe, from the sums over all ranks."""
+        *losses, weight = sums
+        losses = [loss / weight if weight else math.nan for loss in losses]
+        if self.two_sided:
+            pairs = zip(losses[::2], losses[1::2], strict=True)
+            return [(above - below) / (2 * self.epsilon) for above, below in pairs]
+        return [(above - losses[0]) / self.epsilon for above in losses[1:]]
+
+    @torch.no_grad()
+    def apply(self, projected: list[float]) -> None:
+        """Update the weights by g of each probe, and count the step. All ranks have the same g, finite or not."""
+        finite = all(map(math.isfinite, projected))
+        step, history = self.steps, list(self.param_groups[0]["history"])
+        mean_square = self.param_groups[0]["mean_square"]
+        if finite:
+            if self.normalize:
+                mean_square = 0.99 * mean_square + 0.01 * sum(g * g for g in projected) / len(projected)
+                made = step - self.skipped_steps + 1
+                scale = math.sqrt(mean_square / (1 - 0.99**made)) or 1.0
+                projected = [g / scale for g in projected]
+            history.append((step, projected))
+            length = math.ceil(math.log(FORGOTTEN) / math.log(self.momentum)) if self.momentum else 1
+            history = history[-length:]
+            self._update(history)
+        for group in self.param_groups:
+            group |= {"steps": step + 1, "skipped": group["skipped"] + (not finite)}
+            group |= {"history": history if self.momentum else [], "mean_square": mean_square}
+
+    def _update(self, history: list[tuple[int, list[float]]]) -> None:
+        groups = {p: group for group in self.param_groups for p in group["params"]}
+        newest = history[-1][0]
+        terms = [
+            (self._noise(step, probe), (1 - self.momentum) * self.momentum ** (newest - step) * g / len(gs))
+            for step, gs in history
+            for probe, g in enumerate(gs)
+        ]
+        realised = intended = 0.0
+        for part in self.shards.parts():
+            group, store = groups[part.parameter], self._store(part)
+            for start in range(0, len(part.elements), PIECE):
+                weights = part.elements[start : start + PIECE]
+                kept = store[start : start + PIECE] if store is not None else None
+                before = self._master(weights, kept)
+                direction = torch.zeros_like(before)
+                for noise, factor in terms:
+                    noise.add_(direction, part.name, part.start + start, factor)
+                after = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
+                self._write(weights, kept, after)
+                wish = after - before
+                realised = realised + torch.dot(self._master(weights, kept) - before, wish)
+                intended = intended + torch.dot(wish, wish)
+        self._kept = realised, intended
+        self.shards.publish()
+
+    @property
+    def update_kept(self) -> float:
+        """Projection of the last step's real movement on the intended one, of this rank's part: 1 if none was lost."""
+        realised, intended = (float(value) for value in self._kept)
+        return realised / intended if intended else 1.0
+
+    def _store(self, part: Part) -> torch.Tensor | None:
+        """What is kept of a part beside its 16-bit weights, made when first needed."""
+        state = self.state[part.parameter]
+        if self.keep == "none" or part.elements.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        if "kept" not in state:
+            zeros = torch.zeros(len(part.elements), dtype=torch.int16, device=part.elements.device)
+            state["kept"] = zeros if self.keep == "residual" else part.elements.float()
+        return state["kept"]
+
+    def _master(self, weights: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        if kept is not None and self.keep == "fp32":
+            return kept.clone()
+        master = weights.to(torch.float64 if weights.dtype == torch.float64 else torch.float32, copy=True)
+        if kept is not None:
+            add_residual_(master, kept)
+        return master
+
+    def _write(self, weights: torch.Tensor, kept: torch.Tensor | None, master: torch.Tensor) -> None:
+        weights.copy_(master)
+        if kept is not None:
+            kept.copy_(master if self.keep == "fp32" else residual_of(master))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, with what is kept of 16-bit weights in its own type.
+
+        Raises ValueError, before anything is changed, for the state of another method or of other options.
+        """
+        meanings = {group.get(STATE_KEY) for group in state_dict["param_groups"]}
+        if meanings != {self.param_groups[0][STATE_KEY]}:
+            raise ValueError(
+                f"The checkpoint's optimizer state is {' and '.join(map(str, meanings))}; this optimizer needs "
+                f"{self.param_groups[0][STATE_KEY]}. Resume with the method and the options that saved it."
+            )
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, parameter in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
+            if "kept" in state_dict["state"].get(number, {}):
+                self.state[parameter]["kept"] = state_dict["state"][number]["kept"].to(parameter.device, copy=True)

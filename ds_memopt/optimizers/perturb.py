@@ -1,0 +1,93 @@
+"""Forward passes at perturbed weights, with the stored weights never written.
+
+MeZO (arXiv 2305.17333, Algorithm 1) perturbs the weights in place and back, and in bf16 that walks them away by 0.4 %
+of their norm a step. Here a module reads a perturbed copy of its own parameters, for as long as its forward runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import nn
+
+AddNoise = Callable[[torch.Tensor, torch.Tensor, str], None]
+"""add(copy, weights, name): add the scaled noise of parameter `name` to `copy`, which holds its `weights`; both 1-D."""
+
+
+class Perturbation:
+    """Hooks on every module that owns parameters to be perturbed.
+
+    A parameter is perturbed after an engine has gathered it (DeepSpeed's and FSDP2's own hooks come first) and put back
+    before it is released. What is shared by several modules is perturbed alike in each, for it has one name.
+
+    model: build it after the last wrapper (fully_shard, deepspeed) has laid its hooks.
+    names: by id of a parameter, the name under which it is perturbed; others are left alone.
+    """
+
+    def __init__(self, model: nn.Module, names: Mapping[int, str]) -> None:
+        self._add: AddNoise | None = None
+        self._held: dict[int, tuple[nn.Parameter, torch.Tensor, int]] = {}
+        self._handles = []
+        for module in model.modules():
+            owned = {key: names[id(p)] for key, p in module.named_parameters(recurse=False) if id(p) in names}
+            if isinstance(module, nn.MultiheadAttention):  # it reads the weights of this child, which it never calls
+                projection = module.out_proj.named_parameters(recurse=False)
+                owned |= {f"out_proj.{key}": names[id(p)] for key, p in projection if id(p) in names}
+            if owned:
+                self._handles += [
+                    module.register_forward_pre_hook(lambda module, _, owned=owned: self._enter(module, owned)),
+                    # First of all hooks, so that ours is undone before the engine's; also after an exception.
+                    module.register_forward_hook(
+                        lambda module, *_, owned=owned: self._leave(module, owned), prepend=True, always_call=True
+                    ),
+                ]
+
+    def remove(self) -> None:
+        """Take all hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def applied(self, add: AddNoise | None) -> Iterator[None]:
+        """While this lasts forwards run at perturbed weights; with None at the weights as they are."""
+        assert self._add is None and not self._held, "a perturbed forward inside another"
+        self._add = add
+        try:
+            yield
+        finally:
+            self._add = None
+            for parameter, weights, _ in self._held.values():  # what an exception left behind
+                parameter.data = weights
+            self._held.clear()
+
+    def _enter(self, module: nn.Module, owned: Mapping[str, str]) -> None:
+        if self._add is None:
+            return
+        for key, name in owned.items():
+            parameter = _parameter(module, key)
+            _, weights, depth = self._held.get(id(parameter), (parameter, parameter.data, 0))
+            # Before the copy is made: should there be no memory for it, the parameter must be known as held.
+            self._held[id(parameter)] = parameter, weights, depth + 1
+            if depth == 0:
+                copy = torch.clone(weights, memory_format=torch.contiguous_format)
+                self._add(copy.view(-1), weights.reshape(-1), name)
+                parameter.data = copy
+
+    def _leave(self, module: nn.Module, owned: Mapping[str, str]) -> None:
+        for key in owned if self._held else ():
+            parameter = _parameter(module, key)
+            if id(parameter) not in self._held:
+                continue
+            _, weights, depth = self._held.pop(id(parameter))
+            if depth > 1:
+                self._held[id(parameter)] = parameter, weights, depth - 1
+            else:
+                parameter.data = weights
+
+
+def _parameter(module: nn.Module, key: str) -> nn.Parameter:
+    # Looked up at every call: FSDP2 puts another object in the place of a gathered parameter.
+    *path, last = key.split(".")
+    return (module.get_submodule(path[0]) if path else module)._parameters[last]
