@@ -21,7 +21,7 @@ from transformers import Trainer, TrainingArguments
 import ds_memopt
 from ds_memopt import AdamMini
 from ds_memopt.measure import CommunicationMeter
-from ds_memopt.optimizers import METHODS
+from ds_memopt.optimizers import FIRST_ORDER
 
 STEPS = 4
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
@@ -293,7 +293,7 @@ def everything(folder: Path) -> dict:
     results["traffic"], results["fsdp2 traffic"] = traffic(), fsdp2_traffic()
     for file in TRAINER_FILES:
         results[file] = trainer(folder / file, file)
-    for name, method in METHODS.items():
+    for name, method in FIRST_ORDER.items():
         results[f"empty shards {name}"] = empty_shards(method)
         for stage in (2, 3):
             results[f"frozen {name} {stage}"] = frozen_parameters(name, stage)

@@ -26,7 +26,7 @@ from tiny import HYPER, batches, distance, full_parameters, llama, train_plain
 
 import ds_memopt
 from ds_memopt import GWT, AdamMini, BAdam
-from ds_memopt.optimizers import METHODS
+from ds_memopt.optimizers import FIRST_ORDER
 
 
 @pytest.fixture(scope="module")
@@ -43,12 +43,12 @@ def plain():
     return start, full_parameters(model)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIRST_ORDER)
 def test_accelerate_needs_nothing_but_json(results, method):
     model = llama()
     start = full_parameters(model)
     hyper = HYPER | OPTIONS.get(method, {})
-    train_plain(model, METHODS[method].from_model(model, model.parameters(), **hyper), batches(STEPS))
+    train_plain(model, FIRST_ORDER[method].from_model(model, model.parameters(), **hyper), batches(STEPS))
     expected = full_parameters(model)
     assert distance(results[f"accelerate {method}"], expected) <= 1e-5 * distance(expected, start)
 
@@ -87,18 +87,18 @@ def test_trainer_needs_nothing_but_json(results):
         assert apart <= 3e-6, run
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIRST_ORDER)
 def test_a_rank_may_hold_nothing_of_a_parameter(results, method):
     """Limit 1e-5 of the distance moved, measured up to 4e-6 in this test and the next; a wrong block is off by 1e-3."""
     held, weights = results[f"empty shards {method}"]
     assert held == [[64, 8, 15, 1], [56, 7, 0, 0]]
     model = small_model()
     start = full_parameters(model)
-    expected = train_small(model, METHODS[method].from_model(model, lr=1e-2, **SMALL_OPTIONS.get(method, {})), 0, 1)
+    expected = train_small(model, FIRST_ORDER[method].from_model(model, lr=1e-2, **SMALL_OPTIONS.get(method, {})), 0, 1)
     assert distance(weights, expected) <= 1e-5 * distance(expected, start)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIRST_ORDER)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_frozen_parameters_do_not_move_under_zero(results, method, stage):
     weights = results[f"frozen {method} {stage}"]
@@ -107,7 +107,7 @@ def test_frozen_parameters_do_not_move_under_zero(results, method, stage):
     start = full_parameters(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hyper = HYPER | FROZEN_OPTIONS.get(method, {})
-    train_plain(model, METHODS[method].from_model(model, trained.values(), **hyper), batches(STEPS))
+    train_plain(model, FIRST_ORDER[method].from_model(model, trained.values(), **hyper), batches(STEPS))
     expected = full_parameters(model)
     assert distance(weights, expected) <= 1e-5 * distance(expected, start)
     assert all(torch.equal(weights[name], start[name]) for name in start if name not in trained)

@@ -26,6 +26,7 @@ from .base import (
     make_log_visible,
     named_groups,
 )
+from .directions import Directions
 from .noise import NOISE_VERSION, Noise
 from .perturb import Perturbation
 from .residual import add_residual_, residual_of
@@ -65,6 +66,7 @@ class MeZO(torch.optim.Optimizer):
         last g: no state per parameter, but up to log(0.01) / log(b) times the noise of an update.
     normalize: divide g by the root of its squares' moving average (decay 0.99): what is left of Adam's second moment,
         which is nearly the same for all parameters here.
+    layer_fraction, rank, refresh_every, magnitude_fraction: LeZO, SubZero and Sparse-MeZO, see `Directions`.
     seed: of all noise. compiled: generate it with torch.compile, the same numbers faster; None: if that works here.
     model: the model that the parameters belong to.
 
@@ -86,6 +88,10 @@ class MeZO(torch.optim.Optimizer):
         keep: Literal["residual", "fp32", "none"] = "residual",
         momentum: float = 0.0,
         normalize: bool = False,
+        layer_fraction: float = 1.0,
+        rank: int = 0,
+        refresh_every: int = 1000,
+        magnitude_fraction: float = 1.0,
         seed: int = 0,
         compiled: bool | None = None,
         model: nn.Module | None = None,
@@ -109,9 +115,13 @@ class MeZO(torch.optim.Optimizer):
         self.two_sided, self.momentum, self.normalize, self.seed = estimator == "two_sided", momentum, normalize, seed
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         meaning = f"MeZO, epsilon {epsilon}, {probes} probes, {noise}, {estimator}, keep {keep}, momentum {momentum}, "
-        meaning += f"normalize {normalize}, seed {seed}, noise version {NOISE_VERSION}"
+        meaning += (
+            f"normalize {normalize}, layer_fraction {layer_fraction}, rank {rank}, refresh_every {refresh_every}, "
+        )
+        meaning += f"magnitude_fraction {magnitude_fraction}, seed {seed}, noise version {NOISE_VERSION}"
         for group in self.param_groups:
             group |= {STATE_KEY: meaning, "steps": 0, "skipped": 0, "history": [], "mean_square": 0.0}
+            group["thresholds"] = {}
         self._names = {
             p: name
             for group in self.param_groups
@@ -122,7 +132,10 @@ class MeZO(torch.optim.Optimizer):
         self._model = model
         self._perturbation: Perturbation | None = None
         self._sums: torch.Tensor | None = None
-        self.compiled = self._can_compile() if compiled is None else compiled
+        compiled = self._can_compile() if compiled is None else compiled
+        self.directions = Directions(
+            model, self._names, noise, seed, compiled, layer_fraction, rank, refresh_every, magnitude_fraction
+        )
         self._kept: tuple[Any, Any] = (1.0, 1.0)
 
     @classmethod
@@ -179,13 +192,16 @@ class MeZO(torch.optim.Optimizer):
                     f"{missing[0]!r} is no longer a parameter of the model. Build MeZO after all wrappers."
                 )
             self._perturbation = Perturbation(self._model, {id(current[name]): name for name in names})
+            self.directions.choose_thresholds(self.shards)
+            for group in self.param_groups:
+                group["thresholds"] = self.directions.thresholds
         training = [module for module in self._model.modules() if module.training]
-        noise, scale = self._noise(self.steps, evaluation.probe), evaluation.coefficient
+        step, (probe, coefficient) = self.steps, evaluation
 
         def add(copy: torch.Tensor, weights: torch.Tensor, name: str) -> None:
-            noise.add_(copy, name, 0, scale)
+            self.directions.add_(copy, weights, name, 0, step, probe, coefficient)
 
-        with self._perturbation.applied(add if scale else None):
+        with self._perturbation.applied(add if coefficient else None):
             for module in training:
                 module.training = False
             try:
@@ -193,9 +209,6 @@ class MeZO(torch.optim.Optimizer):
             finally:
                 for module in training:
                     module.training = True
-
-    def _noise(self, step: int, probe: int) -> Noise:
-        return Noise(self.seed, step, probe, self.kind, self.compiled)
 
     def _can_compile(self) -> bool:
         device = next(iter(self._names)).device
@@ -285,7 +298,7 @@ class MeZO(torch.optim.Optimizer):
         groups = {p: group for group in self.param_groups for p in group["params"]}
         newest = history[-1][0]
         terms = [
-            (self._noise(step, probe), (1 - self.momentum) * self.momentum ** (newest - step) * g / len(gs))
+            (step, probe, (1 - self.momentum) * self.momentum ** (newest - step) * g / len(gs))
             for step, gs in history
             for probe, g in enumerate(gs)
         ]
@@ -297,8 +310,8 @@ class MeZO(torch.optim.Optimizer):
                 kept = store[start : start + PIECE] if store is not None else None
                 before = self._master(weights, kept)
                 direction = torch.zeros_like(before)
-                for noise, factor in terms:
-                    noise.add_(direction, part.name, part.start + start, factor)
+                for step, probe, factor in terms:
+                    self.directions.add_(direction, weights, part.name, part.start + start, step, probe, factor)
                 after = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
                 self._write(weights, kept, after)
                 wish = after - before
@@ -348,6 +361,7 @@ class MeZO(torch.optim.Optimizer):
                 f"{self.param_groups[0][STATE_KEY]}. Resume with the method and the options that saved it."
             )
         super().load_state_dict(state_dict)
+        self.directions.thresholds = self.param_groups[0]["thresholds"]
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
             if "kept" in state_dict["state"].get(number, {}):

@@ -1,0 +1,136 @@
+"""In which directions a zeroth-order step probes and moves: all of them, or those that a variant of MeZO picks.
+
+Every direction is a function of seed, step, probe, name and element, and of the clean weights: it is made again
+wherever it is needed, and no rank has to tell another.
+
+Sources: LeZO (arXiv 2410.09823), SubZero (arXiv 2410.08989), Sparse-MeZO (arXiv 2402.15751).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from ds_memopt.blocks import full_shape, partition_into_blocks
+from ds_memopt.shards import InPlaceShards
+
+from .base import check_range, is_number
+from .noise import Noise
+
+BINS = 2**15
+"""Magnitudes are told apart by exponent and 7 bits of mantissa, as bf16 has them."""
+
+
+@dataclass
+class Directions:
+    """z of any step and probe.
+
+    kind, seed, compiled: of the noise, see `Noise`.
+    layer_fraction: LeZO: in each step this share of the layers, drawn anew, has noise; so has all that is in no layer.
+    rank: SubZero: for matrices z = sqrt(R C) / rank * U Z V^T, with U [R, rank] and V [C, rank] orthonormal and drawn
+        anew every `refresh_every` steps, Z [rank, rank] in every step. 0: full noise. Other ranks and placements agree
+        to fp32 rounding of the product, not bit for bit.
+    magnitude_fraction: Sparse-MeZO: of each matrix only the smallest weights have noise, up to the magnitude below
+        which this share of them lay at the first step.
+
+    Raises ValueError for a number out of range, and where layer_fraction < 1 finds no layers.
+    """
+
+    model: nn.Module
+    names: Mapping[torch.Tensor, str]
+    kind: str
+    seed: int
+    compiled: bool
+    layer_fraction: float = 1.0
+    rank: int = 0
+    refresh_every: int = 1000
+    magnitude_fraction: float = 1.0
+    thresholds: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("layer_fraction", "magnitude_fraction"):
+            value = getattr(self, key)
+            check_range(key, value, is_number(value) and 0 < value <= 1, "a number in (0, 1]", "1.0 is plain MeZO.")
+        for key, low in (("rank", 0), ("refresh_every", 1)):
+            value = getattr(self, key)
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
+            check_range(key, value, whole, f"an integer >= {low}", "0 is plain MeZO." if low == 0 else "Try 1000.")
+        self.shapes = {name: full_shape(p) for p, name in self.names.items()}
+        self.layers = []
+        if self.layer_fraction < 1:
+            self.layers = list(partition_into_blocks(self.model, self.names.values()).blocks.values())
+
+    def add_(
+        self, target: torch.Tensor, weights: torch.Tensor, name: str, start: int, step: int, probe: int, scale: float
+    ) -> None:
+        """target += scale * z, for the elements of parameter `name` from `start` on; weights: the same, unperturbed."""
+        if name in self.skipped(step):
+            return
+        if not self.rank and name not in self.thresholds:
+            self._noise(step, probe).add_(target, name, start, scale)
+            return
+        z = torch.zeros_like(target, dtype=torch.float32)
+        if self.rank and len(self.shapes[name]) == 2:
+            z.add_(self._low_rank(name, start, len(target), step, probe, target.device), alpha=scale)
+        else:
+            self._noise(step, probe).add_(z, name, start, scale)
+        if name in self.thresholds:
+            z.mul_(magnitude_bins(weights) <= self.thresholds[name])
+        target.add_(z)
+
+    def choose_thresholds(self, shards: InPlaceShards) -> None:
+        """Look at the weights, once, before the first step. A collective where ranks hold parts."""
+        if self.magnitude_fraction == 1 or self.thresholds:
+            return
+        parts = {part.name: part.elements for part in shards.parts()}
+        device = next(iter(parts.values())).device
+        for name in self.names.values():  # the same on every rank, also where one holds nothing of a parameter
+            if len(self.shapes[name]) < 2:
+                continue
+            bins = magnitude_bins(parts[name]) if name in parts else torch.zeros(0, dtype=torch.int32, device=device)
+            counts = torch.bincount(bins, minlength=BINS).double()
+            shards.sum(counts)
+            below = counts.cumsum(0)
+            self.thresholds[name] = int(torch.searchsorted(below, self.magnitude_fraction * below[-1]))
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - of one step, for its probes and its update
+    def skipped(self, step: int) -> frozenset[str]:
+        """The parameters that have no noise in this step."""
+        generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.seed}, layers, {step}".encode()))
+        order = torch.randperm(len(self.layers), generator=generator, device="cpu").tolist()
+        left_out = order[math.ceil(self.layer_fraction * len(self.layers)) :]
+        return frozenset(name for number in left_out for name in self.layers[number])
+
+    def _noise(self, step: int, probe: int) -> Noise:
+        return Noise(self.seed, step, probe, self.kind, self.compiled)
+
+    def _low_rank(
+        self, name: str, start: int, length: int, step: int, probe: int, device: torch.device
+    ) -> torch.Tensor:
+        rows, columns = self.shapes[name]
+        rank = min(self.rank, rows, columns)
+        left, right = self._bases(name, rank, step // self.refresh_every, device)
+        middle = self._noise(step, probe).values(name, 0, rank * rank, device).view(rank, rank)
+        first, last = start // columns, -(-(start + length) // columns)
+        product = left[first:last] @ middle @ right.T * (math.sqrt(rows * columns) / rank)
+        return product.flatten()[start - first * columns :][:length]
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019 - one entry per matrix
+    def _bases(self, name: str, rank: int, number: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        noise = Noise(self.seed, number, 0, "gaussian")
+        sides = zip(("rows", "columns"), self.shapes[name], strict=True)
+        drawn = [noise.values(f"{name}, {side}", 0, size * rank, device).view(size, rank) for side, size in sides]
+        return tuple(torch.linalg.qr(side).Q for side in drawn)
+
+    __hash__ = object.__hash__
+
+
+def magnitude_bins(weights: torch.Tensor) -> torch.Tensor:
+    """The bits of |weight| as bf16 cuts them off, which grow with it; 0 to BINS - 1."""
+    return weights.float().abs().view(torch.int32) >> 16
