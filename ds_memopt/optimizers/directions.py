@@ -38,6 +38,7 @@ class Directions:
         to fp32 rounding of the product, not bit for bit.
     magnitude_fraction: Sparse-MeZO: of each matrix only the smallest weights have noise, up to the magnitude below
         which this share of them lay at the first step.
+    layers: the parameters of each layer, where the model does not tell.
 
     Raises ValueError for a number out of range, and where layer_fraction < 1 finds no layers.
     """
@@ -51,6 +52,7 @@ class Directions:
     rank: int = 0
     refresh_every: int = 1000
     magnitude_fraction: float = 1.0
+    layers: list[list[str]] | None = None
     thresholds: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -62,9 +64,11 @@ class Directions:
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
             check_range(key, value, whole, f"an integer >= {low}", "0 is plain MeZO." if low == 0 else "Try 1000.")
         self.shapes = {name: full_shape(p) for p, name in self.names.items()}
-        self.layers = []
-        if self.layer_fraction < 1:
-            self.layers = list(partition_into_blocks(self.model, self.names.values()).blocks.values())
+        if self.layers is None:
+            blocks = {}
+            if self.layer_fraction < 1:
+                blocks = partition_into_blocks(self.model, self.names.values()).blocks
+            self.layers = [list(names) for names in blocks.values()]
 
     def add_(
         self, target: torch.Tensor, weights: torch.Tensor, name: str, start: int, step: int, probe: int, scale: float
@@ -95,7 +99,7 @@ class Directions:
                 continue
             bins = magnitude_bins(parts[name]) if name in parts else torch.zeros(0, dtype=torch.int32, device=device)
             counts = torch.bincount(bins, minlength=BINS).double()
-            shards.sum(counts)
+            shards.sum_of_parts(counts)
             below = counts.cumsum(0)
             self.thresholds[name] = int(torch.searchsorted(below, self.magnitude_fraction * below[-1]))
 

@@ -26,10 +26,12 @@ from .base import (
     make_log_visible,
     named_groups,
 )
+from .checksum import as_hex, checksum
 from .directions import Directions
 from .noise import NOISE_VERSION, Noise
 from .perturb import Perturbation
 from .residual import add_residual_, residual_of
+from .trajectory import SKIPPED, TrajectoryHeader, TrajectoryWriter
 
 logger = logging.getLogger("ds_memopt")
 
@@ -38,6 +40,13 @@ PIECE = 2**20
 
 FORGOTTEN = 0.01
 """Momentum terms of a smaller weight than this, relative to the newest, are left out."""
+
+
+class _Unwritten:
+    """The trajectory on all ranks but the first."""
+
+    def append(self, *record: Any) -> None:
+        """The first rank writes the same."""
 
 
 class Evaluation(NamedTuple):
@@ -66,8 +75,9 @@ class MeZO(torch.optim.Optimizer):
         last g: no state per parameter, but up to log(0.01) / log(b) times the noise of an update.
     normalize: divide g by the root of its squares' moving average (decay 0.99): what is left of Adam's second moment,
         which is nearly the same for all parameters here.
-    layer_fraction, rank, refresh_every, magnitude_fraction: LeZO, SubZero and Sparse-MeZO, see `Directions`.
+    layer_fraction, rank, refresh_every, magnitude_fraction, layers: LeZO, SubZero and Sparse-MeZO, see `Directions`.
     seed: of all noise. compiled: generate it with torch.compile, the same numbers faster; None: if that works here.
+    trajectory: file to write each step's scalars to, from which `ds-memopt replay` rebuilds the weights, or None.
     model: the model that the parameters belong to.
 
     Raises ValueError for a hyper-parameter out of range, and for keep="residual" with fp16 weights.
@@ -92,8 +102,10 @@ class MeZO(torch.optim.Optimizer):
         rank: int = 0,
         refresh_every: int = 1000,
         magnitude_fraction: float = 1.0,
+        layers: list[list[str]] | None = None,
         seed: int = 0,
         compiled: bool | None = None,
+        trajectory: str | None = None,
         model: nn.Module | None = None,
     ) -> None:
         if model is None:
@@ -111,17 +123,9 @@ class MeZO(torch.optim.Optimizer):
         valid = is_number(momentum) and 0 <= momentum < 1
         check_range("momentum", momentum, valid, "a number in [0, 1)", "0 is usual.")
         check_range("normalize", normalize, isinstance(normalize, bool), "true or false", "false is usual.")
-        self.epsilon, self.probes, self.kind, self.keep = epsilon, probes, noise, keep
-        self.two_sided, self.momentum, self.normalize, self.seed = estimator == "two_sided", momentum, normalize, seed
+        self.epsilon, self.probes, self.keep, self.two_sided = epsilon, probes, keep, estimator == "two_sided"
+        self.momentum, self.normalize = momentum, normalize
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        meaning = f"MeZO, epsilon {epsilon}, {probes} probes, {noise}, {estimator}, keep {keep}, momentum {momentum}, "
-        meaning += (
-            f"normalize {normalize}, layer_fraction {layer_fraction}, rank {rank}, refresh_every {refresh_every}, "
-        )
-        meaning += f"magnitude_fraction {magnitude_fraction}, seed {seed}, noise version {NOISE_VERSION}"
-        for group in self.param_groups:
-            group |= {STATE_KEY: meaning, "steps": 0, "skipped": 0, "history": [], "mean_square": 0.0}
-            group["thresholds"] = {}
         self._names = {
             p: name
             for group in self.param_groups
@@ -132,10 +136,18 @@ class MeZO(torch.optim.Optimizer):
         self._model = model
         self._perturbation: Perturbation | None = None
         self._sums: torch.Tensor | None = None
-        compiled = self._can_compile() if compiled is None else compiled
-        self.directions = Directions(
-            model, self._names, noise, seed, compiled, layer_fraction, rank, refresh_every, magnitude_fraction
-        )
+        compiled = self._can_compile(noise) if compiled is None else compiled
+        picked = layer_fraction, rank, refresh_every, magnitude_fraction, layers
+        self.directions = Directions(model, self._names, noise, seed, compiled, *picked)
+        self.hyper = {
+            "epsilon": epsilon, "probes": probes, "noise": noise, "estimator": estimator, "keep": keep,
+            "momentum": momentum, "normalize": normalize, "layer_fraction": layer_fraction, "rank": rank,
+            "refresh_every": refresh_every, "magnitude_fraction": magnitude_fraction, "seed": seed,
+        }  # fmt: skip
+        start = {"steps": 0, "skipped": 0, "history": [], "mean_square": 0.0, "thresholds": {}, "base_checksum": ""}
+        for group in self.param_groups:
+            group |= {STATE_KEY: f"MeZO, {self.hyper}, noise version {NOISE_VERSION}", **start}
+        self.trajectory, self._writer = trajectory, None
         self._kept: tuple[Any, Any] = (1.0, 1.0)
 
     @classmethod
@@ -192,9 +204,7 @@ class MeZO(torch.optim.Optimizer):
                     f"{missing[0]!r} is no longer a parameter of the model. Build MeZO after all wrappers."
                 )
             self._perturbation = Perturbation(self._model, {id(current[name]): name for name in names})
-            self.directions.choose_thresholds(self.shards)
-            for group in self.param_groups:
-                group["thresholds"] = self.directions.thresholds
+            self._choose_thresholds()
         training = [module for module in self._model.modules() if module.training]
         step, (probe, coefficient) = self.steps, evaluation
 
@@ -210,10 +220,15 @@ class MeZO(torch.optim.Optimizer):
                 for module in training:
                     module.training = True
 
-    def _can_compile(self) -> bool:
+    def _choose_thresholds(self) -> None:
+        self.directions.choose_thresholds(self.shards)
+        for group in self.param_groups:
+            group["thresholds"] = self.directions.thresholds
+
+    def _can_compile(self, kind: str) -> bool:
         device = next(iter(self._names)).device
         try:
-            Noise(0, 0, 0, self.kind, compiled=True).values("", 0, 1, device)
+            Noise(0, 0, 0, kind, compiled=True).values("", 0, 1, device)
         except RuntimeError as error:
             if is_first_rank():
                 make_log_visible()
@@ -277,6 +292,9 @@ class MeZO(torch.optim.Optimizer):
     @torch.no_grad()
     def apply(self, projected: list[float]) -> None:
         """Update the weights by g of each probe, and count the step. All ranks have the same g, finite or not."""
+        self._choose_thresholds()
+        self._open_trajectory()
+        observed = list(projected)
         finite = all(map(math.isfinite, projected))
         step, history = self.steps, list(self.param_groups[0]["history"])
         mean_square = self.param_groups[0]["mean_square"]
@@ -293,6 +311,32 @@ class MeZO(torch.optim.Optimizer):
         for group in self.param_groups:
             group |= {"steps": step + 1, "skipped": group["skipped"] + (not finite)}
             group |= {"history": history if self.momentum else [], "mean_square": mean_square}
+        if self._writer is not None:
+            self._writer.append(step, 0 if finite else SKIPPED, observed, [group["lr"] for group in self.param_groups])
+
+    def _open_trajectory(self) -> None:
+        """Before the first step of a run or of its continuation. All ranks look at the weights, the first one writes."""
+        if self.trajectory is None or self._writer is not None:
+            return
+        first = self.param_groups[0]
+        if not first["base_checksum"]:
+            parts = list(self.shards.parts())
+            total = checksum(((part.name, part.start, part.elements) for part in parts), parts[0].elements.device)
+            self.shards.sum_of_parts(total)
+            for group in self.param_groups:
+                group["base_checksum"] = as_hex(total)
+        decays = [group["weight_decay"] for group in self.param_groups]
+        header = TrajectoryHeader(
+            method=type(self).__name__,
+            hyper=self.hyper | {"weight_decay": decays, "layers": self.directions.layers},
+            probes=self.probes,
+            parameters=[[self._names[p] for p in group["params"] if p in self._names] for group in self.param_groups],
+            base_checksum=first["base_checksum"],
+            dtype=str(next(iter(self._names)).dtype).removeprefix("torch."),
+        )
+        self._writer = _Unwritten()
+        if is_first_rank():
+            self._writer = TrajectoryWriter(self.trajectory, header, self.steps - 1 if self.steps else None)
 
     def _update(self, history: list[tuple[int, list[float]]]) -> None:
         groups = {p: group for group in self.param_groups for p in group["params"]}
@@ -362,6 +406,7 @@ class MeZO(torch.optim.Optimizer):
             )
         super().load_state_dict(state_dict)
         self.directions.thresholds = self.param_groups[0]["thresholds"]
+        self._writer = None  # the file is to be cut back to the step that was loaded
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
             if "kept" in state_dict["state"].get(number, {}):

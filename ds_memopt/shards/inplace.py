@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from .plain import PlainPlacement
+from .plain import PlainPlacement, sharded_mesh_dim
 from .seams import collective_device
 
 BUCKET = 2**25
@@ -42,6 +43,9 @@ class InPlaceShards(Protocol):
 
     def sum(self, values: torch.Tensor) -> None:
         """Sum a few numbers over the ranks that see different data, in place. A collective."""
+
+    def sum_of_parts(self, values: torch.Tensor) -> None:
+        """Sum what ranks found out about their own parts, so that each element counts once. A collective."""
 
 
 class WholeShards:
@@ -70,6 +74,12 @@ class WholeShards:
     def sum(self, values: torch.Tensor) -> None:
         sum_over_ranks(values, self.process_group)
 
+    def sum_of_parts(self, values: torch.Tensor) -> None:
+        tensor, name = next(iter(self.names.items()))
+        dim = sharded_mesh_dim(tensor, name) if isinstance(tensor, DTensor) else None
+        if dim is not None:
+            sum_over_ranks(values, tensor.device_mesh.get_group(dim))
+
 
 class SplitShards(WholeShards):
     """Every rank holds whole parameters and updates an even part of each: ZeRO-1 and 2."""
@@ -81,6 +91,9 @@ class SplitShards(WholeShards):
             start, end = (min(number * piece, parameter.numel()) for number in (rank, rank + 1))
             if start < end:
                 yield Part(name, start, parameter, parameter.detach().view(-1)[start:end])
+
+    def sum_of_parts(self, values: torch.Tensor) -> None:
+        sum_over_ranks(values, self.process_group)
 
     def publish(self) -> None:
         for bucket in self._buckets():
@@ -149,6 +162,9 @@ class PartitionedShards(WholeShards):
             length = min(piece, parameter.ds_numel - rank * piece)  # the last ranks' pieces may be padding
             if length > 0:
                 yield Part(name, rank * piece, parameter, parameter.ds_tensor.detach().view(-1)[:length])
+
+    def sum_of_parts(self, values: torch.Tensor) -> None:
+        sum_over_ranks(values, self.process_group)
 
     def publish(self) -> None:
         if self.persistent:
