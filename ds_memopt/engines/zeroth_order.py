@@ -13,8 +13,10 @@ Private names of DeepSpeed used here, checked against 0.19.8:
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from torch import nn
 
 from ds_memopt.optimizers import MeZO
 from ds_memopt.shards import PartitionedShards, SplitShards, WholeShards
+
+logger = logging.getLogger("ds_memopt")
 
 IGNORED_LABEL = -100
 
@@ -46,15 +50,37 @@ class ZerothOrderOptimizer:
         self.pending: Pending | None = None
         names = optimizer.names_by_tensor()
         if stage == 3:
-            shards = PartitionedShards(model, names, process_group, offload.persistent_parameters)
+            shards = PartitionedShards(model, names, process_group, offload)
         else:
             shards = (SplitShards if stage else WholeShards)(model, names, process_group)
         optimizer.bind(shards)
+        self.lockstep_checked = False
+        self.lockstep = None
+        if stage == 3 and optimizer.lockstep and optimizer.two_sided:
+            try:
+                self.lockstep = optimizer.new_lockstep()
+            except ValueError as error:
+                self._tell(f"each layer is gathered once for each sign: {error}")
         for parameter in names:
             parameter.requires_grad_(False)  # no gradient is needed, and checkpoints then hold all weights as they are
 
     param_groups = property(lambda self: self.optimizer.param_groups)
     state = property(lambda self: self.optimizer.state)
+
+    def check_lockstep(self, together: list[torch.Tensor | None], apart: Iterator[torch.Tensor]) -> None:
+        """Once: go on in lockstep only if both signs have the losses that they have one after the other, everywhere."""
+        self.lockstep_checked = True
+        differ = torch.zeros(1, dtype=torch.float64)
+        for first, second in zip(together, apart, strict=False):
+            differ += first is None or not torch.allclose(first, second, rtol=1e-6, atol=0, equal_nan=True)
+        self.optimizer.shards.sum(differ)
+        if differ.item():
+            self.lockstep = None
+            self._tell("in lockstep the losses differ, so each layer is gathered once for each sign")
+
+    def _tell(self, what: str) -> None:
+        if dist.get_rank() == 0:
+            logger.info("%s: %s.", type(self.optimizer).__name__, what)
 
     def step(self) -> None:
         """Make a step from what the backward calls have observed."""
@@ -91,15 +117,20 @@ def build(engine, optimizer: MeZO, original: Callable) -> ZerothOrderOptimizer:
     stage = engine.zero_optimization_stage()
     # Parameters are partitioned as for inference, without gradient buffers.
     offload = original(DummyOptim(list(engine.module.parameters()))) if stage == 3 else None
-    engine.train_step = functools.partial(train_step, engine)
+    engine.train_step = partial(train_step, engine)
     return ZerothOrderOptimizer(optimizer, engine.module, stage, engine.seq_data_parallel_group, offload)
 
 
 class Pending:
-    """A forward that was run at the first evaluation's weights, waiting for backward to run the others."""
+    """A forward at the first evaluation's weights, waiting for backward to run the others.
 
-    def __init__(self, again: Callable[[], torch.Tensor], loss: torch.Tensor, tokens: torch.Tensor | None) -> None:
-        self.again, self.first_loss, self.tokens = again, loss.detach(), tokens
+    known: the losses of the first evaluations. rest: runs the others, in order. tokens: that the losses are means of.
+    """
+
+    def __init__(
+        self, known: list[torch.Tensor], rest: Callable[[], Iterator[torch.Tensor]], tokens: torch.Tensor | None
+    ) -> None:
+        self.known, self.rest, self.tokens = known, rest, tokens
         self.factor: torch.Tensor | None = None
 
 
@@ -122,13 +153,36 @@ def forward(original, engine, *inputs, **keywords):
     wrapper = engine.optimizer
     if not (isinstance(wrapper, ZerothOrderOptimizer) and engine.module.training and torch.is_grad_enabled()):
         return original(*inputs, **keywords)
-    optimizer = wrapper.optimizer
-    with torch.no_grad(), optimizer.perturbed(optimizer.evaluations()[0]):
-        output = original(*inputs, **keywords)
-    loss = loss_of(output)
-    wrapper.pending = Pending(lambda: loss_of(original(*inputs, **keywords)), loss, tokens_of(engine, output, keywords))
+    optimizer, evaluations = wrapper.optimizer, wrapper.optimizer.evaluations()
+
+    def both_signs(probe: int) -> tuple[Any, list[torch.Tensor]]:
+        with torch.no_grad(), optimizer.perturbed(evaluations[2 * probe]):
+            output, second = wrapper.lockstep.run(original, inputs, keywords)
+        return output, [loss_of(output), second]
+
+    def one_by_one(first: int) -> Iterator[torch.Tensor]:
+        for evaluation in evaluations[first:]:
+            with torch.no_grad(), optimizer.perturbed(evaluation):
+                yield loss_of(original(*inputs, **keywords))
+
+    if wrapper.lockstep is not None and not wrapper.lockstep_checked:
+        wrapper.check_lockstep(both_signs(0)[1], one_by_one(0))
+    if wrapper.lockstep is not None:
+        output, known = both_signs(0)
+        rest = partial(_chain, both_signs, range(1, optimizer.probes))
+    else:
+        with torch.no_grad(), optimizer.perturbed(evaluations[0]):
+            output = original(*inputs, **keywords)
+        known, rest = [loss_of(output)], partial(one_by_one, 1)
+    loss = known[0]
+    wrapper.pending = Pending([value.detach() for value in known], rest, tokens_of(engine, keywords))
     anchor = torch.zeros((), device=loss.device, requires_grad=True)
     return with_loss(output, _Loss.apply(anchor, loss, wrapper.pending))
+
+
+def _chain(both_signs: Callable, probes: range) -> Iterator[torch.Tensor]:
+    for probe in probes:
+        yield from both_signs(probe)[1]
 
 
 def backward(original, engine, loss, retain_graph=False, scale_wrt_gas=True):
@@ -157,12 +211,8 @@ def backward(original, engine, loss, retain_graph=False, scale_wrt_gas=True):
     else:  # batches with more tokens weigh more, so that all tokens weigh the same
         weight = pending.tokens
         factor = factor * gas * weight
-    with torch.no_grad():
-        optimizer.observe(0, pending.first_loss * factor, weight)
-        for number, evaluation in enumerate(optimizer.evaluations()[1:], 1):
-            with optimizer.perturbed(evaluation):
-                value = pending.again()
-            optimizer.observe(number, value * factor, weight)
+    for number, value in enumerate(chain(pending.known, pending.rest())):
+        optimizer.observe(number, value * factor, weight)
     return loss
 
 
@@ -213,7 +263,7 @@ def with_loss(output: Any, loss: torch.Tensor) -> Any:
     return output
 
 
-def tokens_of(engine, output: Any, keywords: Mapping[str, Any]) -> torch.Tensor | None:
+def tokens_of(engine, keywords: Mapping[str, Any]) -> torch.Tensor | None:
     """Over how many labels a transformers model took the loss's mean; None where nothing tells.
 
     transformers names the loss in `model.loss_type`. With num_items_in_batch, as from Trainer, the caller has weighted.

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import nn
 
+from ds_memopt.blocks import partition_into_blocks
 from ds_memopt.shards import InPlaceShards, Part, WholeShards, is_first_rank
 
 from .base import (
@@ -28,6 +29,7 @@ from .base import (
 )
 from .checksum import as_hex, checksum
 from .directions import Directions
+from .lockstep import Lockstep
 from .noise import NOISE_VERSION, Noise
 from .perturb import Perturbation
 from .residual import add_residual_, residual_of
@@ -77,6 +79,7 @@ class MeZO(torch.optim.Optimizer):
         which is nearly the same for all parameters here.
     layer_fraction, rank, refresh_every, magnitude_fraction, layers: LeZO, SubZero and Sparse-MeZO, see `Directions`.
     seed: of all noise. compiled: generate it with torch.compile, the same numbers faster; None: if that works here.
+    lockstep: at ZeRO-3 run both signs through a layer while it is gathered, if the first step shows the same losses.
     trajectory: file to write each step's scalars to, from which `ds-memopt replay` rebuilds the weights, or None.
     model: the model that the parameters belong to.
 
@@ -104,6 +107,7 @@ class MeZO(torch.optim.Optimizer):
         magnitude_fraction: float = 1.0,
         layers: list[list[str]] | None = None,
         seed: int = 0,
+        lockstep: bool = True,
         compiled: bool | None = None,
         trajectory: str | None = None,
         model: nn.Module | None = None,
@@ -122,9 +126,10 @@ class MeZO(torch.optim.Optimizer):
         )
         valid = is_number(momentum) and 0 <= momentum < 1
         check_range("momentum", momentum, valid, "a number in [0, 1)", "0 is usual.")
+        check_range("lockstep", lockstep, isinstance(lockstep, bool), "true or false", "true is usual.")
         check_range("normalize", normalize, isinstance(normalize, bool), "true or false", "false is usual.")
         self.epsilon, self.probes, self.keep, self.two_sided = epsilon, probes, keep, estimator == "two_sided"
-        self.momentum, self.normalize = momentum, normalize
+        self.momentum, self.normalize, self.lockstep = momentum, normalize, lockstep
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self._names = {
             p: name
@@ -206,12 +211,13 @@ class MeZO(torch.optim.Optimizer):
             self._perturbation = Perturbation(self._model, {id(current[name]): name for name in names})
             self._choose_thresholds()
         training = [module for module in self._model.modules() if module.training]
-        step, (probe, coefficient) = self.steps, evaluation
+        step, probe = self.steps, evaluation.probe
+        self._coefficient = evaluation.coefficient
 
         def add(copy: torch.Tensor, weights: torch.Tensor, name: str) -> None:
-            self.directions.add_(copy, weights, name, 0, step, probe, coefficient)
+            self.directions.add_(copy, weights, name, 0, step, probe, self._coefficient)
 
-        with self._perturbation.applied(add if coefficient else None):
+        with self._perturbation.applied(add if self._coefficient else None):
             for module in training:
                 module.training = False
             try:
@@ -235,6 +241,19 @@ class MeZO(torch.optim.Optimizer):
                 logger.info("MeZO's noise is not compiled, which is slower: %s", str(error).splitlines()[0])
             return False
         return True
+
+    def new_lockstep(self) -> Lockstep:
+        """What runs both signs of a probe in one forward of the model.
+
+        Raises ValueError where the model cannot be split.
+        """
+
+        def set_sign(sign: int) -> None:
+            self._coefficient = sign * self.epsilon
+            self._perturbation.renew()
+
+        layers = partition_into_blocks(self._model, (name for name, _ in self._model.named_parameters())).blocks
+        return Lockstep(self._model, list(layers), set_sign)
 
     def observe(self, number: int, total: Any, weight: Any) -> None:
         """Add the losses of a micro-batch at evaluation `number`: their sum, and the number of samples or tokens.
@@ -315,7 +334,7 @@ class MeZO(torch.optim.Optimizer):
             self._writer.append(step, 0 if finite else SKIPPED, observed, [group["lr"] for group in self.param_groups])
 
     def _open_trajectory(self) -> None:
-        """Before the first step of a run or of its continuation. All ranks look at the weights, the first one writes."""
+        """Before the first step of a run or of its continuation. All look at the weights, the first rank writes."""
         if self.trajectory is None or self._writer is not None:
             return
         first = self.param_groups[0]

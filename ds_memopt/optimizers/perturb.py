@@ -28,7 +28,7 @@ class Perturbation:
 
     def __init__(self, model: nn.Module, names: Mapping[int, str]) -> None:
         self._add: AddNoise | None = None
-        self._held: dict[int, tuple[nn.Parameter, torch.Tensor, int]] = {}
+        self._held: dict[int, tuple[nn.Parameter, torch.Tensor, str, int]] = {}
         self._handles = []
         for module in model.modules():
             owned = {key: names[id(p)] for key, p in module.named_parameters(recurse=False) if id(p) in names}
@@ -58,7 +58,7 @@ class Perturbation:
             yield
         finally:
             self._add = None
-            for parameter, weights, _ in self._held.values():  # what an exception left behind
+            for parameter, weights, _, _ in self._held.values():  # what an exception left behind
                 parameter.data = weights
             self._held.clear()
 
@@ -67,22 +67,30 @@ class Perturbation:
             return
         for key, name in owned.items():
             parameter = _parameter(module, key)
-            _, weights, depth = self._held.get(id(parameter), (parameter, parameter.data, 0))
+            _, weights, _, depth = self._held.get(id(parameter), (parameter, parameter.data, name, 0))
             # Before the copy is made: should there be no memory for it, the parameter must be known as held.
-            self._held[id(parameter)] = parameter, weights, depth + 1
+            self._held[id(parameter)] = parameter, weights, name, depth + 1
             if depth == 0:
-                copy = torch.clone(weights, memory_format=torch.contiguous_format)
-                self._add(copy.view(-1), weights.reshape(-1), name)
-                parameter.data = copy
+                self._perturb(parameter, weights, name)
+
+    def renew(self) -> None:
+        """Perturb anew what the modules that run now read, for noise or scale have changed."""
+        for parameter, weights, name, _ in self._held.values():
+            self._perturb(parameter, weights, name)
+
+    def _perturb(self, parameter: nn.Parameter, weights: torch.Tensor, name: str) -> None:
+        copy = torch.clone(weights, memory_format=torch.contiguous_format)
+        self._add(copy.view(-1), weights.reshape(-1), name)
+        parameter.data = copy
 
     def _leave(self, module: nn.Module, owned: Mapping[str, str]) -> None:
         for key in owned if self._held else ():
             parameter = _parameter(module, key)
             if id(parameter) not in self._held:
                 continue
-            _, weights, depth = self._held.pop(id(parameter))
+            _, weights, name, depth = self._held.pop(id(parameter))
             if depth > 1:
-                self._held[id(parameter)] = parameter, weights, depth - 1
+                self._held[id(parameter)] = parameter, weights, name, depth - 1
             else:
                 parameter.data = weights
 

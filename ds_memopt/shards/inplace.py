@@ -1,7 +1,8 @@
 """Parameters that a method updates in place, without fp32 masters by an engine: which part of each this rank updates.
 
 Private names of DeepSpeed used here, checked against 0.19.8:
-  Parameter.ds_tensor, .ds_tensor.ds_numel, .ds_numel, .all_gather(), .partition()
+  Parameter.ds_tensor, .ds_tensor.ds_numel, .ds_numel, .all_gather()
+  DeepSpeedZeRoOffload.partition_all_parameters(), .persistent_parameters
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ class SplitShards(WholeShards):
 class PartitionedShards(WholeShards):
     """Every rank holds and updates a piece of each parameter: ZeRO-3.
 
-    persistent: the parameters that the engine keeps gathered besides.
+    offload: what gathers and partitions the parameters.
     """
 
     def __init__(
@@ -150,10 +151,10 @@ class PartitionedShards(WholeShards):
         model: nn.Module,
         names: Mapping[torch.Tensor, str],
         process_group: ProcessGroup | None,
-        persistent: Sequence[torch.Tensor],
+        offload,
     ) -> None:
         super().__init__(model, names, process_group)
-        self.persistent = persistent
+        self.offload = offload
 
     def parts(self) -> Iterator[Part]:
         rank = dist.get_rank(self.process_group)
@@ -167,9 +168,9 @@ class PartitionedShards(WholeShards):
         sum_over_ranks(values, self.process_group)
 
     def publish(self) -> None:
-        if self.persistent:
-            self.persistent[0].partition(self.persistent)
-            self.persistent[0].all_gather(self.persistent)
+        self.offload.partition_all_parameters()  # what is gathered, for good or to be used again, is out of date
+        if self.offload.persistent_parameters:
+            self.offload.persistent_parameters[0].all_gather(self.offload.persistent_parameters)
 
 
 def sum_over_ranks(values: torch.Tensor, process_group: ProcessGroup | None) -> None:
