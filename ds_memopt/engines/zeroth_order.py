@@ -103,6 +103,14 @@ class ZerothOrderOptimizer:
             self.optimizer.load_state_dict(own)
         self.optimizer.shards.publish()  # the weights were loaded before
 
+    def checkpoint_event_prologue(self) -> None:
+        """Before weights are saved or loaded: at ZeRO-3 each rank's own pieces are."""
+        if self.offload is not None:
+            self.offload.partition_all_parameters()
+
+    def checkpoint_event_epilogue(self) -> None:
+        self.optimizer.shards.publish()
+
     def destroy(self) -> None:
         if self.offload is not None:
             self.offload.destroy()

@@ -1,0 +1,104 @@
+"""Worker of test_lockstep.py: MeZO at ZeRO-3 in lockstep and in two passes, and the bytes of AdamW beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from tiny import VOCABULARY, batches, ds_config, full_parameters, initialize, llama, train
+
+from ds_memopt.measure import CommunicationMeter
+
+LAYERS = 6
+HYPER = {"lr": 1e-3, "noise": "rademacher", "compiled": False}
+SIZES = {"vocab_size": VOCABULARY, "num_hidden_layers": LAYERS, "hidden_size": 48, "num_attention_heads": 4}
+SMALL = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
+
+
+def models() -> dict:
+    """Tiny models of four families: GPT-2 looks positions up for a batch of one, Mixtral routes tokens to experts."""
+    return {
+        "Llama": lambda: llama(num_hidden_layers=LAYERS),
+        "GPT-2": lambda: transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=VOCABULARY, n_positions=32, n_embd=48, n_layer=LAYERS, n_head=4)
+        ),
+        "OPT": lambda: transformers.OPTForCausalLM(
+            transformers.OPTConfig(**SIZES, ffn_dim=64, max_position_embeddings=32, word_embed_proj_dim=48)
+        ),
+        "Mixtral": lambda: transformers.MixtralForCausalLM(
+            transformers.MixtralConfig(**SMALL, num_local_experts=4, tie_word_embeddings=False)
+        ),
+    }
+
+
+def across_the_batch(model):
+    """A model that mixes the rows of a batch, which lockstep would mix with those of the other sign."""
+    model.lm_head.register_forward_pre_hook(lambda module, inputs: inputs[0] - inputs[0].mean(dim=0))
+    return model
+
+
+def run(make, method: str = "MeZO", **hyper) -> dict:
+    torch.manual_seed(0)
+    model = make()
+    # In a model of usual size a layer stays gathered between the two signs, but nothing from forward to backward.
+    reuse = 0 if method == "AdamW" else 30000
+    zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": reuse, "sub_group_size": 10**9}
+    zero |= {"stage3_max_live_parameters": 60000, "stage3_prefetch_bucket_size": 0}
+    config = ds_config(3, method, ({"lr": 1e-3} if method == "AdamW" else HYPER) | hyper, zero_optimization=zero)
+    engine = initialize(model, config, model_parameters=model.parameters())
+    data = list(batches(4, dist.get_rank(), dist.get_world_size()))
+    losses = train(engine, data[:3])
+    with CommunicationMeter() as meter:
+        losses += train(engine, data[3:])
+    result = {"weights": full_parameters(engine.module), "sent": meter.bytes_sent(), "losses": losses}
+    result["lockstep"] = getattr(engine.optimizer, "lockstep", None) is not None
+    engine.destroy()
+    return result
+
+
+def everything() -> dict:
+    results = {}
+    for name, make in models().items():
+        for probes in (1, 2) if name == "Llama" else (1,):
+            for lockstep in (True, False):
+                results[name, probes, lockstep] = run(make, probes=probes, lockstep=lockstep)
+        results[name, "AdamW"] = run(make, "AdamW")
+    for lockstep in (True, False):
+        results["mixed", 1, lockstep] = run(lambda: across_the_batch(models()["Llama"]()), lockstep=lockstep)
+    return results
+
+
+def write_trajectory(folder: Path, stage: int) -> dict[str, torch.Tensor]:
+    """A run in bf16 with a schedule, its base and its trajectory in files; returns the weights at the end."""
+    model = llama()
+    if dist.get_rank() == 0:
+        base = {name: p.detach().bfloat16() for name, p in model.named_parameters()}
+        torch.save(base, folder / f"base{stage}.bin")
+    scheduler = {
+        "type": "WarmupDecayLR",
+        "params": {"total_num_steps": 9, "warmup_num_steps": 3, "warmup_max_lr": 1e-4},
+    }
+    hyper = HYPER | {"lr": 1e-4, "weight_decay": 0.1, "trajectory": str(folder / f"steps{stage}")}
+    config = ds_config(stage, "MeZO", hyper, bf16={"enabled": True}, scheduler=scheduler)
+    engine = initialize(model, config, model_parameters=model.parameters())
+    data = list(batches(8, dist.get_rank(), dist.get_world_size()))
+    train(engine, data[:5])
+    engine.save_checkpoint(folder / f"checkpoint{stage}")
+    train(engine, data[5:])
+    weights = full_parameters(engine.module)
+    engine.destroy()
+
+    model = llama(seed=3)
+    engine = initialize(model, config, model_parameters=model.parameters())
+    engine.load_checkpoint(folder / f"checkpoint{stage}")
+    train(engine, data[5:])
+    resumed = full_parameters(engine.module)
+    assert all(torch.equal(weights[name], resumed[name]) for name in weights), "the resumed run went elsewhere"
+    engine.destroy()
+    return weights
+
+
+def trajectories(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
+    return {stage: write_trajectory(folder, stage) for stage in (0, 2, 3)}
