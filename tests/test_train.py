@@ -138,7 +138,7 @@ def _small_llama() -> transformers.LlamaConfig:
 def test_shipped_config_is_accepted_by_deepspeed_and_trainer(path, tmp_path):
     raw = config.load_config(path)
     stage, offload = path.stem[4], "offload" in path.stem
-    kinds = {"badam": "BAdam", "gwt": "GWT", "adam_mini": "AdamMini", "adamw": "AdamW"}
+    kinds = {"badam": "BAdam", "gwt": "GWT", "adam_mini": "AdamMini", "adamw": "AdamW", "mezo": "MeZO"}
     kind = next(kind for word, kind in kinds.items() if word in path.stem)
 
     assert raw["optimizer"]["type"] == kind
