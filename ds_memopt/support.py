@@ -110,10 +110,11 @@ ROTATING = STATE_COMPRESSING | {
 }
 
 ZEROTH_ORDER = STATE_COMPRESSING | {
-    "ddp": Support("refused", "There are no gradients to average: MeZO itself adds up the losses. Leave it out."),
-    "zero1_fp32_accumulation": Support("tested"),
+    "ddp": Support("untested", "It needs none: it adds up the losses itself."),
+    "zero2_offload": Support("untested", "It keeps no masters that could be offloaded."),
+    "zero3_offload": Support("untested", "It keeps no masters that could be offloaded."),
     "zero_to_fp32": Support("untested", "Use `save_16bit_model`."),
-    "deepspeed_moe": Support("untested"),
+    "round_robin_gradients": Support("untested", "It has no gradients."),
 }
 
 SUPPORT: dict[str, dict[str, Support]] = {
