@@ -39,6 +39,7 @@ FEATURES: dict[str, str] = {
     "pipeline": "PipelineModule",
     "partial_offload": "Partial offload (`offload_optimizer.ratio` < 1)",
     "nvme_offload": "Optimizer offload to NVMe",
+    "quantized_frozen": "`zero_quantized_nontrainable_weights`",
     "zenflow": "ZenFlow",
     "super_offload": "SuperOffload",
     "elastic_checkpoint": "`elastic_checkpoint`",
@@ -83,6 +84,7 @@ STATE_COMPRESSING: dict[str, Support] = {
         "DeepSpeed swaps only states shaped like the partition, and per-block states would stay behind. Set "
         'offload_optimizer.device to "cpu".',
     ),
+    "quantized_frozen": Support("untested"),
     "zenflow": Support("refused", "ZenFlow brings its own Adam. Remove zero_optimization.zenflow."),
     "super_offload": Support("refused", "SuperOffload brings its own Adam. Remove offload_optimizer.super_offload."),
     "elastic_checkpoint": Support(
@@ -102,6 +104,10 @@ STATE_COMPRESSING: dict[str, Support] = {
 }
 
 ROTATING = STATE_COMPRESSING | {
+    "quantized_frozen": Support(
+        "refused",
+        "What is frozen now trains later. Set zero_optimization.zero_quantized_nontrainable_weights to false.",
+    ),
     "ddp": Support(
         "refused",
         "It averages the gradients of the parameters that trained when it was built, so that from the second block on "

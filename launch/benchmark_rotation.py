@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def measure(method: str, stage: int, arguments: argparse.Namespace, ranks: Ranks) -> tuple[float, float, int, float]:
-    """Median seconds and mean bytes of a step that ends no visit; bytes held; seconds that a switch adds to a step."""
+    """Median seconds and mean bytes of a step amid a visit; bytes held; seconds that a switch adds to its two steps."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
@@ -78,10 +78,10 @@ def measure(method: str, stage: int, arguments: argparse.Namespace, ranks: Ranks
     }
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
     ids = torch.randint(arguments.vocab_size, (arguments.micro_batch, arguments.seq_length), device=ranks.device)
-    times: dict[bool, list[float]] = {True: [], False: []}
+    times: dict[int, list[float]] = {place: [] for place in range(VISIT)}
     sent, held = [], 0
     for number in range(VISIT * (arguments.visits + 1)):
-        ends_visit = number % VISIT == VISIT - 1
+        place = number % VISIT  # the last step of a visit makes the switch, the first after it builds buffers
         with CommunicationMeter() as meter:
             get_accelerator().synchronize()
             start = time.perf_counter()
@@ -89,13 +89,14 @@ def measure(method: str, stage: int, arguments: argparse.Namespace, ranks: Ranks
             engine.step()
             get_accelerator().synchronize()
         if number >= VISIT:  # all blocks have their buffers, ZeRO-3 its trace
-            times[ends_visit].append(time.perf_counter() - start)
-            if not ends_visit:
+            times[place].append(time.perf_counter() - start)
+            if 0 < place < VISIT - 1:
                 sent.append(meter.bytes_sent())
                 held = max(held, sum(state_bytes(engine.optimizer).values()) + master_bytes(engine.optimizer))
     engine.destroy()
-    step = statistics.median(times[False])
-    return step, statistics.mean(sent), held, statistics.median(times[True]) - step
+    step = statistics.median(seconds for place in range(1, VISIT - 1) for seconds in times[place])
+    switch = statistics.median(times[VISIT - 1]) + statistics.median(times[0]) - 2 * step
+    return step, statistics.mean(sent), held, switch
 
 
 def master_bytes(zero) -> int:

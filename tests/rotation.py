@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param
 from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, train
 
 from ds_memopt.measure import CommunicationMeter, state_bytes
@@ -22,6 +23,7 @@ COST_CASES = {
     "zero3": {"stage": 3, **BF16},
     "zero2, offload": {"stage": 2, **BF16, **OFFLOAD},
 }
+GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
 SMALL_LR = 1e-6
 
 
@@ -156,7 +158,7 @@ def checkpoints(folder: Path) -> dict:
     """After two switches: the weights, and files that must hold all of them."""
     results = {}
     for stage in (1, 2, 3):
-        config = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}} if stage == 3 else {}
+        config = {"zero_optimization": GATHER} if stage == 3 else {}
         engine = engine_of("BAdam", stage, hyper={"switch_every": 2}, **BF16, **config)
         train(engine, local(5))
         engine.save_checkpoint(folder / f"zero{stage}")
@@ -205,6 +207,20 @@ def on_one_rank() -> dict:
     }
 
 
+def one_parameter_blocks(stage: int, folder: Path, **changes) -> dict:
+    """Every block, the first one too, leaves a param group empty; then what is saved, seen and left behind."""
+    hyper = {"switch_every": 2, "order": "ascending", "eps": 1e-5, "include_embedding": True, "include_lm_head": True}
+    engine = engine_of("BAdam", stage, hyper=hyper, **changes)
+    train(engine, local(7))
+    # Of the block that is active and of those that were: DeepSpeed has no fp32 copy of what is frozen.
+    copies = [safe_get_full_fp32_param(p) for p in engine.module.parameters()] if stage in (1, 2) else []
+    engine.save_16bit_model(folder / f"lent{stage}", exclude_frozen_parameters=True)
+    result = {"weights": full_parameters(engine.module), "zeros": sum(c is not None and not c.any() for c in copies)}
+    engine.destroy()
+    result["trainable"] = sum(p.requires_grad for p in engine.module.parameters())
+    return result
+
+
 def everything(folder: Path) -> dict:
     return {
         "costs": {name: cost(case) for name, case in COST_CASES.items()},
@@ -213,4 +229,6 @@ def everything(folder: Path) -> dict:
         "checkpoints": checkpoints(folder),
         "refused": refused_loads(folder),
         "skipped": skipped_steps(),
+        "lent": {stage: one_parameter_blocks(stage, folder) for stage in (0, 1, 2)}
+        | {3: one_parameter_blocks(3, folder, zero_optimization=GATHER)},
     }

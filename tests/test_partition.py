@@ -13,7 +13,9 @@ NO_LIST = "no nn.ModuleList with at least two members that hold trainable .* Set
 SIZES = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2)
 SIZES |= dict(max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 T5 = SIZES | dict(d_kv=4, num_layers=3, num_decoder_layers=3, decoder_start_token_id=0)
-CLIP = SIZES | dict(image_size=8, patch_size=4, num_hidden_layers=2, model_type="clip_vision_model")
+# Much smaller than the text model, as vision towers are, though of more layers.
+CLIP = dict(hidden_size=4, intermediate_size=4, num_attention_heads=2, image_size=8, patch_size=4, num_hidden_layers=5)
+CLIP |= {"model_type": "clip_vision_model"}
 
 
 class Layer(nn.Module):
@@ -183,7 +185,7 @@ def test_only_trainable_parameters_appear():
     assert list(divide(model, upper).blocks) == ["model.layers.1", "model.layers.2"]
     model = build("llava")
     tower = divide(model, [name for name in names_of(model) if "vision_tower" in name])
-    assert list(tower.blocks) == [f"model.vision_tower.encoder.layers.{i}" for i in range(2)]
+    assert list(tower.blocks) == [f"model.vision_tower.encoder.layers.{i}" for i in range(5)]
 
 
 def test_lora_factors_go_with_their_frozen_matrix():

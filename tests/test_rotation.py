@@ -7,7 +7,9 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from rotation import COST_CASES, LAYERS, SMALL_LR, everything, on_one_rank
 from spawn import run_ranks
-from tiny import HYPER, batches, distance, full_parameters, llama
+from tiny import HYPER, batches, distance, full_parameters, llama, train_plain
+
+from ds_memopt import BAdam
 
 RANKS = 2
 
@@ -188,3 +190,24 @@ def test_a_skipped_step_does_not_count(results):
     """The second of six steps overflows on one rank: all ranks skip it, and the visit still gets its two steps."""
     expected = [(0, (0, 1)), (1, (0, 1)), (1, (1, 0)), (1, (1, 1)), (1, (2, 0)), (1, (2, 1))]
     assert all(rank["skipped"] == expected for rank in results[1])
+
+
+def test_a_block_may_leave_a_param_group_empty(results):
+    """Embedding first, alone in its block: against plain PyTorch, limit 1e-5 of the distance moved, measured 2e-6."""
+    folder, ranks = results
+    model = llama()
+    start = full_parameters(model)
+    options = {"switch_every": 2, "order": "ascending", "eps": 1e-5, "include_embedding": True, "include_lm_head": True}
+    optimizer = BAdam.from_model(model, **HYPER | options)
+    assert optimizer.active_block == "embedding" and [len(group["params"]) for group in optimizer.param_groups] == [
+        1,
+        0,
+    ]
+    train_plain(model, optimizer, batches(7))
+    expected = full_parameters(model)
+    for stage, run in ranks[0]["lent"].items():
+        assert distance(run["weights"], expected) <= 1e-5 * distance(expected, start), stage
+        assert run["zeros"] == 0, "safe_get_full_fp32_param gives zeros for what trained before"
+        assert run["trainable"] == len(expected), "destroy() has left parameters frozen"
+        saved = torch.load(folder / f"lent{stage}" / "pytorch_model.bin", weights_only=True)
+        assert {*expected} <= {*saved}, "inactive blocks were taken for frozen"

@@ -34,8 +34,11 @@ class BlockGuard:
         self._handles: list[RemovableHandle] = []
         if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
             refuse(method, "ddp")
-        model.register_forward_pre_hook(self._enter_model)
-        model.register_forward_hook(self._leave_model, always_call=True)
+        self._without: dict[str, bool] = {}  # of the active modules that ran in this forward: always without gradients?
+        self._root_handles = [
+            model.register_forward_pre_hook(self._enter_model),
+            model.register_forward_hook(self._leave_model, always_call=True),
+        ]
 
     def watch(self, active: Iterable[nn.Parameter]) -> None:
         """From now on these parameters train, and no others of the model."""
@@ -48,24 +51,33 @@ class BlockGuard:
             if any(id(parameter) in identities for parameter in module.parameters(recurse=False))
         ]
 
+    def remove(self) -> None:
+        """Take all hooks off the model."""
+        for handle in self._handles + self._root_handles:
+            handle.remove()
+
     def _enter_model(self, model: nn.Module, args: tuple) -> None:
         if DistributedDataParallel._active_ddp_module is not None:
             refuse(self._method, "ddp")
         self._recording = torch.is_grad_enabled()
+        self._without.clear()
         if self._recording:
             make_checkpointing_stop_early(model)
 
-    def _leave_model(self, *ignored) -> None:
-        self._recording = False
-
-    def _enter_active_module(self, name: str, module: nn.Module, args: tuple) -> None:
-        # A reentrant checkpoint runs the first forward without gradients; nothing else does so inside a forward.
-        if self._recording and not torch.is_grad_enabled():
+    def _leave_model(self, model: nn.Module, args: tuple, output) -> None:
+        recording, self._recording = self._recording, False
+        names = [name for name, without in self._without.items() if without]
+        if recording and names and output is not None:  # None: the forward raised
             raise ValueError(
-                f"{name} trains, but its forward runs without gradients: reentrant checkpointing finds no gradient "
+                f"{names[0]} trains, but its forward runs without gradients: reentrant checkpointing finds no gradient "
                 "where a layer's input needs none, or leads backward through all layers. Pass use_reentrant=False to "
                 f"torch.utils.checkpoint; with {self._method.__name__} do not use DeepSpeed's activation checkpointing."
             )
+
+    def _enter_active_module(self, name: str, module: nn.Module, args: tuple) -> None:
+        # A reentrant checkpoint runs the first forward without gradients. A model may do so once, and once with them.
+        if self._recording:
+            self._without[name] = self._without.get(name, True) and not torch.is_grad_enabled()
 
 
 def make_checkpointing_stop_early(model: nn.Module) -> None:

@@ -10,11 +10,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from math import prod
 from typing import Any
 
 from torch import nn
 
-from ds_memopt.blocks.assign import assign_blocks
+from ds_memopt.blocks.assign import assign_blocks, full_shape
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ def partition_into_blocks(
 ) -> Partition:
     """Divide the parameters to train into the blocks that take turns.
 
-    The layers are the members of the longest nn.ModuleList, and of all as long as it (encoder and decoder of T5); a
-    list inside another, such as the experts of a layer, does not count. Towers of another length, a vision tower for
-    instance, are never trained: name them in explicit blocks or in `always_active`.
+    The layers are the members of the nn.ModuleList with most elements to train, and of all with at least half as many
+    (encoder and decoder of T5); a list inside another, such as the experts of a layer, does not count. Smaller towers,
+    a vision tower for instance, are never trained: name them in explicit blocks or in `always_active`.
 
     Args:
         model, trainable: any module, and the names of its parameters to train, for instance those of LoRA alone.
@@ -145,15 +146,18 @@ def _find_layers(model: nn.Module, rest: Iterable[str]) -> tuple[dict[str, list[
         if outermost := next(lists, None):
             home[name] = outermost
     holders = Counter(path for path, _ in {home[name] for name in rest if name in home})
-    longest = max((len(modules[path]) for path in holders if holders[path] > 1), default=0)
-    if not longest:
+    sizes: Counter[str] = Counter()
+    for name in rest:
+        if name in home and holders[home[name][0]] > 1:
+            sizes[home[name][0]] += prod(full_shape(names[name]))
+    if not sizes:
         raise ValueError(
             "The model has no nn.ModuleList with at least two members that hold trainable parameters to rotate "
             'through. Set blocks to patterns, one list per block, such as [["stem", "stage1"], ["stage2", "head"]].'
         )
     layers: dict[str, list[str]] = {}
     for name, (path, member) in home.items():
-        if len(modules[path]) == longest:
+        if sizes[path] and 2 * sizes[path] >= max(sizes.values()):
             layers.setdefault(member, []).append(name)
     # A tower is all that surrounds a list without layers, up to the module that it shares with the layers.
     around_layers = {path for layer in layers.values() for name in layer for path in _paths(name)}

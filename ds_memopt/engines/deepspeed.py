@@ -20,7 +20,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
 from ds_memopt.engines import rotation, zeroth_order
-from ds_memopt.optimizers import METHOD_KEY, METHODS, MeZO, ShardedOptimizer, takes
+from ds_memopt.optimizers import METHOD_KEY, METHODS, BAdam, MeZO, ShardedOptimizer, takes
 from ds_memopt.shards import MasterCopyPlacement, Zero3Placement, Zero12Placement
 from ds_memopt.support import refuse
 
@@ -93,6 +93,8 @@ def _do_optimizer_sanity_check(original, engine, optimizer):
             f'optimizer offload). Name it in the ds_config instead, "optimizer": {{"type": "{swapped}", ...}}, and '
             "pass accelerate's DummyOptim."
         )
+    if isinstance(optimizer, BAdam):
+        optimizer.keep_all_groups()
     checked = original(optimizer)
     return ZERO_OPTIMIZATION if isinstance(optimizer, MeZO) else checked  # whatever the stage and the precision
 
@@ -106,6 +108,7 @@ def requested_features(engine) -> list[str]:
         "nvme_offload": offload is not None and offload.device == "nvme",
         "partial_offload": offload is not None and offload.ratio < 1,
         "super_offload": offload is not None and engine.super_offload(),
+        "quantized_frozen": engine.zero_quantized_nontrainable_weights(),
         "zenflow": engine.zenflow_config() is not None,
         "tensor_parallel": engine.autotp_size() > 1,
         "fp16_autocast": engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
@@ -157,6 +160,7 @@ def _configure_fp16_optimizer(original, engine, optimizer, low_precision_dtype):
 
 READ = (
     "zero_offload_optimizer", "zero_elastic_checkpoint", "load_universal_checkpoint", "super_offload", "zenflow_config",
+    "zero_quantized_nontrainable_weights",
     "scheduler_params", "autotp_size", "torch_autocast_enabled", "torch_autocast_dtype",
     "zero_optimization_partition_weights",
 )  # fmt: skip

@@ -3,13 +3,15 @@
 All that holds on to the object (schedulers, accelerate, Trainer, the engine's hooks) goes on holding the right one.
 
 Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedEngine._take_model_step, ._common_checkpoint_state, .load_module_state_dict (all wrapped),
+  DeepSpeedEngine._take_model_step, ._common_checkpoint_state, .load_module_state_dict, .module_state_dict, .destroy,
+      ._zero3_consolidated_16bit_state_dict (all wrapped),
       ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer,
       ._config.zero_config.reduce_bucket_size
   deepspeed.runtime.engine.DeepSpeedZeroOptimizer, .BF16_Optimizer, .FP16_UnfusedOptimizer,
       deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3: where the engine takes the classes from
   deepspeed.runtime.bf16_optimizer.see_memory_usage, deepspeed.runtime.zero.utils.gc
-  ZeROOptimizer._grad_acc_post_hooks, DeepSpeedZeroOptimizer_Stage3.initialize_ds_offload, .parameter_offload,
+  Parameter._hp_mapping, ZeROOptimizer._grad_acc_post_hooks,
+      DeepSpeedZeroOptimizer_Stage3.initialize_ds_offload, .parameter_offload,
       PartitionedParameterCoordinator._invalidate_trace, .is_invalid_trace, and KEPT below
 """
 
@@ -30,9 +32,14 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from ds_memopt.optimizers import BAdam, MeZO
+from ds_memopt.shards import is_first_rank
+
+logger = logging.getLogger("ds_memopt")
 
 POSITION_KEY = "ds_memopt_position"
 """Key of a checkpoint's model states: which block was active, to be known before anything else is loaded."""
+
+AS_WEIGHTS = "turn it into weights (zero_to_fp32.py, save_16bit_model) and load them before deepspeed.initialize."
 
 CONFIGURE = {
     DeepSpeedZeroOptimizer: (engine_module, lambda engine: engine._configure_zero_optimizer),
@@ -53,18 +60,30 @@ KEPT = (
 def no_empty_group(optimizer) -> Iterator[None]:
     """For ZeRO, which cannot flatten a param group without parameters: such a group is lent its smallest frozen one.
 
-    It gets no gradient, belongs to no interval and is never updated; it costs its own size in masters and traffic.
+    It gets no gradient, belongs to no interval, has no state and is never updated; it costs its own size in masters,
+    gradients and traffic.
     """
     lent = [
-        (group, min(members, key=lambda member: member.numel()))
+        (group, min(members, key=_size))
         for group, members in (optimizer.members() if isinstance(optimizer, BAdam) else ())
         if not group["params"]
     ]
     for group, parameter in lent:
         group["params"] = [parameter.requires_grad_(True)]
+        if _size(parameter) > 0.05 * optimizer.largest_block() and not group.get("lent_told") and is_first_rank():
+            logger.warning(
+                "BAdam: a param group has no parameter in %s. ZeRO needs one there, and gets %s (%d elements): its "
+                "masters, gradients and traffic come on top. Groups with parameters of every layer avoid that.",
+                optimizer.active_block, optimizer.name_of(parameter), _size(parameter),
+            )  # fmt: skip
+            group["lent_told"] = True
     yield
     for _, parameter in lent:
         parameter.requires_grad_(False)
+
+
+def _size(parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def shrink_bucket(engine, optimizer) -> None:
@@ -107,13 +126,16 @@ def load_module_state_dict(original, engine, checkpoint, *arguments, **keywords)
     if isinstance(optimizer, BAdam) and engine.optimizer is not optimizer:
         if POSITION_KEY not in checkpoint:
             raise ValueError(
-                "This checkpoint was not written by BAdam, so what it holds as trained and as frozen does not fit. "
-                "Turn it into weights (zero_to_fp32.py, save_16bit_model) and load them before deepspeed.initialize."
+                "This checkpoint was not written by BAdam, so what it holds as trained and as frozen does not fit: "
+                + AS_WEIGHTS
             )
         groups = checkpoint[POSITION_KEY]
-        optimizer.check_meaning(groups)
+        try:
+            optimizer.check_meaning(groups)
+        except ValueError as error:
+            raise ValueError(f"{error} For its weights alone, {AS_WEIGHTS}") from None
         release(engine)
-        optimizer.resume_at((groups[0]["visit"], groups[0]["visit_step"]))
+        optimizer.go_to((groups[0]["visit"], groups[0]["visit_step"]))
         rebuild(engine)
     return original(checkpoint, *arguments, **keywords)
 
@@ -126,6 +148,35 @@ def release(engine) -> None:
             wrapper.destroy()
     elif hasattr(wrapper, "destroy"):
         wrapper.destroy()
+    for parameter in engine.module.parameters():
+        if hasattr(parameter, "_hp_mapping"):
+            del parameter._hp_mapping  # destroy() empties it, and safe_get_full_fp32_param would then return zeros
+
+
+def destroy(original, engine) -> None:
+    """The engine's destroy; then the model is as it was before BAdam."""
+    original()
+    if isinstance(engine.basic_optimizer, BAdam):
+        engine.basic_optimizer.release()
+
+
+@contextlib.contextmanager
+def trained_not_frozen(optimizer) -> Iterator[None]:
+    """While this lasts, what a method of ours trains without a gradient at this moment does not count as frozen."""
+    trained = [p for p in getattr(optimizer, "trained_parameters", list)() if not p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+
+
+def with_all_trained(original, engine, *arguments, **keywords):
+    """A method of the engine that leaves frozen parameters out on request."""
+    with trained_not_frozen(engine.basic_optimizer):
+        return original(*arguments, **keywords)
 
 
 def rebuild(engine) -> None:
@@ -173,4 +224,7 @@ WRAPPERS = {
     "_take_model_step": take_model_step,
     "_common_checkpoint_state": common_checkpoint_state,
     "load_module_state_dict": load_module_state_dict,
+    "module_state_dict": with_all_trained,
+    "_zero3_consolidated_16bit_state_dict": with_all_trained,
+    "destroy": destroy,
 }

@@ -120,7 +120,7 @@ class BAdam(ShardedOptimizer):
         self.rule = BASES[base]([dict(group) for group in groups], **defaults, **base_options, model=model)
         self.states, self.keep_residual = self.rule.states, keep_residual
         self._residuals: dict[str, torch.Tensor] = {}
-        self._stepped = False
+        self._stepped = self._warned = False
         super().__init__(
             groups, defaults, model=model, head_dim=None, value_blocks="rows", element_dtype=self.rule.element_dtype
         )
@@ -128,6 +128,10 @@ class BAdam(ShardedOptimizer):
             [(name, p) for name, p in zip(group["param_names"], group["params"], strict=True) if p.requires_grad]
             for group in self.param_groups
         ]
+        # What trains nothing in any block is no group; what trains nothing in one of them stays one.
+        self._groups = [group for group, members in zip(self.param_groups, self._members, strict=True) if members]
+        self._members = [members for members in self._members if members]
+        self.keep_all_groups()
         self.partition = partition_into_blocks(
             model, self._parameters(), blocks, include_embedding, include_lm_head, always_active
         )
@@ -178,6 +182,23 @@ class BAdam(ShardedOptimizer):
         """The name of each parameter that trains now."""
         return {p: name for group in self._members for name, p in group if p.requires_grad}
 
+    def keep_all_groups(self) -> None:
+        """Put back the param groups without a parameter in the active block, which DeepSpeed takes out once."""
+        self.param_groups[:] = self._groups
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """All parameters that train with one block or another."""
+        return list(self._parameters().values())
+
+    def name_of(self, parameter: nn.Parameter) -> str:
+        return next(name for name, p in self._parameters().items() if p is parameter)
+
+    def release(self) -> None:
+        """Give the model back: all parameters require gradients that did, and no hook stays on it."""
+        for p in self._parameters().values():
+            p.requires_grad_(True)
+        self._guard.remove()
+
     def largest_block(self) -> int:
         """Elements of the largest block, with what is always active."""
         sizes = {name: numel_of(full_shape(p)) for name, p in self._parameters().items()}
@@ -205,7 +226,12 @@ class BAdam(ShardedOptimizer):
                 loss = closure()
         if not self._bound:
             self._check_residual()
+            self._warn_of_rounding()
             self._fill_missing_gradients()
+        for group in self.param_groups:
+            if not group["param_names"]:  # ZeRO was lent a frozen parameter: no state for it
+                for tensor in group["params"]:
+                    tensor.grad = None
         super().step()
         self._stepped = True
         if not self._bound and self.finish_step():
@@ -236,13 +262,22 @@ class BAdam(ShardedOptimizer):
         self._activate(Position(self.position.visit + 1, 0))
 
     def resume_at(self, position: tuple[int, int]) -> None:
-        """Make the block active that was active at `position` of a saved run, with zero state; then load the state."""
+        """Make the block active that was active at `position` of a saved run, with zero state; then load the state.
+
+        Raises ValueError inside DeepSpeed, whose load_checkpoint does both.
+        """
+        if self._bound:
+            raise ValueError("resume_at is for plain PyTorch and FSDP2. With DeepSpeed call engine.load_checkpoint.")
+        self.go_to(position)
+        tensors = self._placement.named_tensors(self.param_groups)
+        plans = self._plan(*zip(*tensors, strict=True))
+        for number, (tensor, _) in enumerate(tensors):
+            self._init_state(tensor, plans, number)
+
+    def go_to(self, position: tuple[int, int]) -> None:
+        """Make the block of another position active, with nothing kept of where this run was. For an engine."""
+        self._residuals.clear()
         self._activate(Position(*position))
-        if not self._bound:
-            tensors = self._placement.named_tensors(self.param_groups)
-            plans = self._plan(*zip(*tensors, strict=True))
-            for number, (tensor, _) in enumerate(tensors):
-                self._init_state(tensor, plans, number)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; with keep_residual, also the residuals of the inactive blocks."""
@@ -294,6 +329,16 @@ class BAdam(ShardedOptimizer):
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
 
+    def _warn_of_rounding(self) -> None:
+        dtypes = {p.dtype for p in self.names_by_tensor()} - {torch.float32, torch.float64}
+        if dtypes and not self._warned and is_first_rank():
+            logger.warning(
+                "BAdam updates %s weights without fp32 masters: what lies below their precision is lost. Use DeepSpeed "
+                "with bf16.enabled, or fp32 weights with torch.autocast or FSDP2's MixedPrecisionPolicy.",
+                " and ".join(map(str, dtypes)),
+            )
+        self._warned = True
+
     def _check_residual(self) -> None:
         dtypes = {p.dtype for p in self.names_by_tensor()}
         if self.keep_residual and dtypes != {torch.float32} and not (self._bound and dtypes == {torch.bfloat16}):
@@ -329,8 +374,11 @@ class BAdam(ShardedOptimizer):
         others = [n for n, p in self._model().named_parameters() if p.requires_grad and n not in sizes]
         if others:
             logger.warning("BAdam was not given %s: backward reaches them at every step.", ", ".join(others))
-        if self.partition.never_trained:
-            logger.warning("BAdam never trains %s: they are in no block.", ", ".join(self.partition.never_trained))
+        if never := self.partition.never_trained:
+            share = sum(map(sizes.get, never)) / sum(sizes.values())
+            logger.warning(
+                "BAdam never trains %s: they are in no block, %.0f %% of all.", ", ".join(never), 100 * share
+            )
         if total_steps is None or self.rotation.order == "fixed":
             return
         visits = min(-(-total_steps // self.switch_every), self.rotation.num_blocks)

@@ -181,6 +181,10 @@ class MeZO(torch.optim.Optimizer):
         """The name of each parameter that is trained."""
         return dict(self._names)
 
+    def trained_parameters(self) -> list[torch.Tensor]:
+        """All parameters that train, whether or not they require gradients."""
+        return list(self._names)
+
     @property
     def steps(self) -> int:
         """Steps made so far, skipped ones included: the t of the next step's noise."""

@@ -17,4 +17,4 @@ def residual_of(master: torch.Tensor) -> torch.Tensor:
 
 def add_residual_(rounded: torch.Tensor, residual: torch.Tensor) -> None:
     """Turn fp32 numbers that are exact in bf16 back into the masters that `residual_of` was given."""
-    rounded.view(torch.int32).add_(residual.to(torch.int32))
+    rounded.view(torch.int32).add_(residual.to(rounded.device, torch.int32))
