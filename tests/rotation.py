@@ -230,5 +230,5 @@ def everything(folder: Path) -> dict:
         "refused": refused_loads(folder),
         "skipped": skipped_steps(),
         "lent": {stage: one_parameter_blocks(stage, folder) for stage in (0, 1, 2)}
-        | {3: one_parameter_blocks(3, folder, zero_optimization=GATHER)},
+        | {3: one_parameter_blocks(3, folder, zero_optimization=GATHER | OFFLOAD["zero_optimization"])},
     }

@@ -228,11 +228,18 @@ class BAdam(ShardedOptimizer):
             self._check_residual()
             self._warn_of_rounding()
             self._fill_missing_gradients()
-        for group in self.param_groups:
-            if not group["param_names"]:  # ZeRO was lent a frozen parameter: no state for it
-                for tensor in group["params"]:
-                    tensor.grad = None
+        # What ZeRO was lent gets no state. Its gradient is put back: with offload it is a buffer that ZeRO fills again.
+        lent = [
+            (tensor, tensor.grad)
+            for group in self.param_groups
+            if not group["param_names"]
+            for tensor in group["params"]
+        ]
+        for tensor, _ in lent:
+            tensor.grad = None
         super().step()
+        for tensor, gradient in lent:
+            tensor.grad = gradient
         self._stepped = True
         if not self._bound and self.finish_step():
             self.next_block()
