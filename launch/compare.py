@@ -1,4 +1,4 @@
-"""Compare runs of launch/pretrain.py: python launch/compare.py runs/a runs/b --plot loss.png"""
+"""Compare runs of launch/pretrain.py or finetune.py: python launch/compare.py runs/a runs/b --plot loss.png"""
 
 import argparse
 import sys
@@ -9,7 +9,7 @@ from ds_memopt.train.compare import plot, table
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, help="output folders of launch/pretrain.py")
+    parser.add_argument("runs", nargs="+", type=Path, help="their output folders")
     parser.add_argument("--plot", type=Path, default=Path("loss.png"), help="PNG to write")
     arguments = parser.parse_args()
     try:

@@ -7,55 +7,19 @@ A larger model, another config:     deepspeed --num_gpus 8 launch/pretrain.py --
 """
 
 import argparse
-import os
-import sys
-from dataclasses import fields
-from pathlib import Path
 
-DEFAULT_CONFIG = Path(__file__).resolve().parent.parent / "ds_configs" / "zero2_adam_mini.json"
+from arguments import run_job, shared_parser
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    run = parser.add_argument_group("run")
-    run.add_argument("--deepspeed_config", default=str(DEFAULT_CONFIG), help='DeepSpeed JSON; "auto" values are filled')
-    run.add_argument("--output_dir", help="metrics.jsonl, checkpoints, ... go here; default: runs/pretrain-1, -2, ...")
-    run.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --output_dir")
-    run.add_argument(
+    parser = shared_parser(__doc__, "pretrain", "zero2_adam_mini.json", "weights, data order and method")
+    what = parser.add_argument_group("model and data")
+    what.add_argument(
         "--model", default="tiny", help="tiny, llama-39m ... llama-1b, llama2-7b, ... or a local HF folder"
     )
-    run.add_argument("--data", default="stdlib", help="stdlib, synthetic, or a text/JSONL file or folder")
-    run.add_argument("--tokenizer", help="local Hugging Face tokenizer folder, for text and JSONL data")
-    run.add_argument("--seed", type=int, default=0, help="of the weights and of the data order")
-
-    size = parser.add_argument_group("size (default: what the DeepSpeed config fixes, else the model's recipe)")
-    size.add_argument("--steps", type=int, help="optimizer steps of the whole run")
-    size.add_argument("--seq_length", type=int, help="tokens per sequence")
-    size.add_argument("--micro_batch", type=int, help="sequences per rank and forward pass")
-    size.add_argument("--accumulation", type=int, help="micro-batches per step")
-    size.add_argument("--gradient_checkpointing", action="store_true")
-    size.add_argument("--dtype", choices=["fp32", "bf16"], help="default: fp32 on CPU, bf16 on GPU")
-
-    rule = parser.add_argument_group("optimizer (default: the DeepSpeed config, else the model's recipe)")
-    rule.add_argument("--optimizer", help="replaces the type in the DeepSpeed config: AdamW, AdamMini, ...")
-    rule.add_argument("--lr", type=float)
-    rule.add_argument("--betas", type=float, nargs=2)
-    rule.add_argument("--eps", type=float)
-    rule.add_argument("--weight_decay", type=float, help="on weights with 2 or more dimensions; norms and biases: none")
-    rule.add_argument("--gradient_clipping", type=float, help="largest gradient norm, default 1.0; 0 = no clipping")
-    rule.add_argument(
-        "--schedule", help="linear (default), cosine, constant, ...: a name of transformers.get_scheduler"
-    )
-    rule.add_argument("--warmup_steps", type=int)
-
-    every = parser.add_argument_group("how often, in steps")
-    every.add_argument("--logging_interval", type=int, help="lines of metrics.jsonl; default: a fortieth, at most 10")
-    every.add_argument("--validation_interval", type=int, help="default: a tenth of the run; 0 = never")
-    every.add_argument("--validation_batches", type=int, default=32, help="global batches of held-out text")
-    every.add_argument("--save_interval", type=int, help="default: after the last step (never if synthetic); 0 = never")
-
-    parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # always on; launchers pass it
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    what.add_argument("--data", default="stdlib", help="stdlib, synthetic, or a text/JSONL file or folder")
+    what.add_argument("--tokenizer", help="local Hugging Face tokenizer folder, for text and JSONL data")
+    what.add_argument("--validation_batches", type=int, default=32, help="global batches of held-out text")
     return parser.parse_args()
 
 
@@ -64,15 +28,8 @@ def main() -> None:
     # These are slow to import: --help and a wrong option should answer at once.
     from ds_memopt.train.loop import pretrain
     from ds_memopt.train.options import Options
-    from ds_memopt.train.ranks import stop_ranks
 
-    options = Options(**{field.name: getattr(arguments, field.name) for field in fields(Options)})
-    try:
-        pretrain(options)
-    except ValueError as error:  # every rank has it; one says it
-        sys.exit(f"ValueError: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-    finally:
-        stop_ranks()
+    run_job(pretrain, Options, arguments)
 
 
 if __name__ == "__main__":

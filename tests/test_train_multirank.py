@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from spawn import free_port, run_ranks
+from tiny import equal_tensors
 
 from ds_memopt.train.loop import pretrain
 from ds_memopt.train.options import Options
@@ -168,21 +169,7 @@ def test_killed_in_a_save_and_resumed_equals_uninterrupted(folders, whole, stage
         ours, theirs = (
             torch.load(path / "checkpoints/step6" / name, weights_only=False) for path in (folder, whole[stage])
         )
-        assert _tensors(ours, theirs) > 0
-
-
-def _tensors(ours, theirs) -> int:
-    """How many tensors the two have; they must be equal bit for bit."""
-    if isinstance(ours, torch.Tensor):
-        assert torch.equal(ours, theirs)
-        return 1
-    if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
-        return sum(_tensors(ours[key], theirs[key]) for key in ours)
-    if isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs)
-        return sum(map(_tensors, ours, theirs))
-    return 0
+        assert equal_tensors(ours, theirs) > 0
 
 
 def test_bad_checkpoints_are_refused_on_all_ranks(folders, whole):

@@ -102,3 +102,17 @@ def full_parameters(model) -> dict[str, torch.Tensor]:
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return sum(((a[name].double() - b[name].double()) ** 2).sum() for name in a).item() ** 0.5
+
+
+def equal_tensors(ours, theirs) -> int:
+    """How many tensors the two have; they must be equal bit for bit."""
+    if isinstance(ours, torch.Tensor):
+        assert torch.equal(ours, theirs)
+        return 1
+    if isinstance(ours, dict):
+        assert ours.keys() == theirs.keys()
+        return sum(equal_tensors(ours[key], theirs[key]) for key in ours)
+    if isinstance(ours, (list, tuple)):
+        assert len(ours) == len(theirs)
+        return sum(map(equal_tensors, ours, theirs))
+    return 0

@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -48,6 +47,7 @@ class ZerothOrderOptimizer:
         self._global_grad_norm = None
         self.overflow = False
         self.pending: Pending | None = None
+        self.superseded: list[Pending] = []  # forwards without a backward of their own, as in evaluation
         names = optimizer.names_by_tensor()
         if stage == 3:
             shards = PartitionedShards(model, names, process_group, offload)
@@ -115,6 +115,10 @@ class ZerothOrderOptimizer:
         if self.offload is not None:
             self.offload.destroy()
 
+    def _restore_from_bit16_weights(self) -> None:
+        # What DeepSpeed calls after it has loaded weights alone.
+        self.optimizer.shards.publish()
+
     def empty_partition_cache(self) -> None:
         if self.offload is not None:
             self.offload.empty_partition_cache()
@@ -126,6 +130,7 @@ def build(engine, optimizer: MeZO, original: Callable) -> ZerothOrderOptimizer:
     # Parameters are partitioned as for inference, without gradient buffers.
     offload = original(DummyOptim(list(engine.module.parameters()))) if stage == 3 else None
     engine.train_step = partial(train_step, engine)
+    engine.clip_fp32_gradients = lambda: None  # there are no gradients: gradient_clipping has no meaning
     return ZerothOrderOptimizer(optimizer, engine.module, stage, engine.seq_data_parallel_group, offload)
 
 
@@ -183,6 +188,8 @@ def forward(original, engine, *inputs, **keywords):
             output = original(*inputs, **keywords)
         known, rest = [loss_of(output)], partial(one_by_one, 1)
     loss = known[0]
+    if wrapper.pending is not None:
+        wrapper.superseded.append(wrapper.pending)
     wrapper.pending = Pending([value.detach() for value in known], rest, tokens_of(engine, keywords))
     anchor = torch.zeros((), device=loss.device, requires_grad=True)
     return with_loss(output, _Loss.apply(anchor, loss, wrapper.pending))
@@ -200,11 +207,12 @@ def backward(original, engine, loss, retain_graph=False, scale_wrt_gas=True):
         return original(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
     optimizer, pending = wrapper.optimizer, wrapper.pending
     wrapper.pending = None
+    superseded, wrapper.superseded = wrapper.superseded, []
     if scale_wrt_gas:
         loss = loss / engine.gradient_accumulation_steps()
     if loss.requires_grad:
         loss.backward(retain_graph=retain_graph)
-    if pending is None or pending.factor is None:
+    if pending is None or pending.factor is None or any(other.factor is not None for other in superseded):
         raise ValueError(
             f"{type(optimizer).__name__} runs the model's forward itself, so it must return the loss, and backward "
             "must be called on that loss after every forward. For any other objective use "
@@ -219,7 +227,10 @@ def backward(original, engine, loss, retain_graph=False, scale_wrt_gas=True):
     else:  # batches with more tokens weigh more, so that all tokens weigh the same
         weight = pending.tokens
         factor = factor * gas * weight
-    for number, value in enumerate(chain(pending.known, pending.rest())):
+    values = [*pending.known, *pending.rest()]  # all or none: what an exception interrupts must not count
+    if pending.tokens is not None:
+        values = [value if pending.tokens else torch.zeros_like(value) for value in values]
+    for number, value in enumerate(values):
         optimizer.observe(number, value * factor, weight)
     return loss
 
@@ -279,9 +290,10 @@ def tokens_of(engine, keywords: Mapping[str, Any]) -> torch.Tensor | None:
     labels = keywords.get("labels")
     if labels is None or keywords.get("num_items_in_batch") is not None:
         return None
-    if getattr(engine.module, "loss_type", None) == "ForCausalLM":
+    name = getattr(getattr(engine.module, "loss_function", None), "__name__", None)
+    if name == "ForCausalLMLoss":
         labels = labels[..., 1:]  # the first token is predicted from nothing
-    elif getattr(engine.module, "loss_type", None) != "ForMaskedLM":
+    elif name != "ForMaskedLMLoss":
         return None
     return (labels != IGNORED_LABEL).sum()
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ds_memopt.blocks import partition_into_blocks
 from ds_memopt.shards import InPlaceShards, Part, WholeShards, is_first_rank
+from ds_memopt.support import refuse
 
 from .base import (
     METHOD_KEY,
@@ -128,6 +129,7 @@ class MeZO(torch.optim.Optimizer):
         check_range("momentum", momentum, valid, "a number in [0, 1)", "0 is usual.")
         check_range("lockstep", lockstep, isinstance(lockstep, bool), "true or false", "true is usual.")
         check_range("normalize", normalize, isinstance(normalize, bool), "true or false", "false is usual.")
+        Noise(seed, 0)
         self.epsilon, self.probes, self.keep, self.two_sided = epsilon, probes, keep, estimator == "two_sided"
         self.momentum, self.normalize, self.lockstep = momentum, normalize, lockstep
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
@@ -167,6 +169,8 @@ class MeZO(torch.optim.Optimizer):
         if "param_names" not in group:
             raise ValueError("MeZO needs the parameters' names. Build it with MeZO.from_model(model, ...).")
         group[METHOD_KEY] = type(self).__name__
+        if any("_fsdp_wrapped_module" in name or "_flat_param" in name for name in group["param_names"]):
+            refuse(type(self), "fsdp1")
         for name in ("lr", "weight_decay"):
             valid = is_number(group[name]) and group[name] >= 0
             check_range(name, group[name], valid, "a number >= 0", "lr 1e-7 to 1e-6 and no decay are usual.")
@@ -280,11 +284,11 @@ class MeZO(torch.optim.Optimizer):
     def evaluate(self, closure: Callable[[], Any]) -> Any:
         """Call the closure at the weights of every evaluation of the step, and observe; returns its first result."""
         results = []
-        for number, evaluation in enumerate(self.evaluations()):
+        for evaluation in self.evaluations():
             with self.perturbed(evaluation):
-                result = closure()
+                results.append(closure())
+        for number, result in enumerate(results):  # all or none: what an exception interrupts must not count
             self.observe(number, *(result if isinstance(result, tuple) else (result, 1.0)))
-            results.append(result)
         return results[0]
 
     @torch.no_grad()

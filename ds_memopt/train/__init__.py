@@ -1,1 +1,1 @@
-"""The library behind launch/pretrain.py: data, model presets, configuration, the training loop, the comparison."""
+"""The library behind launch/pretrain.py and launch/finetune.py: data, models, settings, the loop, the comparison."""

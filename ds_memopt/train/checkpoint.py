@@ -1,11 +1,16 @@
-"""Checkpoints of a run: DeepSpeed's files, the facts a resumed run must share, and a `latest` that is always whole."""
+"""What a run saves: checkpoints (DeepSpeed's files, the facts a resumed run must share, and a `latest` that is always
+whole), and at its end the model as a Hugging Face folder."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
+
+import deepspeed
+import transformers
 
 from ds_memopt.train.ranks import Ranks, on_all_ranks
 from ds_memopt.train.record import write_json, write_text
@@ -43,6 +48,34 @@ def load(engine: Any, folder: Path, step: int) -> None:
         raise ValueError(
             f"DeepSpeed did not restore step {step} from {folder}: it stands at step {engine.global_steps}"
         )
+
+
+def save_model(engine: Any, folder: Path, tokenizer: str | None, ranks: Ranks) -> None:
+    """Write the engine's model as the Hugging Face folder `folder`, in place of what is there. All ranks call.
+
+    The weights are those that the model computes with: bf16 in a bf16 run. tokenizer: the folder of the tokenizer to
+    save beside them, or None. The first rank holds a copy of all weights in CPU memory meanwhile.
+    """
+    weights = {}
+    for name, p in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+            if ranks.is_main:
+                weights[name] = p.detach().to("cpu", copy=True)
+    on_all_ranks(lambda: _write_model(engine.module, weights, folder, tokenizer) if ranks.is_main else None)
+
+
+def _write_model(
+    model: transformers.PreTrainedModel, weights: dict[str, Any], folder: Path, tokenizer: str | None
+) -> None:
+    kept = model.state_dict().keys()  # some buffers are computed, not saved
+    buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
+    aside = folder.with_name(f".{folder.name}")  # a run that is killed here leaves no half folder
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside, state_dict=weights | buffers)
+    if tokenizer:
+        transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).save_pretrained(aside)
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
 
 
 def _check(folder: Path, facts: dict[str, Any], ranks: Ranks) -> int:

@@ -21,22 +21,26 @@ _PEAKS = {"peak_allocated_gib": "allocated", "peak_rss_gib": "resident set"}
 def summarize(folder: Path) -> dict[str, Any]:
     """One run in numbers: the keys are the columns of `table`.
 
-    validation_loss is the last one. tokens_per_s is the median over the logged intervals without the first, which
-    includes start-up costs. ValueError if the folder holds no run, or a run that has not logged yet.
+    validation_loss and accuracy are the last ones, accuracy_before is the first; None if there is none. tokens_per_s is
+    the median over the logged intervals without the first, which includes start-up costs. ValueError if the folder
+    holds no run, or a run that has not logged yet.
     """
-    rows = read_metrics(folder)
+    validated = [row for row in read_metrics(folder) if row["validation_loss"] is not None]
+    rows = _steps(folder)
     if not rows:
         raise ValueError(f"{folder} holds a run that has logged no step yet")
     settings = json.loads((folder / "resolved_config.json").read_text())
     last = rows[-1]
-    validation = [row["validation_loss"] for row in rows if row["validation_loss"] is not None]
+    accuracies = [row["validation_accuracy"] for row in validated if "validation_accuracy" in row]
     peak = next(key for key in _PEAKS if key in last)
     return {
         "run": folder.name,
         "optimizer": settings["optimizer"]["type"],
         "zero_stage": settings["zero_stage"],
         "steps": last["step"],
-        "validation_loss": validation[-1] if validation else None,
+        "validation_loss": validated[-1]["validation_loss"] if validated else None,
+        "accuracy_before": accuracies[0] if accuracies else None,
+        "accuracy": accuracies[-1] if accuracies else None,
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows[1:] or rows),
         "peak_gib": max(row[peak] for row in rows),
         "peak_of": _PEAKS[peak],
@@ -64,11 +68,21 @@ def table(folders: list[Path]) -> str:
         ],
         ["sent per rank and step, MiB", *(_number(run["bytes_sent_per_step"] / MIB, ".2f") for run in runs)],
     ]
+    if any(run["accuracy"] is not None for run in runs):
+        lines[6:6] = [
+            ["validation accuracy before", *(_number(run["accuracy_before"], ".4f") for run in runs)],
+            ["final validation accuracy", *(_number(run["accuracy"], ".4f") for run in runs)],
+        ]
     widths = [max(len(cell) for cell in column) for column in zip(*filter(None, lines), strict=True)]
     lines[1] = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(
         "| " + " | ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) + " |" for line in lines
     )
+
+
+def _steps(folder: Path) -> list[dict[str, Any]]:
+    """The run's rows but the one before training, which has validation figures alone."""
+    return [row for row in read_metrics(folder) if row["step"]]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -83,7 +97,7 @@ def plot(folders: list[Path], path: Path) -> None:
     for axes, first in ((whole, 0.0), (end, 0.5)):
         for index, (folder, run) in enumerate(zip(folders, runs, strict=True)):
             color = f"C{index}"
-            rows = read_metrics(folder)
+            rows = _steps(folder)
             rows = [row for row in rows if row["step"] > first * rows[-1]["step"]]
             validated = [row for row in rows if row["validation_loss"] is not None]
             name = run["optimizer"] if distinct else f"{run['optimizer']} ({run['run']})"

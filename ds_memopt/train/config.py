@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ds_memopt.optimizers import METHODS, takes
+
 AUTO = "auto"
 SHARED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
@@ -46,7 +48,7 @@ def choose(config: dict[str, Any], path: str, given: Any, default: Any) -> Any:
 
 
 def override_optimizer(config: dict[str, Any], name: str) -> dict[str, Any]:
-    """The config with another optimizer type; `lr betas eps weight_decay` stay.
+    """The config with another optimizer type; of `lr betas eps weight_decay` stay those that it takes.
 
     ValueError if the block has hyper-parameters that only its own type knows.
     """
@@ -59,6 +61,8 @@ def override_optimizer(config: dict[str, Any], name: str) -> dict[str, Any]:
             f"{', '.join(own)} belong to it alone; use a config written for {name}"
         )
     params = params or dict.fromkeys(SHARED_HYPERPARAMETERS, AUTO)
+    if name in METHODS and block.get("type") != name:
+        params = {key: value for key, value in params.items() if takes(name, key)}
     return {**config, "optimizer": {**block, "type": name, "params": params}}
 
 

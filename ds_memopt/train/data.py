@@ -178,7 +178,7 @@ class StepBatches(Sampler[list[int]]):
         if not self._steps_per_epoch:
             raise ValueError(
                 f"the training data has {len(dataset)} sequences, less than one global batch of {global_batch} "
-                f"({micro_batch} x {accumulation} accumulated x {world_size} ranks): lower the batch or --seq_length"
+                f"({micro_batch} x {accumulation} accumulated x {world_size} ranks): lower the batch or give more data"
             )
         # Cut to whole global batches, or DistributedSampler would cut to whole multiples of the world size.
         whole = Subset(dataset, range(self._steps_per_epoch * global_batch))

@@ -1,10 +1,11 @@
-"""The main job: pre-train a causal language model with DeepSpeed."""
+"""The main job: pre-train a causal language model with DeepSpeed. And the loop that fine-tuning shares with it."""
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -19,11 +20,27 @@ from ds_memopt.measure import CommunicationMeter, StepTimer, peak_memory_gib, re
 from ds_memopt.train import checkpoint
 from ds_memopt.train.config import zero_stage
 from ds_memopt.train.data import IGNORED_LABEL, Corpus, StepBatches, load_corpus, train_loader, validation_batches
-from ds_memopt.train.options import Options
+from ds_memopt.train.options import Options, RunOptions
 from ds_memopt.train.plan import Plan, make_plan
-from ds_memopt.train.presets import build_model, count_parameters, parameter_groups
+from ds_memopt.train.presets import MODEL, build_model, count_parameters, parameter_groups
 from ds_memopt.train.ranks import Ranks, first_rank_of_node_first, on_all_ranks, start_ranks
 from ds_memopt.train.record import MetricsFile, environment, write_json
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a job gives the loop.
+
+    batches: keyword arguments of the model's forward, one micro-batch of this rank after the other.
+    tokens[s]: tokens that all ranks see in the first s steps.
+    validate: what to measure on held-out data; all ranks call, and have the same result. figures: its keys.
+    """
+
+    batches: Iterable[dict[str, Any]]
+    tokens: Sequence[int]
+    validate: Callable[[Any], dict[str, float]]
+    figures: tuple[str, ...] = ("validation_loss",)
+    validate_at_start: bool = False
 
 
 def pretrain(options: Options) -> None:
@@ -37,8 +54,7 @@ def pretrain(options: Options) -> None:
         lambda: load_corpus(options.data, options.tokenizer, plan.seq_length, plan.model_config.vocab_size),
         ranks.local_rank,
     )
-    checkpoints = plan.output_dir / "checkpoints"
-    first_step = checkpoint.check(checkpoints, plan.facts, ranks) if options.resume else 0
+    first_step = checkpoint.check(plan.output_dir / "checkpoints", plan.facts, ranks) if options.resume else 0
     batches = on_all_ranks(
         lambda: StepBatches(
             corpus.train,
@@ -57,20 +73,40 @@ def pretrain(options: Options) -> None:
         ranks.rank,
         ranks.world_size,
     )
-    engine = build_engine(options, plan, ranks)
-    if options.resume:
-        checkpoint.load(engine, checkpoints, first_step)
+    tokens_per_step = plan.facts["global_batch"] * plan.seq_length
+    work = Work(
+        batches=({"input_ids": ids, "labels": ids} for ids in train_loader(corpus.train, batches)),
+        tokens=range(0, (plan.steps + 1) * tokens_per_step, tokens_per_step),
+        validate=lambda engine: {"validation_loss": validation_loss(engine, held_out, ranks.device)},
+    )
+    run(build_engine(options, plan, ranks), plan, ranks, work, first_step, options.tokenizer)
 
+
+def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, tokenizer: str | None) -> None:
+    """Train from first_step (of a checkpoint, or 0) to the end, and leave the records, checkpoints and the model.
+
+    tokenizer: the folder of the tokenizer to save with the model. RuntimeError if the loss stops being a number.
+    """
+    if first_step:
+        checkpoint.load(engine, plan.output_dir / "checkpoints", first_step)
     metrics = None
     if ranks.is_main:
         plan.output_dir.mkdir(parents=True, exist_ok=True)
         write_json(plan.output_dir / "resolved_config.json", {**plan.facts, "deepspeed": plan.config})
         write_json(plan.output_dir / "environment.json", environment(ranks.world_size, ranks.device))
         metrics = MetricsFile(plan.output_dir, first_step)
-    _train(engine, plan, ranks, train_loader(corpus.train, batches), held_out, metrics)
+    if work.validate_at_start and plan.validation_interval and not first_step:
+        row = {"step": 0, "tokens": 0, "loss": None, **work.validate(engine)}
+        _refuse_no_number(row)
+        if metrics:
+            metrics.append(row)
+            print(f"before training: {_figures(row)}", flush=True)
+    _train(engine, plan, ranks, work, metrics)
+    if plan.save_interval:
+        checkpoint.save_model(engine, plan.output_dir / MODEL, tokenizer, ranks)
 
 
-def build_engine(options: Options, plan: Plan, ranks: Ranks) -> Any:
+def build_engine(options: RunOptions, plan: Plan, ranks: Ranks) -> Any:
     """The model inside DeepSpeed's engine, with the optimizer and schedule of the plan."""
     ds_memopt.register()
     partitioned = zero_stage(plan.config) == 3
@@ -80,10 +116,11 @@ def build_engine(options: Options, plan: Plan, ranks: Ranks) -> Any:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if ranks.is_main:
         size = count_parameters(model)
+        up_to = "up to " if options.job == "finetune" else ""
         print(
             f"{options.model}: {size / 1e6:.1f} M parameters, {plan.config['optimizer']['type']}, "
             f"ZeRO-{zero_stage(plan.config)}, {ranks.world_size} x {ranks.device.type}, {plan.facts['dtype']}; "
-            f"{plan.steps} steps of {plan.facts['global_batch']} x {plan.seq_length} tokens "
+            f"{plan.steps} steps of {plan.facts['global_batch']} x {up_to}{plan.seq_length} tokens "
             f"({plan.micro_batch} sequences per rank and pass, {plan.accumulation} passes)",
             flush=True,
         )
@@ -112,18 +149,10 @@ def validation_loss(engine: Any, batches: list[tuple[torch.Tensor, torch.Tensor]
     return (total[0] / total[1]).item()
 
 
-def _train(
-    engine: Any,
-    plan: Plan,
-    ranks: Ranks,
-    loader: Iterable[torch.Tensor],
-    held_out: list[tuple[torch.Tensor, torch.Tensor]],
-    metrics: MetricsFile | None,
-) -> None:
+def _train(engine: Any, plan: Plan, ranks: Ranks, work: Work, metrics: MetricsFile | None) -> None:
     first_step = logged_step = engine.global_steps  # 0, or what the checkpoint says
-    tokens_per_step = plan.facts["global_batch"] * plan.seq_length
     parameters = count_parameters(engine.module)
-    meter, timer, batches = CommunicationMeter(), StepTimer(ranks.device, ranks.world_size), iter(loader)
+    meter, timer, batches = CommunicationMeter(), StepTimer(ranks.device, ranks.world_size), iter(work.batches)
     reset_peak_memory(ranks.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     on_terminal = ranks.is_main and sys.stderr.isatty()
@@ -134,12 +163,15 @@ def _train(
         lr, active_block = engine.get_lr()[0], getattr(engine.basic_optimizer, "active_block", None)
         with meter:
             for _ in range(plan.accumulation):
-                ids = next(batches).to(ranks.device)
-                loss = engine(input_ids=ids, labels=ids, use_cache=False).loss
+                batch = {
+                    name: value.to(ranks.device) if isinstance(value, torch.Tensor) else value
+                    for name, value in next(batches).items()
+                }
+                loss = engine(**batch, use_cache=False).loss
                 engine.backward(loss)
                 engine.step()
                 loss_sum += loss.detach()
-        timer.count(tokens_per_step)
+        timer.count(work.tokens[step] - work.tokens[step - 1])
         bar.update()
 
         validate, save = plan.is_due(step, plan.validation_interval), plan.is_due(step, plan.save_interval)
@@ -154,9 +186,9 @@ def _train(
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         row = {
             "step": step,
-            "tokens": step * tokens_per_step,
+            "tokens": work.tokens[step],
             "loss": sums[0].item() / (steps * plan.accumulation * ranks.world_size),
-            "validation_loss": validation_loss(engine, held_out, ranks.device) if validate else None,
+            **(work.validate(engine) if validate else dict.fromkeys(work.figures)),
             "lr": lr,
             **({"active_block": active_block} if active_block else {}),
             "grad_norm": _finite(engine.get_global_grad_norm()),
@@ -165,11 +197,7 @@ def _train(
             "bytes_sent_per_step": meter.bytes_sent() // steps,
             "optimizer_state_bytes_per_parameter": sums[1].item() / parameters,
         }
-        if not all(math.isfinite(row[key]) for key in ("loss", "validation_loss") if row[key] is not None):
-            raise RuntimeError(
-                f"the loss is {row['loss']}, in validation {row['validation_loss']}, at step {step} (lr {lr:.3g}): "
-                "lower --lr, lengthen --warmup_steps"
-            )
+        _refuse_no_number(row)
         if metrics:
             metrics.append(row)
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed['tokens_per_s']:.0f} tokens/s")
@@ -188,8 +216,22 @@ def _finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
+def _refuse_no_number(row: dict[str, Any]) -> None:
+    if not all(math.isfinite(row[key]) for key in ("loss", "validation_loss") if row[key] is not None):
+        raise RuntimeError(
+            f"the loss is {row['loss']}, in validation {row['validation_loss']}, at step {row['step']} "
+            f"(lr {row.get('lr', 0):.3g}): lower --lr, lengthen --warmup_steps"
+        )
+
+
 def _progress(row: dict[str, Any], steps: int) -> str:
     return (
-        f"step {row['step']}/{steps}: loss {row['loss']:.4f}, validation loss {row['validation_loss']:.4f}, "
+        f"step {row['step']}/{steps}: loss {row['loss']:.4f}, {_figures(row)}, "
         f"{row['step_ms']:.0f} ms a step, {row['tokens_per_s']:.0f} tokens/s"
+    )
+
+
+def _figures(row: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items() if name.startswith("validation_")
     )

@@ -28,8 +28,8 @@ from ds_memopt.train.config import (
     resolve_config,
     zero_stage,
 )
-from ds_memopt.train.options import Options
-from ds_memopt.train.presets import find_model, split_batch
+from ds_memopt.train.options import RunOptions
+from ds_memopt.train.presets import Recipe, find_model, split_batch
 from ds_memopt.train.ranks import Ranks
 from ds_memopt.train.record import METRICS
 
@@ -56,8 +56,15 @@ class Plan:
         return bool(interval) and (step % interval == 0 or step == self.steps)
 
 
-def make_plan(options: Options, ranks: Ranks) -> Plan:
-    """Settle all settings, from command line, DeepSpeed config and recipe. ValueError for any that is wrong."""
+def make_plan(
+    options: RunOptions,
+    ranks: Ranks,
+    find: Callable[[str], tuple[transformers.PretrainedConfig, Recipe]] = find_model,
+) -> Plan:
+    """Settle all settings, from command line, DeepSpeed config and recipe. ValueError for any that is wrong.
+
+    find: the configuration and recipe of the model that `--model` names.
+    """
     options.check()
     output_dir = Path(options.output_dir) if options.output_dir else _new_folder(options, ranks)
     if not options.resume and (output_dir / METRICS).exists():
@@ -66,7 +73,7 @@ def make_plan(options: Options, ranks: Ranks) -> Plan:
             "continue it with --resume, or choose another --output_dir"
         )
     raw = _with_command_line(load_config(options.deepspeed_config), options)
-    model_config, recipe = find_model(options.model)
+    model_config, recipe = find(options.model)
 
     micro_batch = choose(raw, "train_micro_batch_size_per_gpu", options.micro_batch, None)
     accumulation = choose(raw, "gradient_accumulation_steps", options.accumulation, None)
@@ -85,17 +92,18 @@ def make_plan(options: Options, ranks: Ranks) -> Plan:
         accumulation=accumulation,
         world_size=ranks.world_size,
         lr=choose(raw, "optimizer.params.lr", options.lr, recipe.lr),
-        betas=choose(raw, "optimizer.params.betas", options.betas and list(options.betas), (0.9, 0.95)),
+        betas=choose(raw, "optimizer.params.betas", options.betas and list(options.betas), recipe.betas),
         eps=choose(raw, "optimizer.params.eps", options.eps, 1e-8),
-        weight_decay=choose(raw, "optimizer.params.weight_decay", options.weight_decay, 0.1),
+        weight_decay=choose(raw, "optimizer.params.weight_decay", options.weight_decay, recipe.weight_decay),
         gradient_clipping=choose(raw, "gradient_clipping", options.gradient_clipping, 1.0),
         dtype=dtype,
         hidden_size=model_config.hidden_size,
         steps=steps,
         warmup_steps=warmup_steps,
     )
-    if takes(config["optimizer"]["type"], "total_steps"):
-        config["optimizer"]["params"].setdefault("total_steps", steps)
+    for name, value in (("total_steps", steps), ("seed", options.seed)):
+        if takes(config["optimizer"]["type"], name):
+            config["optimizer"]["params"].setdefault(name, value)
     seq_length = options.seq_length or recipe.seq_length
     save_interval = options.save_interval
     if save_interval is None:
@@ -134,17 +142,17 @@ def make_plan(options: Options, ranks: Ranks) -> Plan:
     )
 
 
-def _new_folder(options: Options, ranks: Ranks) -> Path:
-    """The first free folder of runs/pretrain-1, runs/pretrain-2, ..., the same on all ranks."""
+def _new_folder(options: RunOptions, ranks: Ranks) -> Path:
+    """The first free folder of runs/<job>-1, runs/<job>-2, ..., the same on all ranks."""
     if options.resume:
         raise ValueError("--resume continues the run of an --output_dir: name it")
-    number = next(number for number in itertools.count(1) if not Path(f"runs/pretrain-{number}").exists())
+    number = next(number for number in itertools.count(1) if not Path(f"runs/{options.job}-{number}").exists())
     chosen = [number]
     dist.broadcast_object_list(chosen, src=0)
-    return Path(f"runs/pretrain-{chosen[0]}")
+    return Path(f"runs/{options.job}-{chosen[0]}")
 
 
-def _with_command_line(raw: dict[str, Any], options: Options) -> dict[str, Any]:
+def _with_command_line(raw: dict[str, Any], options: RunOptions) -> dict[str, Any]:
     """The config with --optimizer in it, and with "auto" wherever the command line must be heard."""
     if options.optimizer:
         raw = override_optimizer(raw, options.optimizer)

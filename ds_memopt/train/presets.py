@@ -17,7 +17,7 @@ TINY_VOCABULARY = 256  # bytes; byte 0 separates documents
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a preset is trained unless the command says otherwise.
+    """How a model is trained unless the command says otherwise.
 
     global_batch: sequences of seq_length tokens per optimizer step, over all ranks. warmup_fraction: of the steps.
     """
@@ -28,6 +28,8 @@ class Recipe:
     steps: int
     lr: float
     warmup_fraction: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.1
 
 
 def _llama(hidden: int, layers: int, heads: int, mlp: int, vocabulary: int = 32000, **other: Any) -> Mapping[str, Any]:
@@ -68,6 +70,10 @@ PRESETS: dict[str, tuple[Mapping[str, Any], Recipe]] = {
     ),
 }
 _FOLDER_RECIPE = Recipe(seq_length=1024, global_batch=8, micro_batch=1, steps=1_000, lr=1e-4)
+_FINETUNE_RECIPE = Recipe(
+    seq_length=1024, global_batch=16, micro_batch=8, steps=500, lr=1e-5, betas=(0.9, 0.999), weight_decay=0.0
+)
+MODEL = "model"  # in a run's output folder: the trained model as a Hugging Face folder
 
 
 def find_model(name: str) -> tuple[transformers.PretrainedConfig, Recipe]:
@@ -85,6 +91,39 @@ def find_model(name: str) -> tuple[transformers.PretrainedConfig, Recipe]:
     )
 
 
+def trained_folder(name: str) -> Path:
+    """The Hugging Face folder that holds weights: `name`, or what the run with the output folder `name` left.
+
+    ValueError if there is none.
+    """
+    for folder in (Path(name), Path(name) / MODEL):
+        if (folder / "config.json").is_file() and has_weights(folder):
+            return folder
+    if (Path(name) / "checkpoints").is_dir():
+        raise ValueError(
+            f"--model {name} is the folder of a run that has not ended: it has checkpoints but no {MODEL}/. Give its "
+            "command again with --resume; the run ends by writing the model"
+        )
+    if name in PRESETS:
+        raise ValueError(f"--model {name} is a preset, with random weights: pre-train it first, then name its folder")
+    if not Path(name).is_dir():
+        lacks = "is no folder"
+    else:
+        lacks = "has no weights (*.safetensors)" if (Path(name) / "config.json").is_file() else "has no config.json"
+    raise ValueError(f"--model {name} {lacks}: give the output folder of a run, or a Hugging Face folder with both")
+
+
+def find_trained(name: str) -> tuple[transformers.PretrainedConfig, Recipe]:
+    """The configuration of a Hugging Face folder, and the recipe to fine-tune it by."""
+    config = transformers.AutoConfig.from_pretrained(name)
+    longest = getattr(config, "max_position_embeddings", None) or _FINETUNE_RECIPE.seq_length
+    return config, replace(_FINETUNE_RECIPE, seq_length=min(_FINETUNE_RECIPE.seq_length, longest))
+
+
+def has_weights(folder: str | Path) -> bool:
+    return any(Path(folder).glob("*.safetensors")) or any(Path(folder).glob("pytorch_model*.bin"))
+
+
 def build_model(
     name: str, config: transformers.PretrainedConfig, seed: int, device: torch.device, partitioned: bool
 ) -> torch.nn.Module:
@@ -92,9 +131,18 @@ def build_model(
 
     partitioned: under ZeRO-3, with a `transformers.integrations.HfDeepSpeedConfig` alive, transformers builds the model
     inside `deepspeed.zero.Init`, so that no rank ever holds all of it. The weights are the same either way on CPU.
+    ValueError if the folder lacks some of the model's weights.
     """
-    if any(Path(name).glob("*.safetensors")) or any(Path(name).glob("pytorch_model*.bin")):
-        return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    if has_weights(name):
+        model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True
+        )
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"the files in {name} lack {len(missing)} weights of {type(model).__name__}, such as {missing[0]}: "
+                "they would be random; give the folder that its config.json was saved with"
+            )
+        return model
     if partitioned:
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -13,6 +13,7 @@ from typing import TypeVar
 import deepspeed
 import deepspeed.comm as dist
 import torch
+import transformers
 from deepspeed.accelerator import get_accelerator
 
 Result = TypeVar("Result")
@@ -35,6 +36,7 @@ class Ranks:
 def start_ranks() -> Ranks:
     """Join the process group that the launcher describes (deepspeed, torchrun, srun through deepspeed); alone if there
     is no launcher. On CPU the cores are shared out among the local ranks unless OMP_NUM_THREADS says otherwise."""
+    transformers.utils.logging.disable_progress_bar()  # every rank would draw one for each file of weights
     # DeepSpeed 0.19 calls names that torch 2.13 deprecates; the user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*deprecated")
     if "RANK" not in os.environ:

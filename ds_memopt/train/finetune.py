@@ -1,0 +1,73 @@
+"""The second job: fine-tune a trained model on prompts and their completions."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import torch
+
+from ds_memopt.train import checkpoint
+from ds_memopt.train.data import StepBatches
+from ds_memopt.train.evaluation import evaluate
+from ds_memopt.train.loop import Work, build_engine, run
+from ds_memopt.train.options import FinetuneOptions
+from ds_memopt.train.plan import make_plan
+from ds_memopt.train.presets import find_trained, trained_folder
+from ds_memopt.train.ranks import on_all_ranks, start_ranks
+from ds_memopt.train.rows import find_encoder, load_rows, totals, train_batches
+
+
+def finetune(options: FinetuneOptions) -> None:
+    """Run the job. Every rank calls it; see `FinetuneOptions`.
+
+    The loss of a step is the mean over all completion tokens of its global batch, whatever the ranks and micro-batches
+    that share them. ValueError on all ranks, before any training, for bad input. RuntimeError if the loss stops being a
+    number.
+    """
+    ranks = start_ranks()
+    options = on_all_ranks(lambda: _with_folder(options))
+    plan = on_all_ranks(lambda: make_plan(options, ranks, find_trained))
+    vocab_size = plan.model_config.vocab_size
+    encoder = on_all_ranks(lambda: find_encoder(options.tokenizer, options.model, vocab_size))
+    rows, held_out = (
+        on_all_ranks(lambda path=path: load_rows(path, encoder, plan.seq_length, vocab_size) if path else [])
+        for path in (options.data, options.validation_data)
+    )
+    first_step = checkpoint.check(plan.output_dir / "checkpoints", plan.facts, ranks) if options.resume else 0
+    shape = (plan.micro_batch, plan.accumulation, ranks.rank, ranks.world_size)
+    batches = on_all_ranks(lambda: StepBatches(rows, *shape, options.seed, range(first_step, plan.steps)))
+    tokens, targets = totals(rows, plan.facts["global_batch"], options.seed, plan.steps)
+    # DeepSpeed averages the micro-batches of all ranks, so each is divided by its part of the step's completion tokens.
+    parts = [target / (plan.accumulation * ranks.world_size) for target in targets[first_step:]]
+
+    engine = build_engine(options, plan, ranks)
+    _check_loss(engine.module)
+    work = Work(
+        batches=train_batches(rows, batches, parts, plan.accumulation),
+        tokens=tokens,
+        validate=lambda engine: evaluate(engine, held_out, plan.micro_batch, ranks),
+        figures=("validation_loss", "validation_accuracy"),
+        validate_at_start=True,
+    )
+    run(engine, plan, ranks, work, first_step, encoder.folder)
+
+
+def _with_folder(options: FinetuneOptions) -> FinetuneOptions:
+    """With the model's own folder as `model`, and no validation where there is nothing to validate on."""
+    if not options.validation_data:
+        if options.validation_interval:
+            raise ValueError(
+                f"--validation_interval {options.validation_interval} needs rows to validate on: give --validation_data"
+            )
+        options = replace(options, validation_interval=0)
+    return replace(options, model=str(trained_folder(options.model)))
+
+
+def _check_loss(model: torch.nn.Module) -> None:
+    takes_more = any(p.kind == p.VAR_KEYWORD for p in inspect.signature(model.forward).parameters.values())
+    if not getattr(model, "accepts_loss_kwargs", takes_more):
+        raise ValueError(
+            f"{type(model).__name__} takes no num_items_in_batch, which makes its loss a mean over the completion "
+            "tokens of all ranks: choose another model class"
+        )
