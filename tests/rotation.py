@@ -8,8 +8,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, train
+from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train, train_plain
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
+from ds_memopt import BAdam
 from ds_memopt.measure import CommunicationMeter, state_bytes
 from ds_memopt.optimizers.residual import add_residual_
 
@@ -94,12 +96,13 @@ def _bytes(tensor: torch.Tensor) -> int:
 
 
 def hundred_switches(case: dict) -> list[int]:
-    """Bytes alive after 2, 50 and 100 switches between two layers."""
+    """Bytes alive after 2, 50 and 100 switches between two layers, beside those alive before there was an engine."""
+    before = alive_bytes()
     engine = engine_of("BAdam", hyper={"switch_every": 1, "order": "ascending"}, **case)
     data, alive = local(1) * 100, []
     for steps in (2, 48, 50):
         train(engine, data[:steps])
-        alive.append(alive_bytes())
+        alive.append(alive_bytes() - before)
     assert engine.basic_optimizer.position.visit == 100
     engine.destroy()
     return alive
@@ -139,7 +142,7 @@ def small_steps(stage: int, keep_residual: bool) -> dict[str, dict]:
     weights = full_parameters(engine.module)
     residuals = optimizer.state_dict().get("residuals", {})
     starts |= held_intervals(optimizer)
-    parts = {name: (starts[name], master.clone()) for name, master in optimizer._masters()}
+    parts = {name: (starts[name], master.clone()) for name, master in optimizer._active_intervals()}
     for name, residual in residuals.items():
         master = weights[name].flatten()[starts[name] : starts[name] + len(residual)].clone()
         add_residual_(master, residual)
@@ -221,8 +224,30 @@ def one_parameter_blocks(stage: int, folder: Path, **changes) -> dict:
     return result
 
 
+def mixed_precision(reduce_dtype: torch.dtype | None) -> dict[str, dict[str, torch.Tensor]]:
+    """FSDP2 with forwards in bf16: the weights after three visits of BAdam, and those of a model that is sharded anew
+    for each visit, with an AdamW that knows only the layer that trains."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+    model, data = shard_fsdp2(llama(), mp_policy=policy), local(6)
+    train_plain(model, BAdam.from_model(model, **HYPER, switch_every=2, order="ascending"), data)
+    weights = llama().state_dict()
+    for visit in range(3):
+        anew = llama()
+        anew.load_state_dict(weights)
+        for name, p in anew.named_parameters():
+            p.requires_grad_(f"layers.{visit % 2}." in name)
+        shard_fsdp2(anew, mp_policy=policy)
+        trained = [p for p in anew.parameters() if p.requires_grad]
+        matrices, vectors = ([p for p in trained if (p.ndim > 1) == wanted] for wanted in (True, False))
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        train_plain(anew, torch.optim.AdamW(groups, **HYPER), data[2 * visit : 2 * visit + 2])
+        weights = full_parameters(anew)
+    return {"BAdam": full_parameters(model), "sharded anew": weights}
+
+
 def everything(folder: Path) -> dict:
     return {
+        "mixed precision": {dtype: mixed_precision(dtype) for dtype in (None, torch.float32)},
         "costs": {name: cost(case) for name, case in COST_CASES.items()},
         "alive": {name: hundred_switches(case) for name, case in COST_CASES.items()},
         "small steps": {stage: small_steps(stage, keep_residual=True) for stage in (0, 2, 3)},

@@ -313,10 +313,10 @@ def test_state_of_other_options_is_refused():
         {"order": "random"}, {"include_lm_head": True}, {"always_active": ["lm_head"]}, {"base": "adam_mini"},
     ):  # fmt: skip
         other = optimizer_of(build(), **options)
-        with raises(f"The checkpoint's optimizer state is BAdam, switch_every {K}, rotation "):
+        with raises("The checkpoint's optimizer state is of "):
             other.load_state_dict(optimizer.state_dict())
         assert other.position == (0, 0)
-    with raises("The checkpoint's optimizer state is AdamMini, blocks"):
+    with raises("The checkpoint's optimizer state is of AdamMini, blocks"):
         optimizer.load_state_dict(AdamMini.from_model(build()).state_dict())
     assert optimizer.position == (1, 1)
 

@@ -284,16 +284,18 @@ def skipping(stage: int) -> tuple[list[tuple], dict[str, torch.Tensor]]:
         return counted, after
 
 
+RESUMED = {"momentum": 0.5, "normalize": True, "lr": 1e-5}
+
+
 def resumed(folder: Path, stage: int) -> dict[str, dict[str, torch.Tensor]]:
     """Weights at a checkpoint, in the 16-bit file written there, at the end, and at the end after loading it anew."""
-    hyper = {"momentum": 0.5, "normalize": True, "lr": 1e-5}
     gather = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}} if stage == 3 else {}
-    case, data = {"stage": stage, "hyper": hyper, **BF16, **gather}, local(5)
+    case, data = {"stage": stage, "hyper": RESUMED, **BF16, **gather}, local(5)
     with running(**case) as engine:
         train(engine, data[:3])
         engine.save_checkpoint(folder / f"zero{stage}")
         assert engine.save_16bit_model(folder / f"zero{stage}-16bit")
-        results = {"saved": full_parameters(engine.module)}
+        results = {"saved": full_parameters(engine.module), **held(engine.basic_optimizer)}
         train(engine, data[3:])
         results["end"] = full_parameters(engine.module)
     with running(**case) as engine:
@@ -308,6 +310,48 @@ def resumed(folder: Path, stage: int) -> dict[str, dict[str, torch.Tensor]]:
         results["weights alone"] = full_parameters(engine.module)
     file = folder / f"zero{stage}-16bit" / "pytorch_model.bin"
     results["16 bit"] = torch.load(file, weights_only=True)
+    return results
+
+
+def held(optimizer: MeZO) -> dict:
+    parts = [part._replace(values=part.values.clone()) for part in optimizer.named_state()]
+    return {"parts": parts, "progress": copy.deepcopy(optimizer.progress)}
+
+
+def elsewhere(folder: Path, weights: dict[str, torch.Tensor], parts: list, progress: dict) -> dict[str, dict]:
+    """On any number of ranks: what is held of a run that was saved on two, and the weights at its end."""
+    results, data = {}, local(5)[3:]
+    hyper = {"hyper": RESUMED, **BF16}
+    for name, saved in (("zero0", 0), ("zero1", 2), ("zero2", 0)):
+        with running(PLACEMENTS[name]["stage"], **hyper) as engine:
+            engine.load_checkpoint(folder / f"zero{saved}")
+            results[name] = held(engine.basic_optimizer)
+            train(engine, data)
+            results[name]["end"] = full_parameters(engine.module)
+
+    def saved_model():
+        model = bf16_llama()
+        model.load_state_dict(weights)
+        return model
+
+    for stage in (0, 3):
+        with running(stage, make=saved_model, **hyper) as engine:
+            engine.basic_optimizer.load_named_state(parts, progress)
+            results[f"zero{stage}, by name"] = held(engine.basic_optimizer)
+            train(engine, data)
+            results[f"zero{stage}, by name"]["end"] = full_parameters(engine.module)
+    model = shard_fsdp2(saved_model())
+    optimizer = MeZO.from_model(model, model.parameters(), **HYPER | RESUMED)
+    optimizer.load_named_state(parts, progress)
+    results["fsdp2, by name"] = held(optimizer)
+    go_on(model, optimizer, data)
+    results["fsdp2, by name"]["end"] = full_parameters(model)
+    with running(0, **hyper) as engine:
+        results["zero2 at zero0"] = message(engine.load_checkpoint, folder / "zero2")
+    with running(2, **hyper | {"hyper": RESUMED | {"momentum": 0.6}}) as engine:
+        results["other options"] = message(engine.load_checkpoint, folder / "zero2")
+    with running(3, **hyper) as engine:
+        results["zero2 at zero3"] = message(engine.load_checkpoint, folder / "zero2")
     return results
 
 

@@ -3,7 +3,7 @@
 Private names of DeepSpeed used here, checked against 0.19.8:
   DeepSpeedEngine._is_supported_optimizer, ._configure_basic_optimizer, ._do_optimizer_sanity_check,
       ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer (all wrapped), and READ below;
-      what engines/rotation.py and engines/zeroth_order.py name
+      what the other files of this folder name
   deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS, deepspeed.runtime.zero.config.ZERO_OPTIMIZATION
 """
 
@@ -19,7 +19,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
-from ds_memopt.engines import rotation, zeroth_order
+from ds_memopt.engines import frozen, inplace, rotation, zeroth_order
 from ds_memopt.optimizers import METHOD_KEY, METHODS, BAdam, MeZO, ShardedOptimizer, takes
 from ds_memopt.shards import MasterCopyPlacement, Zero3Placement, Zero12Placement
 from ds_memopt.support import refuse
@@ -31,7 +31,9 @@ def register() -> None:
     """See `ds_memopt.register`."""
     if getattr(DeepSpeedEngine, "_ds_memopt_registered", False):
         return
-    missing = [f"DeepSpeedEngine.{name}" for name in (*WRAPPERS, *READ) if not hasattr(DeepSpeedEngine, name)]
+    modules = (WRAPPERS, frozen.WRAPPERS, inplace.WRAPPERS, rotation.WRAPPERS, zeroth_order.WRAPPERS)
+    needed = (*(name for wrappers in modules for name in wrappers), *READ)
+    missing = [f"DeepSpeedEngine.{name}" for name in needed if not hasattr(DeepSpeedEngine, name)]
     if not hasattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"):
         missing.append("deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS")
     if missing:
@@ -43,8 +45,9 @@ def register() -> None:
             stacklevel=3,
         )
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS += METHODS.values()
-    for name, wrapper in WRAPPERS.items():
-        setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), wrapper))
+    for wrappers in modules:
+        for name, wrapper in wrappers.items():
+            setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), wrapper))
     DeepSpeedEngine._ds_memopt_registered = True
 
 
@@ -171,6 +174,4 @@ WRAPPERS = {
     "_configure_zero_optimizer": _configure_zero_optimizer,
     "_configure_bf16_optimizer": _configure_bf16_optimizer,
     "_configure_fp16_optimizer": _configure_fp16_optimizer,
-    **rotation.WRAPPERS,
-    **zeroth_order.WRAPPERS,
 }

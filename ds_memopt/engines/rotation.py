@@ -3,8 +3,7 @@
 All that holds on to the object (schedulers, accelerate, Trainer, the engine's hooks) goes on holding the right one.
 
 Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedEngine._take_model_step, ._common_checkpoint_state, .load_module_state_dict, .module_state_dict, .destroy,
-      ._zero3_consolidated_16bit_state_dict (all wrapped),
+  DeepSpeedEngine._take_model_step, ._common_checkpoint_state, .load_module_state_dict (all wrapped),
       ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer,
       ._config.zero_config.reduce_bucket_size
   deepspeed.runtime.engine.DeepSpeedZeroOptimizer, .BF16_Optimizer, .FP16_UnfusedOptimizer,
@@ -31,7 +30,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from ds_memopt.optimizers import BAdam, MeZO
+from ds_memopt.optimizers import BAdam, check_meaning
 from ds_memopt.shards import is_first_rank
 
 logger = logging.getLogger("ds_memopt")
@@ -64,8 +63,8 @@ def no_empty_group(optimizer) -> Iterator[None]:
     gradients and traffic.
     """
     lent = [
-        (group, min(members, key=_size))
-        for group, members in (optimizer.members() if isinstance(optimizer, BAdam) else ())
+        (group, min(trained, key=_size))
+        for group, trained in (optimizer.trained_by_group() if isinstance(optimizer, BAdam) else ())
         if not group["params"]
     ]
     for group, parameter in lent:
@@ -104,14 +103,9 @@ def take_model_step(original, engine, *arguments, **keywords):
     return result
 
 
-def common_checkpoint_state(original, engine, module_state_dict, zero_optimizer_state, save_frozen_param):
-    """What a checkpoint says of the run: also the active block and, at ZeRO-1 too, all frozen weights.
-
-    DeepSpeed writes the latter at ZeRO-2 and 3 only, and without them zero_to_fp32 would lose them.
-    """
-    if isinstance(engine.basic_optimizer, (BAdam, MeZO)):
-        save_frozen_param = save_frozen_param or zero_optimizer_state
-    state = original(module_state_dict, zero_optimizer_state, save_frozen_param)
+def common_checkpoint_state(original, engine, *arguments, **keywords):
+    """What a checkpoint says of the run, and which block was active."""
+    state = original(*arguments, **keywords)
     if not isinstance(engine.basic_optimizer, BAdam):
         return state
     groups = [
@@ -131,7 +125,7 @@ def load_module_state_dict(original, engine, checkpoint, *arguments, **keywords)
             )
         groups = checkpoint[POSITION_KEY]
         try:
-            optimizer.check_meaning(groups)
+            check_meaning(optimizer, groups)
         except ValueError as error:
             raise ValueError(f"{error} For its weights alone, {AS_WEIGHTS}") from None
         release(engine)
@@ -151,32 +145,6 @@ def release(engine) -> None:
     for parameter in engine.module.parameters():
         if hasattr(parameter, "_hp_mapping"):
             del parameter._hp_mapping  # destroy() empties it, and safe_get_full_fp32_param would then return zeros
-
-
-def destroy(original, engine) -> None:
-    """The engine's destroy; then the model is as it was before BAdam."""
-    original()
-    if isinstance(engine.basic_optimizer, BAdam):
-        engine.basic_optimizer.release()
-
-
-@contextlib.contextmanager
-def trained_not_frozen(optimizer) -> Iterator[None]:
-    """While this lasts, what a method of ours trains without a gradient at this moment does not count as frozen."""
-    trained = [p for p in getattr(optimizer, "trained_parameters", list)() if not p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-
-
-def with_all_trained(original, engine, *arguments, **keywords):
-    """A method of the engine that leaves frozen parameters out on request."""
-    with trained_not_frozen(engine.basic_optimizer):
-        return original(*arguments, **keywords)
 
 
 def rebuild(engine) -> None:
@@ -224,7 +192,4 @@ WRAPPERS = {
     "_take_model_step": take_model_step,
     "_common_checkpoint_state": common_checkpoint_state,
     "load_module_state_dict": load_module_state_dict,
-    "module_state_dict": with_all_trained,
-    "_zero3_consolidated_16bit_state_dict": with_all_trained,
-    "destroy": destroy,
 }

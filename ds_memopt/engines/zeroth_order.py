@@ -5,10 +5,8 @@ asks that node for the loss's factor, runs the step's other forwards on the same
 `engine.step` sums a few numbers over the ranks and updates the weights.
 
 Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedEngine.forward, .backward (both wrapped), .seq_data_parallel_group, .is_gradient_accumulation_boundary
-  deepspeed.runtime.utils.DummyOptim
-  DeepSpeedZeRoOffload: what the engine builds at ZeRO-3 for a DummyOptim; .persistent_parameters, .destroy(),
-      .empty_partition_cache()
+  DeepSpeedEngine.forward, .backward (both wrapped), .is_gradient_accumulation_boundary,
+      .set_gradient_accumulation_boundary
 """
 
 from __future__ import annotations
@@ -20,40 +18,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.utils import DummyOptim
 from torch import nn
 
+from ds_memopt.engines import inplace
+from ds_memopt.engines.inplace import InPlaceAdapter
 from ds_memopt.optimizers import MeZO
-from ds_memopt.shards import PartitionedShards, SplitShards, WholeShards
 
 logger = logging.getLogger("ds_memopt")
 
 IGNORED_LABEL = -100
 
 
-class ZerothOrderOptimizer:
-    """What the engine takes for its ZeRO optimizer: it lays the weights out and passes everything else on.
-
-    optimizer: the method. model: its model. stage: of ZeRO. offload: at ZeRO-3, what gathers and partitions.
-    """
-
-    # What DeepSpeed looks for in the files' names of parameters: none has a flat fp32 partition.
-    bit16_groups: tuple = ()
-    fp16_groups: tuple = ()
-    bf16_groups: tuple = ()
+class ZerothOrderAdapter(InPlaceAdapter):
+    """For methods that go by losses alone."""
 
     def __init__(self, optimizer: MeZO, model: nn.Module, stage: int, process_group, offload=None) -> None:
-        self.optimizer, self.dp_process_group, self.offload = optimizer, process_group, offload
-        self._global_grad_norm = None
-        self.overflow = False
+        super().__init__(optimizer, model, stage, process_group, offload)
         self.pending: Pending | None = None
-        self.superseded: list[Pending] = []  # forwards without a backward of their own, as in evaluation
-        names = optimizer.names_by_tensor()
-        if stage == 3:
-            shards = PartitionedShards(model, names, process_group, offload)
-        else:
-            shards = (SplitShards if stage else WholeShards)(model, names, process_group)
-        optimizer.bind(shards)
+        self.reached: list[Pending] = []  # by the backward that runs now
         self.lockstep_checked = False
         self.lockstep = None
         if stage == 3 and optimizer.lockstep and optimizer.two_sided:
@@ -61,14 +43,22 @@ class ZerothOrderOptimizer:
                 self.lockstep = optimizer.new_lockstep()
             except ValueError as error:
                 self._tell(f"each layer is gathered once for each sign: {error}")
-        for parameter in names:
+        for parameter in optimizer.names_by_tensor():
             parameter.requires_grad_(False)  # no gradient is needed, and checkpoints then hold all weights as they are
 
-    param_groups = property(lambda self: self.optimizer.param_groups)
-    state = property(lambda self: self.optimizer.state)
+    def check_lockstep(self, run: Callable[[], tuple[Any, list]], apart: Iterator[torch.Tensor]) -> None:
+        """Once: go on in lockstep only if both signs have the losses that they have one after the other, everywhere.
 
-    def check_lockstep(self, together: list[torch.Tensor | None], apart: Iterator[torch.Tensor]) -> None:
-        """Once: go on in lockstep only if both signs have the losses that they have one after the other, everywhere."""
+        run: a forward in lockstep, of which the second result is both losses.
+        """
+        try:
+            _, together = run()
+        except Exception as error:
+            error.add_note(
+                "If engine(...) works in evaluation, the model cannot run both signs in lockstep. Then set "
+                f'"lockstep": false in the params of {type(self.optimizer).__name__}.'
+            )
+            raise
         self.lockstep_checked = True
         differ = torch.zeros(1, dtype=torch.float64)
         for first, second in zip(together, apart, strict=False):
@@ -82,56 +72,11 @@ class ZerothOrderOptimizer:
         if dist.get_rank() == 0:
             logger.info("%s: %s.", type(self.optimizer).__name__, what)
 
-    def step(self) -> None:
-        """Make a step from what the backward calls have observed."""
-        skipped = self.optimizer.skipped_steps
-        self.optimizer.step()
-        self.overflow = self.optimizer.skipped_steps > skipped
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing: there are no gradients."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.optimizer.state_dict()
-
-    def load_state_dict(self, state_dict_list, load_optimizer_states: bool = True, **ignored) -> None:
-        """state_dict_list: the states of all ranks at ZeRO-1 to 3, else one state."""
-        if load_optimizer_states:
-            own = state_dict_list
-            if isinstance(state_dict_list, list):
-                own = state_dict_list[dist.get_rank(self.dp_process_group)]
-            self.optimizer.load_state_dict(own)
-        self.optimizer.shards.publish()  # the weights were loaded before
-
-    def checkpoint_event_prologue(self) -> None:
-        """Before weights are saved or loaded: at ZeRO-3 each rank's own pieces are."""
-        if self.offload is not None:
-            self.offload.partition_all_parameters()
-
-    def checkpoint_event_epilogue(self) -> None:
-        self.optimizer.shards.publish()
-
-    def destroy(self) -> None:
-        if self.offload is not None:
-            self.offload.destroy()
-
-    def _restore_from_bit16_weights(self) -> None:
-        # What DeepSpeed calls after it has loaded weights alone.
-        self.optimizer.shards.publish()
-
-    def empty_partition_cache(self) -> None:
-        if self.offload is not None:
-            self.offload.empty_partition_cache()
-
-
-def build(engine, optimizer: MeZO, original: Callable) -> ZerothOrderOptimizer:
+def build(engine, optimizer: MeZO, original: Callable) -> ZerothOrderAdapter:
     """In the place of the engine's ZeRO optimizer. original: the engine's own method that builds one."""
-    stage = engine.zero_optimization_stage()
-    # Parameters are partitioned as for inference, without gradient buffers.
-    offload = original(DummyOptim(list(engine.module.parameters()))) if stage == 3 else None
     engine.train_step = partial(train_step, engine)
-    engine.clip_fp32_gradients = lambda: None  # there are no gradients: gradient_clipping has no meaning
-    return ZerothOrderOptimizer(optimizer, engine.module, stage, engine.seq_data_parallel_group, offload)
+    return inplace.build(ZerothOrderAdapter, engine, optimizer, original)
 
 
 class Pending:
@@ -151,20 +96,20 @@ class _Loss(torch.autograd.Function):
     """The loss, hanging on a node that learns by which factor it went into what backward was called on."""
 
     @staticmethod
-    def forward(ctx, anchor, loss, pending):
-        ctx.pending = pending
+    def forward(ctx, anchor, loss, reach):
+        ctx.reach = reach
         return loss.clone()
 
     @staticmethod
     def backward(ctx, factor):
-        ctx.pending.factor = factor
+        ctx.reach(factor)
         return torch.zeros((), device=factor.device), None, None
 
 
 def forward(original, engine, *inputs, **keywords):
     """In training, the forward at the first evaluation's weights; else the engine's own."""
     wrapper = engine.optimizer
-    if not (isinstance(wrapper, ZerothOrderOptimizer) and engine.module.training and torch.is_grad_enabled()):
+    if not (isinstance(wrapper, ZerothOrderAdapter) and engine.module.training and torch.is_grad_enabled()):
         return original(*inputs, **keywords)
     optimizer, evaluations = wrapper.optimizer, wrapper.optimizer.evaluations()
 
@@ -179,7 +124,7 @@ def forward(original, engine, *inputs, **keywords):
                 yield loss_of(original(*inputs, **keywords))
 
     if wrapper.lockstep is not None and not wrapper.lockstep_checked:
-        wrapper.check_lockstep(both_signs(0)[1], one_by_one(0))
+        wrapper.check_lockstep(partial(both_signs, 0), one_by_one(0))
     if wrapper.lockstep is not None:
         output, known = both_signs(0)
         rest = partial(_chain, both_signs, range(1, optimizer.probes))
@@ -188,11 +133,14 @@ def forward(original, engine, *inputs, **keywords):
             output = original(*inputs, **keywords)
         known, rest = [loss_of(output)], partial(one_by_one, 1)
     loss = known[0]
-    if wrapper.pending is not None:
-        wrapper.superseded.append(wrapper.pending)
     wrapper.pending = Pending([value.detach() for value in known], rest, tokens_of(engine, keywords))
     anchor = torch.zeros((), device=loss.device, requires_grad=True)
-    return with_loss(output, _Loss.apply(anchor, loss, wrapper.pending))
+    return with_loss(output, _Loss.apply(anchor, loss, partial(_reach, wrapper.reached, wrapper.pending)))
+
+
+def _reach(reached: list[Pending], pending: Pending, factor: torch.Tensor) -> None:
+    pending.factor = factor
+    reached.append(pending)
 
 
 def _chain(both_signs: Callable, probes: range) -> Iterator[torch.Tensor]:
@@ -203,20 +151,21 @@ def _chain(both_signs: Callable, probes: range) -> Iterator[torch.Tensor]:
 def backward(original, engine, loss, retain_graph=False, scale_wrt_gas=True):
     """Run the step's other forwards on the same inputs. Returns the loss as the engine's backward does."""
     wrapper = engine.optimizer
-    if not isinstance(wrapper, ZerothOrderOptimizer):
+    if not isinstance(wrapper, ZerothOrderAdapter):
         return original(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
     optimizer, pending = wrapper.optimizer, wrapper.pending
     wrapper.pending = None
-    superseded, wrapper.superseded = wrapper.superseded, []
+    wrapper.reached.clear()
     if scale_wrt_gas:
         loss = loss / engine.gradient_accumulation_steps()
     if loss.requires_grad:
         loss.backward(retain_graph=retain_graph)
-    if pending is None or pending.factor is None or any(other.factor is not None for other in superseded):
+    if pending is None or wrapper.reached != [pending]:
         raise ValueError(
-            f"{type(optimizer).__name__} runs the model's forward itself, so it must return the loss, and backward "
-            "must be called on that loss after every forward. For any other objective use "
-            "engine.train_step(closure), whose closure returns a loss."
+            "engine.backward was called on something else than the loss that the last engine(...) returned. "
+            f"{type(optimizer).__name__} runs the model's forward itself: the model must return the loss, and backward "
+            "be called on it after every forward. For any other objective use engine.train_step(closure), whose "
+            "closure returns a loss."
         )
     # In fp64: g is the small difference of two losses, to whose rounding none may be added.
     factor, gas = pending.factor.double(), engine.gradient_accumulation_steps()
@@ -285,7 +234,8 @@ def with_loss(output: Any, loss: torch.Tensor) -> Any:
 def tokens_of(engine, keywords: Mapping[str, Any]) -> torch.Tensor | None:
     """Over how many labels a transformers model took the loss's mean; None where nothing tells.
 
-    transformers names the loss in `model.loss_type`. With num_items_in_batch, as from Trainer, the caller has weighted.
+    The name of a transformers model's loss_function tells. With num_items_in_batch, as from Trainer, the caller has
+    weighted.
     """
     labels = keywords.get("labels")
     if labels is None or keywords.get("num_items_in_batch") is not None:

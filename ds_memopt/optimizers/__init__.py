@@ -6,8 +6,9 @@ import torch
 
 from .adam_mini import AdamMini
 from .badam import BAdam
-from .base import METHOD_KEY, ShardedOptimizer, StatePart
+from .base import METHOD_KEY, ShardedOptimizer, StatePart, check_meaning
 from .gwt import GWT
+from .inplace import InPlaceOptimizer
 from .mezo import MeZO
 
 FIRST_ORDER: dict[str, type[ShardedOptimizer]] = {"AdamMini": AdamMini, "BAdam": BAdam, "GWT": GWT}
@@ -29,8 +30,10 @@ __all__ = [
     "METHOD_KEY",
     "AdamMini",
     "BAdam",
+    "InPlaceOptimizer",
     "MeZO",
     "ShardedOptimizer",
     "StatePart",
+    "check_meaning",
     "takes",
 ]

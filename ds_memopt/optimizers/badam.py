@@ -7,6 +7,7 @@ Source: Luo, Yu, Li, "BAdam: A Memory Efficient Full Parameter Optimization Meth
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ from .base import (
     ShardedOptimizer,
     check_adam_group,
     check_hyper_parameter_names,
+    check_meaning,
     check_range,
     make_log_visible,
 )
@@ -100,9 +102,9 @@ class BAdam(ShardedOptimizer):
         check_range("base", base, known, "'adamw', 'adam_mini' or 'gwt'", "'adamw' is the paper's.")
         check_range("order", order, order in ORDERS, f"one of {', '.join(ORDERS)}", "'random' is usual.")
         check_range("keep_residual", keep_residual, isinstance(keep_residual, bool), "true or false", "false is usual.")
-        _check_count("seed", seed, False, "", "0 is usual.", low=0)
-        _check_count("switch_every", switch_every, switch_every == "auto", " or 'auto'", "50 to 100 is usual.")
-        _check_count("total_steps", total_steps, total_steps is None, " or None", "Leave it out if it is not known.")
+        _check_count("seed", seed, "0 is usual.", low=0)
+        _check_count("switch_every", switch_every, "50 to 100 is usual.", besides=("auto",))
+        _check_count("total_steps", total_steps, "Leave it out if it is not known.", besides=(None,))
         groups = list(params)
         groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
         groups = [group | {"params": list(group["params"])} for group in groups]
@@ -124,16 +126,16 @@ class BAdam(ShardedOptimizer):
         super().__init__(
             groups, defaults, model=model, head_dim=None, value_blocks="rows", element_dtype=self.rule.element_dtype
         )
-        self._members = [
+        self._pairs = [
             [(name, p) for name, p in zip(group["param_names"], group["params"], strict=True) if p.requires_grad]
             for group in self.param_groups
         ]
         # What trains nothing in any block is no group; what trains nothing in one of them stays one.
-        self._groups = [group for group, members in zip(self.param_groups, self._members, strict=True) if members]
-        self._members = [members for members in self._members if members]
+        self._groups = [group for group, members in zip(self.param_groups, self._pairs, strict=True) if members]
+        self._pairs = [members for members in self._pairs if members]
         self.keep_all_groups()
         self.partition = partition_into_blocks(
-            model, self._parameters(), blocks, include_embedding, include_lm_head, always_active
+            model, self._named(), blocks, include_embedding, include_lm_head, always_active
         )
         self._blocks = list(self.partition.blocks)
         last = len(self._blocks) - 1
@@ -141,7 +143,7 @@ class BAdam(ShardedOptimizer):
             start_block = last if order == "descending" else 0
         elif order == "random":
             raise ValueError(f'start_block={start_block} has no meaning with order="random". Leave it out.')
-        _check_count("start_block", start_block, False, f" from 0 to {last}", "Leave it out.", low=0, high=last)
+        _check_count("start_block", start_block, "Leave it out.", low=0, high=last)
         self.rotation = Rotation(len(self._blocks), order, start_block, seed)
         self.switch_every = _automatic(total_steps, len(self._blocks)) if switch_every == "auto" else switch_every
         listed = zlib.crc32(repr((self.partition, self.rotation)).encode())
@@ -180,7 +182,7 @@ class BAdam(ShardedOptimizer):
 
     def names_by_tensor(self) -> dict[torch.Tensor, str]:
         """The name of each parameter that trains now."""
-        return {p: name for group in self._members for name, p in group if p.requires_grad}
+        return {p: name for group in self._pairs for name, p in group if p.requires_grad}
 
     def keep_all_groups(self) -> None:
         """Put back the param groups without a parameter in the active block, which DeepSpeed takes out once."""
@@ -188,32 +190,32 @@ class BAdam(ShardedOptimizer):
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """All parameters that train with one block or another."""
-        return list(self._parameters().values())
+        return list(self._named().values())
 
     def name_of(self, parameter: nn.Parameter) -> str:
-        return next(name for name, p in self._parameters().items() if p is parameter)
+        return next(name for name, p in self._named().items() if p is parameter)
 
     def release(self) -> None:
         """Give the model back: all parameters require gradients that did, and no hook stays on it."""
-        for p in self._parameters().values():
+        for p in self._named().values():
             p.requires_grad_(True)
         self._guard.remove()
 
     def largest_block(self) -> int:
         """Elements of the largest block, with what is always active."""
-        sizes = {name: numel_of(full_shape(p)) for name, p in self._parameters().items()}
+        sizes = {name: numel_of(full_shape(p)) for name, p in self._named().items()}
         always = sum(sizes[name] for name in self.partition.always_active)
         return always + max(sum(map(sizes.get, names)) for names in self.partition.blocks.values())
 
-    def members(self) -> list[tuple[dict, list[nn.Parameter]]]:
+    def trained_by_group(self) -> list[tuple[dict, list[nn.Parameter]]]:
         """Each param group, and all parameters that train in it with one block or another."""
-        return [(group, [p for _, p in pairs]) for group, pairs in zip(self.param_groups, self._members, strict=True)]
+        return [(group, [p for _, p in pairs]) for group, pairs in zip(self.param_groups, self._pairs, strict=True)]
 
     def bind(self, placement: Placement) -> None:
         """As any optimizer's; called again by the engine for every block."""
         super().bind(placement)
         self._check_residual()
-        for name, master in self._masters():
+        for name, master in self._active_intervals():
             if name in self._residuals:
                 add_residual_(master, self._residuals.pop(name))
 
@@ -293,7 +295,7 @@ class BAdam(ShardedOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's. Without an engine the saved block becomes active; an engine has made it so before."""
-        self.check_meaning(state_dict["param_groups"])
+        check_meaning(self, state_dict["param_groups"])
         saved = state_dict["param_groups"][0]
         position = Position(saved["visit"], saved["visit_step"])
         if not self._bound:
@@ -302,14 +304,14 @@ class BAdam(ShardedOptimizer):
         super().load_state_dict(state_dict)
         self._residuals = state_dict.get("residuals", {})
 
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(pair for group in self._members for pair in group)
+    def _named(self) -> dict[str, nn.Parameter]:
+        return dict(pair for group in self._pairs for pair in group)
 
     def _activate(self, position: Position) -> None:
         active = {*self.partition.blocks[self._blocks[self.rotation.block(position.visit)]]}
         active |= {*self.partition.always_active}
         self._set_position(position)
-        for group, members in zip(self.param_groups, self._members, strict=True):
+        for group, members in zip(self.param_groups, self._pairs, strict=True):
             for name, p in members:
                 p.requires_grad_(name in active)
                 p.grad = None
@@ -359,9 +361,9 @@ class BAdam(ShardedOptimizer):
             return  # fp32 weights are their own masters
         # Not of what is always active: with the next block other ranks hold other parts of it.
         names = {*self.partition.blocks[self.active_block]}
-        self._residuals |= {name: residual_of(master) for name, master in self._masters() if name in names}
+        self._residuals |= {name: residual_of(master) for name, master in self._active_intervals() if name in names}
 
-    def _masters(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def _active_intervals(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's interval of each active parameter: the same at every visit of a block."""
         tensors, names = zip(*self._placement.named_tensors(self.param_groups), strict=True)
         for interval in self._placement.layout(tensors, names).intervals:
@@ -372,7 +374,7 @@ class BAdam(ShardedOptimizer):
         if not is_first_rank():
             return
         make_log_visible()
-        sizes = {name: numel_of(full_shape(p)) for name, p in self._parameters().items()}
+        sizes = {name: numel_of(full_shape(p)) for name, p in self._named().items()}
         lines = [f"  {name}: {sum(map(sizes.get, names)):,}" for name, names in self.partition.blocks.items()]
         logger.info(
             "BAdam, %d blocks of %s steps each, %s order; parameters:\n%s",
@@ -407,8 +409,9 @@ def _automatic(total_steps: int | None, num_blocks: int) -> int:
 
 
 def _check_count(
-    name: str, value: Any, besides: bool, limit: str, remedy: str, low: int = 1, high: float = float("inf")
+    name: str, value: Any, remedy: str, low: int = 1, high: float = float("inf"), besides: tuple = ()
 ) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    limit = f"an integer{limit}" if "from" in limit else f"an integer >= {low}{limit}"
-    check_range(name, value, besides or (whole and low <= value <= high), limit, remedy)
+    span = f">= {low}" if math.isinf(high) else f"from {low} to {high}"
+    limit = " or ".join([f"an integer {span}", *map(repr, besides)])
+    check_range(name, value, value in besides or (whole and low <= value <= high), limit, remedy)

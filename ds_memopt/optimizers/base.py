@@ -37,6 +37,12 @@ class StatePart(NamedTuple):
     start: int
     values: torch.Tensor
 
+    def copy_to(self, target: torch.Tensor, start: int) -> None:
+        """Copy into target, which holds the entries from `start` on, what the two have in common."""
+        low, high = max(start, self.start), min(start + len(target), self.start + len(self.values))
+        if low < high:
+            target[low - start : high - start].copy_(self.values[low - self.start : high - self.start])
+
 
 STATE_KEY = "ds_memopt_state"
 """Key of every param group of ours: what its state means, so that state of another meaning is refused on load."""
@@ -119,14 +125,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if "param_names" not in group:
-            raise ValueError(
-                f"{type(self).__name__} needs the parameters' names. Pass model.named_parameters(), or build it with "
-                f"{type(self).__name__}.from_model(model, ...)."
-            )
-        group[METHOD_KEY] = type(self).__name__
-        if any("_fsdp_wrapped_module" in name or "_flat_param" in name for name in group["param_names"]):
-            refuse(type(self), "fsdp1")
+        check_named_group(self, group)
         self.check_group(group)
         if self._model is None:
             shapes = dict(zip(group["param_names"], map(full_shape, group["params"]), strict=True))
@@ -290,7 +289,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         tensors = self._placement.named_tensors(self.param_groups)
         for tensor, name in tensors:
             for key, start, place, part in self._state_places(tensor, name):
-                _check_covered(part, key, start, place.stop - place.start, offered.get((part, key), []))
+                check_covered(part, key, start, place.stop - place.start, offered.get((part, key), []))
         for tensor, name in tensors:
             if not self.state[tensor]:
                 self._init_state(tensor, self._plan((tensor,), (name,)), 0)
@@ -298,9 +297,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for key, start, place, part in self._state_places(tensor, name):
                 target = state["step"].view(1) if key == "step" else self.local(state[key])[place]
                 for given in offered[part, key]:
-                    low, high = max(start, given.start), min(start + len(target), given.start + len(given.values))
-                    if low < high:
-                        target[low - start : high - start].copy_(given.values[low - given.start : high - given.start])
+                    given.copy_to(target, start)
 
     def _state_places(self, tensor: torch.Tensor, name: str | None) -> Iterator[tuple[str, int, slice, str]]:
         """For all states of a tensor: key, first entry in the whole parameter, place in the state, parameter name."""
@@ -320,7 +317,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Raises ValueError, before anything is changed, for state of another method, of other options or of other blocks.
         """
-        self.check_meaning(state_dict["param_groups"])
+        check_meaning(self, state_dict["param_groups"])
         super().load_state_dict(state_dict)
         self._plans.clear()
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
@@ -331,18 +328,39 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     dtype = self.element_dtype if self.states[key] == ELEMENT else None
                     self.state[tensor][key] = value.detach().to(tensor.device, dtype or step_dtype(tensor.dtype))
 
-    def check_meaning(self, saved_groups: Iterable[dict]) -> None:
-        """Raise ValueError if param groups of a state_dict come from another method, other options or other blocks."""
-        meanings = {group.get(STATE_KEY) for group in saved_groups}
-        if meanings != {self.param_groups[0][STATE_KEY]}:
+
+def check_named_group(optimizer: torch.optim.Optimizer, group: dict) -> None:
+    """Mark a param group as ours. ValueError where it lacks names, or where the names are FSDP1's."""
+    method = type(optimizer).__name__
+    if "param_names" not in group:
+        raise ValueError(
+            f"{method} needs the parameters' names. Pass model.named_parameters(), or build it with "
+            f"{method}.from_model(model, ...)."
+        )
+    group[METHOD_KEY] = method
+    if any("_fsdp_wrapped_module" in name or "_flat_param" in name for name in group["param_names"]):
+        refuse(type(optimizer), "fsdp1")
+
+
+def check_meaning(optimizer: torch.optim.Optimizer, saved_groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raise ValueError if param groups of a state_dict come from another method, other options or other blocks."""
+    needed = optimizer.param_groups[0][STATE_KEY]
+    for group in saved_groups:
+        saved = group.get(STATE_KEY, "an optimizer of another library")
+        if saved != needed:
+            differing = [
+                ", ".join(word for word in one.split(", ") if word not in other.split(", "))
+                for one, other in ((saved, needed), (needed, saved))
+            ]
             raise ValueError(
-                f"The checkpoint's optimizer state is {' and '.join(map(str, meanings))}; this optimizer needs "
-                f"{self.param_groups[0][STATE_KEY]}. Resume with the method, its options and the model, names "
-                "included, that saved it, or start without optimizer state."
+                f"The checkpoint's optimizer state is of {differing[0] or saved}, but this optimizer needs "
+                f"{differing[1] or needed}. Resume with the method, its options and the model, names included, that "
+                "saved it, or start without optimizer state."
             )
 
 
-def _check_covered(name: str, key: str, start: int, length: int, offered: list[StatePart]) -> None:
+def check_covered(name: str, key: str, start: int, length: int, offered: list[StatePart]) -> None:
+    """Raise ValueError unless what is offered covers entries [start, start + length) of a state."""
     covered = start
     for part in sorted(offered, key=lambda part: part.start):
         if part.start > covered:

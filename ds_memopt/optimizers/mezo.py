@@ -10,36 +10,25 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar, Literal, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from ds_memopt.blocks import partition_into_blocks
-from ds_memopt.shards import InPlaceShards, Part, WholeShards, is_first_rank
-from ds_memopt.support import refuse
+from ds_memopt.shards import Part, is_first_rank
 
-from .base import (
-    METHOD_KEY,
-    STATE_KEY,
-    check_hyper_parameter_names,
-    check_range,
-    is_number,
-    make_log_visible,
-    named_groups,
-)
+from .base import check_range, is_number, make_log_visible
 from .checksum import as_hex, checksum
 from .directions import Directions
+from .inplace import InPlaceOptimizer
 from .lockstep import Lockstep
 from .noise import NOISE_VERSION, Noise
 from .perturb import Perturbation
-from .residual import add_residual_, residual_of
 from .trajectory import SKIPPED, TrajectoryHeader, TrajectoryWriter
 
 logger = logging.getLogger("ds_memopt")
-
-PIECE = 2**20
-"""Elements that are updated at once, so that temporary memory stays small."""
 
 FORGOTTEN = 0.01
 """Momentum terms of a smaller weight than this, relative to the newest, are left out."""
@@ -59,7 +48,7 @@ class Evaluation(NamedTuple):
     coefficient: float
 
 
-class MeZO(torch.optim.Optimizer):
+class MeZO(InPlaceOptimizer):
     """MeZO under any placement. At step t, with z_j = Noise(seed, t, j) and n probes:
 
         g_j = [L(theta + epsilon z_j) - L(theta - epsilon z_j)] / (2 epsilon)          ("two_sided")
@@ -87,8 +76,6 @@ class MeZO(torch.optim.Optimizer):
     Raises ValueError for a hyper-parameter out of range, and for keep="residual" with fp16 weights.
     """
 
-    states: ClassVar[dict[str, str]] = {}
-
     def __init__(
         self,
         params: Iterable,
@@ -113,91 +100,40 @@ class MeZO(torch.optim.Optimizer):
         trajectory: str | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        if model is None:
-            raise ValueError("MeZO needs the model, whose forwards it perturbs. Use MeZO.from_model(model, ...).")
         whole = isinstance(probes, int) and not isinstance(probes, bool) and probes >= 1
         check_range("probes", probes, whole, "an integer >= 1", "1 is usual.")
-        check_range("epsilon", epsilon, is_number(epsilon) and epsilon > 0, "a number > 0", "1e-3 is usual.")
+        valid = is_number(epsilon) and 0 < epsilon < math.inf
+        check_range("epsilon", epsilon, valid, "a finite number > 0", "1e-3 is usual.")
         known = noise in ("gaussian", "rademacher")
         check_range("noise", noise, known, "'gaussian' or 'rademacher'", "'gaussian' is the paper's.")
         known = estimator in ("two_sided", "one_sided")
         check_range("estimator", estimator, known, "'two_sided' or 'one_sided'", "'two_sided' is the paper's.")
-        check_range(
-            "keep", keep, keep in ("residual", "fp32", "none"), "'residual', 'fp32' or 'none'", "Try 'residual'."
-        )
         valid = is_number(momentum) and 0 <= momentum < 1
         check_range("momentum", momentum, valid, "a number in [0, 1)", "0 is usual.")
         check_range("lockstep", lockstep, isinstance(lockstep, bool), "true or false", "true is usual.")
         check_range("normalize", normalize, isinstance(normalize, bool), "true or false", "false is usual.")
-        Noise(seed, 0)
-        self.epsilon, self.probes, self.keep, self.two_sided = epsilon, probes, keep, estimator == "two_sided"
+        Noise(seed, 0)  # it refuses a seed out of range
+        self.epsilon, self.probes, self.two_sided = epsilon, probes, estimator == "two_sided"
         self.momentum, self.normalize, self.lockstep = momentum, normalize, lockstep
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self._names = {
-            p: name
-            for group in self.param_groups
-            for name, p in zip(group["param_names"], group["params"], strict=True)
-            if p.requires_grad
-        }
-        self.shards: InPlaceShards = WholeShards(model, self._names)
-        self._model = model
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, keep=keep, model=model)
         self._perturbation: Perturbation | None = None
         self._sums: torch.Tensor | None = None
         compiled = self._can_compile(noise) if compiled is None else compiled
         picked = layer_fraction, rank, refresh_every, magnitude_fraction, layers
         self.directions = Directions(model, self._names, noise, seed, compiled, *picked)
-        self.hyper = {
+        hyper = {
             "epsilon": epsilon, "probes": probes, "noise": noise, "estimator": estimator, "keep": keep,
             "momentum": momentum, "normalize": normalize, "layer_fraction": layer_fraction, "rank": rank,
             "refresh_every": refresh_every, "magnitude_fraction": magnitude_fraction, "seed": seed,
         }  # fmt: skip
-        start = {"steps": 0, "skipped": 0, "history": [], "mean_square": 0.0, "thresholds": {}, "base_checksum": ""}
-        for group in self.param_groups:
-            group |= {STATE_KEY: f"MeZO, {self.hyper}, noise version {NOISE_VERSION}", **start}
+        start = {"history": [], "mean_square": 0.0, "thresholds": {}, "base_checksum": ""}
+        self._describe(hyper, start, f"noise version {NOISE_VERSION}")
         self.trajectory, self._writer = trajectory, None
-        self._kept: tuple[Any, Any] = (1.0, 1.0)
 
-    @classmethod
-    def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
-        """Build the optimizer for a model; params: as `ShardedOptimizer.from_model` takes them."""
-        check_hyper_parameter_names(cls, hyper_parameters)
-        return cls(named_groups(model, params), model=model, **hyper_parameters)
-
-    def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if "param_names" not in group:
-            raise ValueError("MeZO needs the parameters' names. Build it with MeZO.from_model(model, ...).")
-        group[METHOD_KEY] = type(self).__name__
-        if any("_fsdp_wrapped_module" in name or "_flat_param" in name for name in group["param_names"]):
-            refuse(type(self), "fsdp1")
-        for name in ("lr", "weight_decay"):
-            valid = is_number(group[name]) and group[name] >= 0
-            check_range(name, group[name], valid, "a number >= 0", "lr 1e-7 to 1e-6 and no decay are usual.")
-        if self.keep == "residual" and any(p.dtype == torch.float16 for p in group["params"]):
-            raise ValueError('keep="residual" needs bf16 or fp32 weights, not fp16. Use bf16, or keep="fp32".')
-
-    def bind(self, shards: InPlaceShards) -> None:
-        """Tell how an engine keeps the weights. Called by the engine, before the first step."""
-        self.shards = shards
-
-    def names_by_tensor(self) -> dict[torch.Tensor, str]:
-        """The name of each parameter that is trained."""
-        return dict(self._names)
-
-    def trained_parameters(self) -> list[torch.Tensor]:
-        """All parameters that train, whether or not they require gradients."""
-        return list(self._names)
-
-    @property
-    def steps(self) -> int:
-        """Steps made so far, skipped ones included: the t of the next step's noise."""
-        return self.param_groups[0]["steps"]
-
-    @property
-    def skipped_steps(self) -> int:
-        """Steps that were skipped because a loss was not finite."""
-        return self.param_groups[0]["skipped"]
+    def release(self) -> None:
+        super().release()
+        if self._perturbation is not None:
+            self._perturbation.remove()
 
     def evaluations(self) -> list[Evaluation]:
         """The forward passes of a step, in order."""
@@ -236,8 +172,7 @@ class MeZO(torch.optim.Optimizer):
 
     def _choose_thresholds(self) -> None:
         self.directions.choose_thresholds(self.shards)
-        for group in self.param_groups:
-            group["thresholds"] = self.directions.thresholds
+        self._set_progress(thresholds=self.directions.thresholds)
 
     def _can_compile(self, kind: str) -> bool:
         device = next(iter(self._names)).device
@@ -323,8 +258,7 @@ class MeZO(torch.optim.Optimizer):
         self._open_trajectory()
         observed = list(projected)
         finite = all(map(math.isfinite, projected))
-        step, history = self.steps, list(self.param_groups[0]["history"])
-        mean_square = self.param_groups[0]["mean_square"]
+        step, history, mean_square = self.steps, list(self.progress["history"]), self.progress["mean_square"]
         if finite:
             if self.normalize:
                 mean_square = 0.99 * mean_square + 0.01 * sum(g * g for g in projected) / len(projected)
@@ -335,9 +269,10 @@ class MeZO(torch.optim.Optimizer):
             length = math.ceil(math.log(FORGOTTEN) / math.log(self.momentum)) if self.momentum else 1
             history = history[-length:]
             self._update(history)
-        for group in self.param_groups:
-            group |= {"steps": step + 1, "skipped": group["skipped"] + (not finite)}
-            group |= {"history": history if self.momentum else [], "mean_square": mean_square}
+        history = history if self.momentum else []
+        self._set_progress(
+            steps=step + 1, skipped=self.skipped_steps + (not finite), history=history, mean_square=mean_square
+        )
         if self._writer is not None:
             self._writer.append(step, 0 if finite else SKIPPED, observed, [group["lr"] for group in self.param_groups])
 
@@ -345,20 +280,18 @@ class MeZO(torch.optim.Optimizer):
         """Before the first step of a run or of its continuation. All look at the weights, the first rank writes."""
         if self.trajectory is None or self._writer is not None:
             return
-        first = self.param_groups[0]
-        if not first["base_checksum"]:
+        if not self.progress["base_checksum"]:
             parts = list(self.shards.parts())
             total = checksum(((part.name, part.start, part.elements) for part in parts), parts[0].elements.device)
             self.shards.sum_of_parts(total)
-            for group in self.param_groups:
-                group["base_checksum"] = as_hex(total)
+            self._set_progress(base_checksum=as_hex(total))
         decays = [group["weight_decay"] for group in self.param_groups]
         header = TrajectoryHeader(
             method=type(self).__name__,
             hyper=self.hyper | {"weight_decay": decays, "layers": self.directions.layers},
             probes=self.probes,
             parameters=[[self._names[p] for p in group["params"] if p in self._names] for group in self.param_groups],
-            base_checksum=first["base_checksum"],
+            base_checksum=self.progress["base_checksum"],
             dtype=str(next(iter(self._names)).dtype).removeprefix("torch."),
         )
         self._writer = _Unwritten()
@@ -366,75 +299,29 @@ class MeZO(torch.optim.Optimizer):
             self._writer = TrajectoryWriter(self.trajectory, header, self.steps - 1 if self.steps else None)
 
     def _update(self, history: list[tuple[int, list[float]]]) -> None:
-        groups = {p: group for group in self.param_groups for p in group["params"]}
         newest = history[-1][0]
         terms = [
             (step, probe, (1 - self.momentum) * self.momentum ** (newest - step) * g / len(gs))
             for step, gs in history
             for probe, g in enumerate(gs)
         ]
-        realised = intended = 0.0
+        self._realised = self._intended = 0.0
         for part in self.shards.parts():
-            group, store = groups[part.parameter], self._store(part)
-            for start in range(0, len(part.elements), PIECE):
-                weights = part.elements[start : start + PIECE]
-                kept = store[start : start + PIECE] if store is not None else None
-                before = self._master(weights, kept)
-                direction = torch.zeros_like(before)
-                for step, probe, factor in terms:
-                    self.directions.add_(direction, weights, part.name, part.start + start, step, probe, factor)
-                after = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
-                self._write(weights, kept, after)
-                wish = after - before
-                realised = realised + torch.dot(self._master(weights, kept) - before, wish)
-                intended = intended + torch.dot(wish, wish)
-        self._kept = realised, intended
+            self._move(part, partial(self._add_noise, part, terms))
         self.shards.publish()
 
-    @property
-    def update_kept(self) -> float:
-        """Projection of the last step's real movement on the intended one, of this rank's part: 1 if none was lost."""
-        realised, intended = (float(value) for value in self._kept)
-        return realised / intended if intended else 1.0
+    def _add_noise(
+        self,
+        part: Part,
+        terms: list[tuple[int, int, float]],
+        direction: torch.Tensor,
+        piece: slice,
+        weights: torch.Tensor,
+    ) -> None:
+        """Add the sum of factor * z over terms (step, probe, factor) to the direction of a piece of a part."""
+        for step, probe, factor in terms:
+            self.directions.add_(direction, weights, part.name, part.start + piece.start, step, probe, factor)
 
-    def _store(self, part: Part) -> torch.Tensor | None:
-        """What is kept of a part beside its 16-bit weights, made when first needed."""
-        state = self.state[part.parameter]
-        if self.keep == "none" or part.elements.dtype not in (torch.bfloat16, torch.float16):
-            return None
-        if "kept" not in state:
-            zeros = torch.zeros(len(part.elements), dtype=torch.int16, device=part.elements.device)
-            state["kept"] = zeros if self.keep == "residual" else part.elements.float()
-        return state["kept"]
-
-    def _master(self, weights: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        if kept is not None and self.keep == "fp32":
-            return kept.clone()
-        master = weights.to(torch.float64 if weights.dtype == torch.float64 else torch.float32, copy=True)
-        if kept is not None:
-            add_residual_(master, kept)
-        return master
-
-    def _write(self, weights: torch.Tensor, kept: torch.Tensor | None, master: torch.Tensor) -> None:
-        weights.copy_(master)
-        if kept is not None:
-            kept.copy_(master if self.keep == "fp32" else residual_of(master))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, with what is kept of 16-bit weights in its own type.
-
-        Raises ValueError, before anything is changed, for the state of another method or of other options.
-        """
-        meanings = {group.get(STATE_KEY) for group in state_dict["param_groups"]}
-        if meanings != {self.param_groups[0][STATE_KEY]}:
-            raise ValueError(
-                f"The checkpoint's optimizer state is {' and '.join(map(str, meanings))}; this optimizer needs "
-                f"{self.param_groups[0][STATE_KEY]}. Resume with the method and the options that saved it."
-            )
-        super().load_state_dict(state_dict)
-        self.directions.thresholds = self.param_groups[0]["thresholds"]
+    def _loaded(self) -> None:
+        self.directions.thresholds = self.progress["thresholds"]
         self._writer = None  # the file is to be cut back to the step that was loaded
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, parameter in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
-            if "kept" in state_dict["state"].get(number, {}):
-                self.state[parameter]["kept"] = state_dict["state"][number]["kept"].to(parameter.device, copy=True)

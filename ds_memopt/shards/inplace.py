@@ -20,6 +20,9 @@ from torch.distributed.tensor import DTensor
 from .plain import PlainPlacement, sharded_mesh_dim
 from .seams import collective_device
 
+# Its name before torch 2.13 is the second one.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
 BUCKET = 2**25
 """Elements that are gathered at once."""
 
@@ -103,10 +106,7 @@ class SplitShards(WholeShards):
             pieces = [self._piece(parameter) for parameter in bucket]
             whole = bucket[0].new_empty(size, sum(pieces))
             self._copy(bucket, pieces, whole, [rank], to_bucket=True)
-            gather = (
-                getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-            )  # its name before torch 2.13
-            gather(whole.view(-1), whole[rank].clone(), group=self.process_group)
+            _all_gather(whole.view(-1), whole[rank].clone(), group=self.process_group)
             self._copy(bucket, pieces, whole, [other for other in range(size) if other != rank], to_bucket=False)
 
     def _piece(self, parameter: torch.Tensor) -> int:

@@ -1,0 +1,226 @@
+"""What the methods share that update the stored weights themselves, without fp32 masters by an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ds_memopt.shards import InPlaceShards, Part, WholeShards
+
+from .base import (
+    STATE_KEY,
+    StatePart,
+    check_covered,
+    check_hyper_parameter_names,
+    check_meaning,
+    check_named_group,
+    check_range,
+    is_number,
+    named_groups,
+)
+from .residual import add_residual_, residual_of
+
+PIECE = 2**20
+"""Elements that are updated at once, so that temporary memory stays small."""
+
+PROGRESS = "progress"
+"""Key of the param groups' entry that holds what a run has come to; the same in all groups and on all ranks."""
+
+
+class InPlaceOptimizer(torch.optim.Optimizer):
+    """An optimizer that writes the parts of the weights that are this rank's, and keeps what rounding to 16 bits drops.
+
+    params: named parameters (`model.named_parameters()`) or param groups of them.
+    defaults: the hyper-parameters of a param group, lr and weight_decay among them.
+    keep: what becomes of an update below a 16-bit weight's precision: "residual" keeps it in 2 bytes per parameter
+        (bf16 only), "fp32" in a master copy of 4 bytes, "none" rounds it away. fp32 weights lose nothing anyway.
+    model: the model that the parameters belong to.
+
+    Raises ValueError for a hyper-parameter out of range, and for keep="residual" with fp16 weights.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        defaults: dict[str, Any],
+        *,
+        keep: Literal["residual", "fp32", "none"],
+        model: nn.Module | None,
+    ) -> None:
+        method = type(self).__name__
+        if model is None:
+            raise ValueError(f"{method} needs the model, whose forwards it uses. Use {method}.from_model(model, ...).")
+        known = keep in ("residual", "fp32", "none")
+        check_range("keep", keep, known, "'residual', 'fp32' or 'none'", "'residual' is usual.")
+        self.keep, self.hyper = keep, {}
+        super().__init__(params, defaults)
+        self._model = model
+        self._names = {
+            p: name
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+            if p.requires_grad
+        }
+        self._group_number = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        self._realised: Any = 0.0
+        self._intended: Any = 0.0
+        self.shards: InPlaceShards = WholeShards(model, self._names)
+        self._built = True
+
+    @classmethod
+    def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
+        """Build the optimizer for a model; params: as `ShardedOptimizer.from_model` takes them."""
+        check_hyper_parameter_names(cls, hyper_parameters)
+        return cls(named_groups(model, params), model=model, **hyper_parameters)
+
+    def add_param_group(self, param_group: dict) -> None:
+        method = type(self).__name__
+        if hasattr(self, "_built"):
+            raise ValueError(f"What {method} trains is fixed when it is built: list all parameters there.")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_named_group(self, group)
+        for name in ("lr", "weight_decay"):
+            valid = is_number(group[name]) and group[name] >= 0
+            check_range(name, group[name], valid, "a number >= 0", "A small lr and no decay are usual.")
+        if self.keep == "residual" and any(p.dtype == torch.float16 for p in group["params"]):
+            raise ValueError('keep="residual" needs bf16 or fp32 weights, not fp16. Use bf16, or keep="fp32".')
+
+    def _describe(self, hyper: Mapping[str, Any], progress: Mapping[str, Any], *more: str) -> None:
+        """Write into the param groups what the state means, and what the run has come to."""
+        self.hyper = dict(hyper)
+        for group in self.param_groups:
+            words = [f"{key} {value}" for key, value in hyper.items()]
+            group[STATE_KEY] = ", ".join([type(self).__name__, *words, *more])
+            group[PROGRESS] = {STATE_KEY: group[STATE_KEY], "steps": 0, "skipped": 0, **progress}
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What the run has come to: counters, and whatever is needed to go on. Saved with the state."""
+        return self.param_groups[0][PROGRESS]
+
+    def _set_progress(self, **changes: Any) -> None:
+        for group in self.param_groups:
+            group[PROGRESS] = group[PROGRESS] | changes
+
+    def bind(self, shards: InPlaceShards) -> None:
+        """Tell how an engine keeps the weights. Called by the engine, before the first step."""
+        self.shards = shards
+
+    def names_by_tensor(self) -> dict[torch.Tensor, str]:
+        """The name of each parameter that is trained."""
+        return dict(self._names)
+
+    def trained_parameters(self) -> list[torch.Tensor]:
+        """All parameters that train, whether or not they require gradients."""
+        return list(self._names)
+
+    def release(self) -> None:
+        """Give the model back: all parameters require gradients that did, and no hook stays on it."""
+        for parameter in self._names:
+            parameter.requires_grad_(True)
+
+    @property
+    def steps(self) -> int:
+        """Steps made so far, skipped ones included: the t of the next step."""
+        return self.progress["steps"]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped because a loss was not finite."""
+        return self.progress["skipped"]
+
+    def _move(self, part: Part, add_direction: Callable[[torch.Tensor, slice, torch.Tensor], None]) -> None:
+        """Make a step with a part: theta <- theta * (1 - lr * weight_decay) - lr * direction.
+
+        add_direction(direction, piece, weights): add to zeros what the elements part.elements[piece], which hold these
+            weights, are to go along.
+        """
+        group, store = self.param_groups[self._group_number[part.parameter]], self._store(part)
+        for start in range(0, len(part.elements), PIECE):
+            piece = slice(start, start + PIECE)
+            weights, kept = part.elements[piece], store[piece] if store is not None else None
+            before = self._master(weights, kept)
+            direction = torch.zeros_like(before)
+            add_direction(direction, piece, weights)
+            after = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
+            weights.copy_(after)
+            if kept is not None:
+                kept.copy_(after if self.keep == "fp32" else residual_of(after))
+            wish = after - before
+            self._realised = self._realised + torch.dot(self._master(weights, kept) - before, wish)
+            self._intended = self._intended + torch.dot(wish, wish)
+
+    @property
+    def update_kept(self) -> float:
+        """Projection of the last step's real movement on the intended one, of this rank's part: 1 if none was lost."""
+        intended = float(self._intended)
+        return float(self._realised) / intended if intended else 1.0
+
+    def _store(self, part: Part) -> torch.Tensor | None:
+        """What is kept of a part beside its 16-bit weights, made when first needed."""
+        state = self.state[part.parameter]
+        if self.keep == "none" or part.elements.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        if "kept" not in state:
+            zeros = torch.zeros(len(part.elements), dtype=torch.int16, device=part.elements.device)
+            state["kept"] = zeros if self.keep == "residual" else part.elements.float()
+        return state["kept"]
+
+    def _master(self, weights: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """A copy of the weights, with what is kept of them, in fp32 or better."""
+        if kept is not None and self.keep == "fp32":
+            return kept.clone()
+        master = weights.to(torch.float64 if weights.dtype == torch.float64 else torch.float32, copy=True)
+        if kept is not None:
+            add_residual_(master, kept)
+        return master
+
+    def named_state(self) -> Iterator[StatePart]:
+        """Hand out what this rank keeps beside its weights, by parameter name and place in the whole parameter.
+
+        With the weights and `progress` it is all that a run on other ranks or at another stage needs to go on.
+        """
+        for part in self.shards.parts():
+            for key, values in self.state.get(part.parameter, {}).items():
+                yield StatePart(part.name, key, part.start, values)
+
+    @torch.no_grad()
+    def load_named_state(self, parts: Iterable[StatePart], progress: Mapping[str, Any]) -> None:
+        """Take back what all ranks of a run handed out, of any number and placement; first load the weights.
+
+        Raises ValueError, before anything is changed, for the state of another method or of other options, and if an
+        entry that this rank needs is missing.
+        """
+        check_meaning(self, [progress])
+        offered: dict[tuple[str, str], list[StatePart]] = {}
+        for part in parts:
+            offered.setdefault((part.name, part.key), []).append(part)
+        own = [(part, store) for part in self.shards.parts() if (store := self._store(part)) is not None]
+        for part, store in own:
+            check_covered(part.name, "kept", part.start, len(store), offered.get((part.name, "kept"), []))
+        for part, store in own:
+            for given in offered[part.name, "kept"]:
+                given.copy_to(store, part.start)
+        self._set_progress(**progress)
+        self._loaded()
+        self.shards.publish()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, with what is kept of 16-bit weights in its own type.
+
+        Raises ValueError, before anything is changed, for the state of another method or of other options.
+        """
+        check_meaning(self, state_dict["param_groups"])
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, parameter in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
+            if "kept" in state_dict["state"].get(number, {}):
+                self.state[parameter]["kept"] = state_dict["state"][number]["kept"].to(parameter.device, copy=True)
+        self._loaded()
+
+    def _loaded(self) -> None:
+        """Called when `progress` was loaded."""
