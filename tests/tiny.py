@@ -81,10 +81,10 @@ def train_plain(model, optimizer, data) -> list[float]:
     return losses
 
 
-def shard_fsdp2(model, mesh=None):
+def shard_fsdp2(model, mesh=None, **options):
     for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
 
 
 def full_parameters(model) -> dict[str, torch.Tensor]:
