@@ -160,7 +160,8 @@ def _train(engine: Any, plan: Plan, ranks: Ranks, work: Work, metrics: MetricsFi
     for step in range(first_step + 1, plan.steps + 1):
         # Dropout draws from a stream that step and rank determine: nothing to save, and a resumed run goes on exactly.
         torch.manual_seed((plan.facts["seed"] * plan.steps + step) * ranks.world_size + ranks.rank)
-        lr, active_block = engine.get_lr()[0], getattr(engine.basic_optimizer, "active_block", None)
+        lr, method = engine.get_lr()[0], engine.basic_optimizer
+        active_block = {"active_block": method.active_block} if hasattr(method, "active_block") else {}
         with meter:
             for _ in range(plan.accumulation):
                 batch = {
@@ -190,7 +191,8 @@ def _train(engine: Any, plan: Plan, ranks: Ranks, work: Work, metrics: MetricsFi
             "loss": sums[0].item() / (steps * plan.accumulation * ranks.world_size),
             **(work.validate(engine) if validate else dict.fromkeys(work.figures)),
             "lr": lr,
-            **({"active_block": active_block} if active_block else {}),
+            **active_block,
+            **({"update_kept": method.update_kept} if hasattr(method, "update_kept") else {}),
             "grad_norm": _finite(engine.get_global_grad_norm()),
             **speed,
             **dict(zip(memory, peaks.tolist(), strict=True)),
