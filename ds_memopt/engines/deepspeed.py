@@ -31,7 +31,7 @@ def register() -> None:
     """See `ds_memopt.register`."""
     if getattr(DeepSpeedEngine, "_ds_memopt_registered", False):
         return
-    modules = (WRAPPERS, frozen.WRAPPERS, inplace.WRAPPERS, rotation.WRAPPERS, zeroth_order.WRAPPERS)
+    modules = (WRAPPERS, frozen.WRAPPERS, inplace.WRAPPERS, rotation.WRAPPERS)
     needed = (*(name for wrappers in modules for name in wrappers), *READ)
     missing = [f"DeepSpeedEngine.{name}" for name in needed if not hasattr(DeepSpeedEngine, name)]
     if not hasattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"):

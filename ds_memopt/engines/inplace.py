@@ -1,7 +1,7 @@
 """Methods that update the stored weights in DeepSpeed: no fp32 masters and no gradient buffers by ZeRO.
 
 Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedEngine._common_checkpoint_state, .load_module_state_dict, ._load_zero_checkpoint,
+  DeepSpeedEngine.forward, .backward, ._common_checkpoint_state, .load_module_state_dict, ._load_zero_checkpoint,
       ._get_all_ckpt_names (all wrapped),
       ._get_all_zero_checkpoint_names, .seq_data_parallel_group, .clip_fp32_gradients
   What DeepSpeedEngine calls or reads of its ZeRO optimizer: .bit16_groups, .fp16_groups, .bf16_groups,
@@ -14,7 +14,7 @@ Private names of DeepSpeed used here, checked against 0.19.8:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT
 from deepspeed.runtime.utils import DummyOptim
 from torch import nn
 
+from ds_memopt.engines.losses import HandedOut
 from ds_memopt.optimizers import InPlaceOptimizer, StatePart
 from ds_memopt.optimizers.inplace import PROGRESS
 from ds_memopt.shards import PartitionedShards, SplitShards, WholeShards
@@ -53,6 +54,7 @@ class InPlaceAdapter:
         self.placement = {"stage": stage, "ranks": dist.get_world_size(process_group)}
         self._global_grad_norm = None
         self.overflow = False
+        self.losses = HandedOut()
         names = optimizer.names_by_tensor()
         if stage == 3:
             shards = PartitionedShards(model, names, process_group, offload)
@@ -62,6 +64,14 @@ class InPlaceAdapter:
 
     param_groups = property(lambda self: self.optimizer.param_groups)
     state = property(lambda self: self.optimizer.state)
+
+    def forward(self, original: Callable, engine, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
+        """A forward of the engine in training. original: the engine's own."""
+        raise NotImplementedError
+
+    def backward(self, engine, loss: torch.Tensor, retain_graph: bool, scale_wrt_gas: bool) -> torch.Tensor:
+        """A backward of the engine. Returns the loss as the engine's does."""
+        raise NotImplementedError
 
     def step(self) -> None:
         """Make a step from what the backward calls have left."""
@@ -125,6 +135,21 @@ def build(adapter: type[InPlaceAdapter], engine, optimizer: InPlaceOptimizer, or
     return adapter(optimizer, engine.module, stage, engine.seq_data_parallel_group, offload)
 
 
+def forward(original, engine, *inputs, **keywords):
+    """In training, the method's forward; else the engine's own."""
+    adapter = engine.optimizer
+    if isinstance(adapter, InPlaceAdapter) and engine.module.training and torch.is_grad_enabled():
+        return adapter.forward(original, engine, inputs, keywords)
+    return original(*inputs, **keywords)
+
+
+def backward(original, engine, loss, retain_graph=False, scale_wrt_gas=True):
+    """The method's backward, where it has one."""
+    if isinstance(engine.optimizer, InPlaceAdapter):
+        return engine.optimizer.backward(engine, loss, retain_graph, scale_wrt_gas)
+    return original(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
+
+
 def common_checkpoint_state(original, engine, *arguments, **keywords):
     """What a checkpoint says of the run, and where it was saved."""
     state = original(*arguments, **keywords)
@@ -178,6 +203,8 @@ def load_zero_checkpoint(original, engine, load_dir, tag, load_optimizer_states=
 
 
 WRAPPERS = {
+    "forward": forward,
+    "backward": backward,
     "_get_all_ckpt_names": get_all_ckpt_names,
     "_common_checkpoint_state": common_checkpoint_state,
     "load_module_state_dict": load_module_state_dict,

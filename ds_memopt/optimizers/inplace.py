@@ -133,20 +133,23 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         """Steps that were skipped because a loss was not finite."""
         return self.progress["skipped"]
 
-    def _move(self, part: Part, add_direction: Callable[[torch.Tensor, slice, torch.Tensor], None]) -> None:
+    def _move(
+        self, part: Part, add_direction: Callable[[torch.Tensor, slice, torch.Tensor], None], rate: Any = 1.0
+    ) -> None:
         """Make a step with a part: theta <- theta * (1 - lr * weight_decay) - lr * direction.
 
         add_direction(direction, piece, weights): add to zeros what the elements part.elements[piece], which hold these
-            weights, are to go along.
+            weights, are to go along. rate: multiplies lr.
         """
         group, store = self.param_groups[self._group_number[part.parameter]], self._store(part)
+        lr = group["lr"] * rate
         for start in range(0, len(part.elements), PIECE):
             piece = slice(start, start + PIECE)
             weights, kept = part.elements[piece], store[piece] if store is not None else None
             before = self._master(weights, kept)
             direction = torch.zeros_like(before)
             add_direction(direction, piece, weights)
-            after = before * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction
+            after = before * (1 - lr * group["weight_decay"]) - lr * direction
             weights.copy_(after)
             if kept is not None:
                 kept.copy_(after if self.keep == "fp32" else residual_of(after))
@@ -185,8 +188,13 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         With the weights and `progress` it is all that a run on other ranks or at another stage needs to go on.
         """
         for part in self.shards.parts():
-            for key, values in self.state.get(part.parameter, {}).items():
-                yield StatePart(part.name, key, part.start, values)
+            for key, (start, values) in self._states(part).items():
+                yield StatePart(part.name, key, start, values)
+
+    def _states(self, part: Part) -> dict[str, tuple[int, torch.Tensor]]:
+        """All state of a part, made if there is none: by key, number of its first entry in that of the whole."""
+        store = self._store(part)
+        return {} if store is None else {"kept": (part.start, store)}
 
     @torch.no_grad()
     def load_named_state(self, parts: Iterable[StatePart], progress: Mapping[str, Any]) -> None:
@@ -199,18 +207,22 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         offered: dict[tuple[str, str], list[StatePart]] = {}
         for part in parts:
             offered.setdefault((part.name, part.key), []).append(part)
-        own = [(part, store) for part in self.shards.parts() if (store := self._store(part)) is not None]
-        for part, store in own:
-            check_covered(part.name, "kept", part.start, len(store), offered.get((part.name, "kept"), []))
-        for part, store in own:
-            for given in offered[part.name, "kept"]:
-                given.copy_to(store, part.start)
+        own = [
+            (part.name, key, start, values)
+            for part in self.shards.parts()
+            for key, (start, values) in self._states(part).items()
+        ]
+        for name, key, start, values in own:
+            check_covered(name, key, start, len(values), offered.get((name, key), []))
+        for name, key, start, values in own:
+            for given in offered[name, key]:
+                given.copy_to(values, start)
         self._set_progress(**progress)
         self._loaded()
         self.shards.publish()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, with what is kept of 16-bit weights in its own type.
+        """As torch's, with the state in its own types; torch would cast it to the weights'.
 
         Raises ValueError, before anything is changed, for the state of another method or of other options.
         """
@@ -218,8 +230,8 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         for number, parameter in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
-            if "kept" in state_dict["state"].get(number, {}):
-                self.state[parameter]["kept"] = state_dict["state"][number]["kept"].to(parameter.device, copy=True)
+            for key, value in state_dict["state"].get(number, {}).items():
+                self.state[parameter][key] = value.to(parameter.device, copy=True)
         self._loaded()
 
     def _loaded(self) -> None:

@@ -1,5 +1,6 @@
 """Where data lies: which intervals of which parameters this rank's optimizer tensors hold."""
 
+from .gradients import GradientBuckets
 from .inplace import InPlaceShards, Part, PartitionedShards, SplitShards, WholeShards
 from .layout import (
     Interval,
@@ -17,6 +18,7 @@ from .zero3 import Zero3Placement
 from .zero12 import Zero12Placement
 
 __all__ = [
+    "GradientBuckets",
     "InPlaceShards",
     "Interval",
     "Layout",

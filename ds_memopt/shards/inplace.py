@@ -7,7 +7,7 @@ Private names of DeepSpeed used here, checked against 0.19.8:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -20,11 +20,12 @@ from torch.distributed.tensor import DTensor
 from .plain import PlainPlacement, sharded_mesh_dim
 from .seams import collective_device
 
-# Its name before torch 2.13 is the second one.
+# Their names before torch 2.13 are the second ones.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-BUCKET = 2**25
-"""Elements that are gathered at once."""
+BUCKET = 2**22
+"""Elements of small parameters that are sent together; a larger one is sent by itself, without a copy if it divides."""
 
 
 class Part(NamedTuple):
@@ -37,10 +38,30 @@ class Part(NamedTuple):
 
 
 class InPlaceShards(Protocol):
-    """How one engine keeps the weights."""
+    """How one engine keeps the weights. names: of all parameters. reduces: whether gradients are to be reduced here."""
+
+    names: Mapping[torch.Tensor, str]
+    reduces: bool
+
+    def part(self, parameter: torch.Tensor) -> Part:
+        """What this rank updates of a parameter; it may have no elements."""
 
     def parts(self) -> Iterator[Part]:
-        """What this rank updates."""
+        """What this rank updates, where it has elements."""
+
+    def numel(self, parameter: torch.Tensor) -> int:
+        """Elements of the whole parameter."""
+
+    def local(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Where an engine has reduced a gradient, or a lone process has it: this rank's elements, 1-D."""
+
+    def reduce(
+        self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], dtype: torch.dtype | None
+    ) -> Callable[[], list[torch.Tensor]]:
+        """Begin to average whole gradients (None: zeros) over the ranks, summed in a dtype (None: as they are).
+
+        Returns what waits, and returns the elements of this rank's parts. A collective.
+        """
 
     def publish(self) -> None:
         """Let all ranks see what each has updated. A collective."""
@@ -63,11 +84,37 @@ class WholeShards:
     ) -> None:
         self.model, self.names, self.process_group = model, names, process_group
         self._placement = PlainPlacement()
+        sharded = any(isinstance(parameter, DTensor) for parameter in names)  # FSDP2 averages gradients itself
+        self.reduces = not sharded and world_size(process_group) > 1
+
+    def part(self, parameter: torch.Tensor) -> Part:
+        name = self.names[parameter]
+        intervals = self._placement.layout([parameter], [name]).intervals
+        return Part(name, intervals[0].start if intervals else 0, parameter, self._placement.local(parameter))
 
     def parts(self) -> Iterator[Part]:
-        for parameter, name in self.names.items():
-            for interval in self._placement.layout([parameter], [name]).intervals:
-                yield Part(name, interval.start, parameter, self._placement.local(parameter))
+        for parameter in self.names:
+            part = self.part(parameter)
+            if len(part.elements):
+                yield part
+
+    def numel(self, parameter: torch.Tensor) -> int:
+        return parameter.numel()
+
+    def local(self, gradient: torch.Tensor) -> torch.Tensor:
+        return self._placement.local(gradient)
+
+    def reduce(
+        self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], dtype: torch.dtype | None
+    ) -> Callable[[], list[torch.Tensor]]:
+        whole = _joined([_flat(p, g, p.numel(), dtype) for p, g in zip(parameters, gradients, strict=True)], dim=0)
+        work = dist.all_reduce(whole, group=self.process_group, async_op=True)
+
+        def receive() -> list[torch.Tensor]:
+            work.wait()
+            return list(whole.div_(world_size(self.process_group)).split([p.numel() for p in parameters]))
+
+        return receive
 
     def publish(self) -> None:
         """Nothing to send: the ranks update alike, or each its own rows."""
@@ -88,29 +135,58 @@ class WholeShards:
 class SplitShards(WholeShards):
     """Every rank holds whole parameters and updates an even part of each: ZeRO-1 and 2."""
 
-    def parts(self) -> Iterator[Part]:
-        rank = dist.get_rank(self.process_group)
-        for parameter, name in self.names.items():
-            piece = self._piece(parameter)
-            start, end = (min(number * piece, parameter.numel()) for number in (rank, rank + 1))
-            if start < end:
-                yield Part(name, start, parameter, parameter.detach().view(-1)[start:end])
+    def part(self, parameter: torch.Tensor) -> Part:
+        start, length = self._span(parameter)
+        elements = parameter.detach().view(-1)[start : start + length]
+        return Part(self.names[parameter], start, parameter, elements)
+
+    def reduce(
+        self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], dtype: torch.dtype | None
+    ) -> Callable[[], list[torch.Tensor]]:
+        size = world_size(self.process_group)
+        pieces = [self._piece(parameter) for parameter in parameters]
+        whole = _joined(
+            [
+                _flat(parameter, gradient, size * piece, dtype).view(size, piece)
+                for parameter, gradient, piece in zip(parameters, gradients, pieces, strict=True)
+            ],
+            dim=1,
+        )
+        mine = whole.new_empty(sum(pieces))
+        work = _reduce_scatter(mine, whole.view(-1), group=self.process_group, async_op=True)
+
+        def receive() -> list[torch.Tensor]:
+            work.wait()
+            lengths = [self._span(parameter)[1] for parameter in parameters]
+            split = mine.div_(size).split(pieces)
+            return [part[:length] for part, length in zip(split, lengths, strict=True)]
+
+        return receive
+
+    def _span(self, parameter: torch.Tensor) -> tuple[int, int]:
+        """First element and number of elements of this rank's part; the last ranks' may be short or empty."""
+        piece = self._piece(parameter)
+        start = min(dist.get_rank(self.process_group) * piece, self.numel(parameter))
+        return start, min(piece, self.numel(parameter) - start)
 
     def sum_of_parts(self, values: torch.Tensor) -> None:
         sum_over_ranks(values, self.process_group)
 
     def publish(self) -> None:
-        for bucket in self._buckets():
-            size = dist.get_world_size(self.process_group)
-            rank = dist.get_rank(self.process_group)
+        size, rank = world_size(self.process_group), dist.get_rank(self.process_group)
+        for bucket in self._buckets() if size > 1 else ():
             pieces = [self._piece(parameter) for parameter in bucket]
+            if len(bucket) == 1 and pieces[0] * size == bucket[0].numel():
+                part = self.part(bucket[0])
+                _all_gather(bucket[0].detach().view(-1), part.elements.clone(), group=self.process_group)
+                continue
             whole = bucket[0].new_empty(size, sum(pieces))
             self._copy(bucket, pieces, whole, [rank], to_bucket=True)
             _all_gather(whole.view(-1), whole[rank].clone(), group=self.process_group)
             self._copy(bucket, pieces, whole, [other for other in range(size) if other != rank], to_bucket=False)
 
     def _piece(self, parameter: torch.Tensor) -> int:
-        return -(-parameter.numel() // dist.get_world_size(self.process_group))
+        return -(-parameter.numel() // world_size(self.process_group))
 
     def _buckets(self) -> Iterator[list[torch.Tensor]]:
         for dtype in {parameter.dtype: None for parameter in self.names}:
@@ -140,7 +216,7 @@ class SplitShards(WholeShards):
             offset += piece
 
 
-class PartitionedShards(WholeShards):
+class PartitionedShards(SplitShards):
     """Every rank holds and updates a piece of each parameter: ZeRO-3.
 
     offload: what gathers and partitions the parameters.
@@ -156,21 +232,40 @@ class PartitionedShards(WholeShards):
         super().__init__(model, names, process_group)
         self.offload = offload
 
-    def parts(self) -> Iterator[Part]:
-        rank = dist.get_rank(self.process_group)
-        for parameter, name in self.names.items():
-            piece = parameter.ds_tensor.ds_numel
-            length = min(piece, parameter.ds_numel - rank * piece)  # the last ranks' pieces may be padding
-            if length > 0:
-                yield Part(name, rank * piece, parameter, parameter.ds_tensor.detach().view(-1)[:length])
+    def part(self, parameter: torch.Tensor) -> Part:
+        start, length = self._span(parameter)
+        elements = parameter.ds_tensor.detach().view(-1)[:length]
+        return Part(self.names[parameter], start, parameter, elements)
 
-    def sum_of_parts(self, values: torch.Tensor) -> None:
-        sum_over_ranks(values, self.process_group)
+    def numel(self, parameter: torch.Tensor) -> int:
+        return parameter.ds_numel
+
+    def _piece(self, parameter: torch.Tensor) -> int:
+        return parameter.ds_tensor.ds_numel
 
     def publish(self) -> None:
         self.offload.partition_all_parameters()  # what is gathered, for good or to be used again, is out of date
         if self.offload.persistent_parameters:
             self.offload.persistent_parameters[0].all_gather(self.offload.persistent_parameters)
+
+
+def world_size(process_group: ProcessGroup | None) -> int:
+    """Ranks of a process group (None: all; a lone process is 1)."""
+    return dist.get_world_size(process_group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def _joined(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _flat(
+    parameter: torch.Tensor, gradient: torch.Tensor | None, length: int, dtype: torch.dtype | None
+) -> torch.Tensor:
+    """A whole gradient, 1-D, or zeros for one that is missing, padded with zeros to a length."""
+    if gradient is None:
+        return torch.zeros(length, dtype=dtype or parameter.dtype, device=parameter.device)
+    flat = gradient.reshape(-1).to(dtype or gradient.dtype)
+    return flat if len(flat) == length else torch.cat([flat, flat.new_zeros(length - len(flat))])
 
 
 def sum_over_ranks(values: torch.Tensor, process_group: ProcessGroup | None) -> None:
