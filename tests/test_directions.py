@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -332,6 +334,128 @@ def test_a_hyper_parameter_out_of_range_is_refused(name):
     assert f"{name}={value!r} is out of range: it must be {limit}" in str(error.value)
 
 
+LAYERS = 'Name the parameters of each layer, as layers=[["first.weight", "first.bias"], ["second.weight"]].'
+NOT_LAYERS = "it must be a list with a list of parameter names for each layer, none of them empty. " + LAYERS
+UNKNOWN = (
+    "it must be one of the 10 parameters that train, such as 'embed.weight'. Use the names of model.named_parameters"
+)
+WRONG_LAYERS = {
+    "no layer": ([], f"layers=[] is out of range: {NOT_LAYERS}"),
+    "an empty layer": ([["head.bias"], []], f"layers=[['head.bias'], []] is out of range: {NOT_LAYERS}"),
+    "no list": ("head", f"layers='head' is out of range: {NOT_LAYERS}"),
+    "names for lists": (["head.bias"], f"layers=['head.bias'] is out of range: {NOT_LAYERS}"),
+    "an unknown name": ([["head.bias"], ["head"]], f"layers[1]='head' is out of range: {UNKNOWN}"),
+    "a frozen parameter": ([["head.weight"]], f"layers[0]='head.weight' is out of range: {UNKNOWN}"),
+    "no name": ([[["head.bias"]]], f"layers[0]=['head.bias'] is out of range: {UNKNOWN}"),
+    "a name in two": (
+        [["head.bias"]] * 2,
+        "layers[1]='head.bias' is out of range: it must be listed once. Leave it in",
+    ),
+    "a name twice": ([["head.bias"] * 2], "layers[0]='head.bias' is out of range: it must be listed once. Leave it in"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_LAYERS)
+def test_layers_that_are_none_are_refused(case):
+    """Also where all layers train: the option would wait for a layer_fraction to fail."""
+    layers, message = WRONG_LAYERS[case]
+    model = Net()
+    model.head.weight.requires_grad_(False)
+    for options in ({}, LEZO):
+        with pytest.raises(ValueError) as error:
+            MeZO.from_model(model, layers=layers, **HYPER | options)
+        assert message in str(error.value)
+
+
 def test_lezo_needs_layers():
-    with pytest.raises(ValueError, match="no nn.ModuleList with at least two members"):
+    with pytest.raises(ValueError) as error:
         MeZO.from_model(nn.Sequential(nn.Linear(3, 3)), **HYPER | LEZO)
+    cause = "The model has no nn.ModuleList with at least two members that hold trainable parameters."
+    assert str(error.value) == f"layer_fraction=0.4 needs layers. {cause} {LAYERS}"
+
+
+def test_skipped_layers_decay():
+    model = Net(5)
+    optimizer, before = MeZO.from_model(model, **HYPER | LEZO), named(model)
+    optimizer.apply([1.0] * PROBES)
+    skipped = [name for name in optimizer.directions.skipped(0) if name.endswith("weight")]
+    assert len(skipped) == 2 * 3
+    for name in skipped:
+        assert np.abs(named(model)[name] / before[name] - (1 - LR * DECAY)).max() < 1e-12
+
+
+def test_a_matrix_that_starts_at_zero_trains_on_under_sparse_mezo():
+    """All of it, as LoRA's B, also after a resume; so does one that begins with more zeros than the share."""
+    model = Net()
+    with torch.no_grad():
+        model.head.weight.zero_()
+        model.embed.weight[:4] = 0
+    optimizer = MeZO.from_model(model, **HYPER | SPARSE)
+    for step in range(4):
+        if step == 2:
+            saved = copy.deepcopy(optimizer.state_dict())
+            optimizer = MeZO.from_model(model, **HYPER | SPARSE)
+            optimizer.load_state_dict(saved)
+        before = named(model)
+        optimizer.apply([1.0] * PROBES)
+        after = named(model)
+        for name in ("head.weight", "embed.weight"):
+            assert (after[name] != before[name]).all()
+            expected = noise(name, after[name].shape, step)
+            assert np.array_equal(direction(optimizer, name, step).view(expected.shape).double().numpy(), expected)
+        assert not direction(optimizer, "layers.0.0.weight", step).all()  # the others stay masked
+
+
+def references_after_a_run(options: dict) -> list[weakref.ref]:
+    model = Net()
+    optimizer = MeZO.from_model(model, **HYPER | options)
+    for step in range(3):
+        optimizer.step(lambda step=step: model(*inputs(step)))
+    return [weakref.ref(model), weakref.ref(optimizer), weakref.ref(model.head.weight)]
+
+
+@pytest.mark.parametrize("options", [{}, LEZO, SUBZERO, SPARSE], ids=str)
+def test_an_optimizer_that_is_dropped_keeps_nothing_alive(options):
+    references = references_after_a_run(options)
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 3
+
+
+@pytest.fixture
+def bases(monkeypatch) -> list[weakref.ref]:
+    """One for every basis that is made."""
+    made, qr = [], torch.linalg.qr
+
+    def recording(matrix):
+        result = qr(matrix)
+        made.append(weakref.ref(result.Q))
+        return result
+
+    monkeypatch.setattr(torch.linalg, "qr", recording)
+    return made
+
+
+def alive(references: list[weakref.ref]) -> int:
+    return sum(reference() is not None for reference in references)
+
+
+def test_bases_are_made_once_for_a_window_and_then_dropped(bases):
+    """For so many matrices that a cache of a fixed size, of 1,024 for instance, would drop each before its next use."""
+    model = nn.Module()
+    model.all = nn.ParameterList(torch.ones(3, 2) for _ in range(1100))
+    optimizer = MeZO.from_model(model, **HYPER | {"rank": 1, "refresh_every": 2})
+    for step, windows in enumerate((1, 1, 2, 2, 3)):
+        for name, p in model.named_parameters():
+            optimizer.directions.add_(torch.zeros(6), p.detach().view(-1), name, 0, step, 0, 1.0)
+        assert (len(bases), alive(bases)) == (windows * 2 * 1100, 2 * 1100)
+
+
+def test_momentum_makes_the_last_bases_but_once_more(bases):
+    """In steps after a refresh it adds up noise of both windows, and an update changes between them many times."""
+    model = Net()
+    optimizer = MeZO.from_model(model, momentum=0.5, **HYPER | {"rank": 2, "refresh_every": 10})
+    seen = []
+    for step in range(21):
+        optimizer.step(lambda step=step: model(*inputs(step)))
+        seen.append((len(bases) / 12, alive(bases) / 12))  # 6 matrices have 12 bases
+    assert seen == [(1, 1)] * 10 + [(3, 2)] * 10 + [(5, 2)]

@@ -152,8 +152,8 @@ def _find_layers(model: nn.Module, rest: Iterable[str]) -> tuple[dict[str, list[
             sizes[home[name][0]] += prod(full_shape(names[name]))
     if not sizes:
         raise ValueError(
-            "The model has no nn.ModuleList with at least two members that hold trainable parameters to rotate "
-            'through. Set blocks to patterns, one list per block, such as [["stem", "stage1"], ["stage2", "head"]].'
+            "The model has no nn.ModuleList with at least two members that hold trainable parameters. Set blocks to "
+            'patterns, one list per block, such as [["stem", "stage1"], ["stage2", "head"]].'
         )
     layers: dict[str, list[str]] = {}
     for name, (path, member) in home.items():

@@ -26,6 +26,8 @@ from .noise import Noise
 BINS = 2**15
 """Magnitudes are told apart by exponent and 7 bits of mantissa, as bf16 has them."""
 
+LAYERS = 'Name the parameters of each layer, as layers=[["first.weight", "first.bias"], ["second.weight"]].'
+
 
 @dataclass
 class Directions:
@@ -33,14 +35,17 @@ class Directions:
 
     kind, seed, compiled: of the noise, see `Noise`.
     layer_fraction: LeZO: in each step this share of the layers, drawn anew, has noise; so has all that is in no layer.
+        The others stay where they are but for weight decay, which knows no layers.
     rank: SubZero: for matrices z = sqrt(R C) / rank * U Z V^T, with U [R, rank] and V [C, rank] orthonormal and drawn
         anew every `refresh_every` steps, Z [rank, rank] in every step. 0: full noise. Other ranks and placements agree
         to fp32 rounding of the product, not bit for bit.
     magnitude_fraction: Sparse-MeZO: of each matrix only the smallest weights have noise, up to the magnitude below
-        which this share of them lay at the first step.
-    layers: the parameters of each layer, where the model does not tell.
+        which this share of them lay at the first step. Where that is 0, as in LoRA's B, all have noise: weights that
+        start at zero would leave the mask with their first step, and nothing would train from then on.
+    layers: the names of each layer's parameters. None: what the model's structure tells, if layer_fraction < 1.
 
-    Raises ValueError for a number out of range, and where layer_fraction < 1 finds no layers.
+    Raises ValueError for a number out of range; for layers that are empty, or name a parameter that does not train or
+    one twice; and where layer_fraction < 1 finds no layers.
     """
 
     model: nn.Module
@@ -64,11 +69,35 @@ class Directions:
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
             check_range(key, value, whole, f"an integer >= {low}", "0 is plain MeZO." if low == 0 else "Try 1000.")
         self.shapes = {name: full_shape(p) for p, name in self.names.items()}
-        if self.layers is None:
-            blocks = {}
-            if self.layer_fraction < 1:
-                blocks = partition_into_blocks(self.model, self.names.values()).blocks
-            self.layers = [list(names) for names in blocks.values()]
+        if self.layers is not None:
+            self._check_layers()
+        elif self.layer_fraction < 1:
+            self.layers = self._find_layers()
+        # Of this instance: a cache of the class would keep the model alive. One entry for each step of the momentum.
+        self.skipped = functools.lru_cache(maxsize=512)(self.skipped)
+        self._bases: dict[tuple[str, torch.device], dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def _check_layers(self) -> None:
+        layers, lists = self.layers, (list, tuple)
+        filled = isinstance(layers, lists) and layers and all(isinstance(layer, lists) and layer for layer in layers)
+        limit = "a list with a list of parameter names for each layer, none of them empty"
+        check_range("layers", layers, filled, limit, LAYERS)
+        seen = set()
+        example = f"one of the {len(self.shapes)} parameters that train, such as {next(iter(self.shapes))!r}"
+        for number, layer in enumerate(layers):
+            for name in layer:
+                known = isinstance(name, str) and name in self.shapes
+                check_range(f"layers[{number}]", name, known, example, "Use the names of model.named_parameters().")
+                check_range(f"layers[{number}]", name, name not in seen, "listed once", "Leave it in one layer.")
+                seen.add(name)
+
+    def _find_layers(self) -> list[list[str]]:
+        try:
+            blocks = partition_into_blocks(self.model, self.names.values()).blocks
+        except ValueError as error:
+            cause = str(error).split(". ")[0]  # its remedy is an option of another method
+            raise ValueError(f"layer_fraction={self.layer_fraction} needs layers. {cause}. {LAYERS}") from error
+        return [list(names) for names in blocks.values()]
 
     def add_(
         self, target: torch.Tensor, weights: torch.Tensor, name: str, start: int, step: int, probe: int, scale: float
@@ -76,7 +105,8 @@ class Directions:
         """target += scale * z, for the elements of parameter `name` from `start` on; weights: the same, unperturbed."""
         if name in self.skipped(step):
             return
-        if not self.rank and name not in self.thresholds:
+        threshold = self.thresholds.get(name, 0)
+        if not self.rank and not threshold:
             self._noise(step, probe).add_(target, name, start, scale)
             return
         z = torch.zeros_like(target, dtype=torch.float32)
@@ -84,8 +114,8 @@ class Directions:
             z.add_(self._low_rank(name, start, len(target), step, probe, target.device), alpha=scale)
         else:
             self._noise(step, probe).add_(z, name, start, scale)
-        if name in self.thresholds:
-            z.mul_(magnitude_bins(weights) <= self.thresholds[name])
+        if threshold:
+            z.mul_(magnitude_bins(weights) <= threshold)
         target.add_(z)
 
     def choose_thresholds(self, shards: InPlaceShards) -> None:
@@ -93,19 +123,19 @@ class Directions:
         if self.magnitude_fraction == 1 or self.thresholds:
             return
         parts = {part.name: part.elements for part in shards.parts()}
-        device = next(iter(parts.values())).device
-        for name in self.names.values():  # the same on every rank, also where one holds nothing of a parameter
+        for parameter, name in self.names.items():  # the same on every rank, also where one holds nothing of it
             if len(self.shapes[name]) < 2:
                 continue
-            bins = magnitude_bins(parts[name]) if name in parts else torch.zeros(0, dtype=torch.int32, device=device)
-            counts = torch.bincount(bins, minlength=BINS).double()
+            bins = magnitude_bins(parts[name]) if name in parts else torch.zeros(0, dtype=torch.int32)
+            counts = torch.bincount(bins, minlength=BINS).to(parameter.device, torch.float64)
             shards.sum_of_parts(counts)
             below = counts.cumsum(0)
             self.thresholds[name] = int(torch.searchsorted(below, self.magnitude_fraction * below[-1]))
 
-    @functools.lru_cache(maxsize=4)  # noqa: B019 - of one step, for its probes and its update
     def skipped(self, step: int) -> frozenset[str]:
         """The parameters that have no noise in this step."""
+        if self.layer_fraction == 1:
+            return frozenset()
         generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.seed}, layers, {step}".encode()))
         order = torch.randperm(len(self.layers), generator=generator, device="cpu").tolist()
         left_out = order[math.ceil(self.layer_fraction * len(self.layers)) :]
@@ -119,20 +149,24 @@ class Directions:
     ) -> torch.Tensor:
         rows, columns = self.shapes[name]
         rank = min(self.rank, rows, columns)
-        left, right = self._bases(name, rank, step // self.refresh_every, device)
+        left, right = self._bases_of(name, rank, step // self.refresh_every, device)
         middle = self._noise(step, probe).values(name, 0, rank * rank, device).view(rank, rank)
         first, last = start // columns, -(-(start + length) // columns)
         product = left[first:last] @ middle @ right.T * (math.sqrt(rows * columns) / rank)
         return product.flatten()[start - first * columns :][:length]
 
-    @functools.lru_cache(maxsize=1024)  # noqa: B019 - one entry per matrix
-    def _bases(self, name: str, rank: int, number: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        noise = Noise(self.seed, number, 0, "gaussian")
-        sides = zip(("rows", "columns"), self.shapes[name], strict=True)
-        drawn = [noise.values(f"{name}, {side}", 0, size * rank, device).view(size, rank) for side, size in sides]
-        return tuple(torch.linalg.qr(side).Q for side in drawn)
-
-    __hash__ = object.__hash__
+    def _bases_of(self, name: str, rank: int, number: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """U and V of a window of `refresh_every` steps. Only the newest window's stay, and what is asked for after it:
+        momentum looks back."""
+        held = self._bases.setdefault((name, device), {})
+        if number not in held:
+            if number > max(held, default=-1):
+                held.clear()
+            noise = Noise(self.seed, number, 0, "gaussian")
+            sides = zip(("rows", "columns"), self.shapes[name], strict=True)
+            drawn = [noise.values(f"{name}, {side}", 0, size * rank, device).view(size, rank) for side, size in sides]
+            held[number] = tuple(torch.linalg.qr(side).Q for side in drawn)
+        return held[number]
 
 
 def magnitude_bins(weights: torch.Tensor) -> torch.Tensor:
