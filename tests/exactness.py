@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from unittest import mock
 
-import deepspeed
 import torch
 import torch.distributed as dist
-from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train, train_plain
+from tiny import (
+    HYPER,
+    batches,
+    ds_config,
+    full_parameters,
+    initialize,
+    llama,
+    llama_under_zero_init,
+    shard_fsdp2,
+    train,
+    train_plain,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
@@ -138,14 +148,7 @@ def zero(rule: str, stage: int, zero_init: bool = False, **changes) -> tuple[dic
         # DeepSpeed's CPU Adam would compile for minutes; torch's is the same formula.
         changes["zero_force_ds_cpu_optimizer"] = False
     config = ds_config(stage, method, HYPER | options, **changes)
-    if zero_init:
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            model = llama()
-        # The seed draws other weights under zero.Init, where each rank sees parameters of other shapes.
-        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
-            model.load_state_dict(llama().state_dict())
-    else:
-        model = llama()
+    model = llama_under_zero_init(config) if zero_init else llama()
     engine = initialize(model, config, model_parameters=groups(model))
     inner = engine.basic_optimizer
     assert type(inner).__name__ == method

@@ -75,12 +75,17 @@ def test_one_rank_is_bit_for_bit_plain_pytorch(options):
         assert equal(weights, reference(options, in_fp64=placement == "fp64 sums")), placement
 
 
+def agree(weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], options: str) -> bool:
+    """To the bit; under SubZero, whose products over other rows may round otherwise, as near as one process must be."""
+    return error(weights, expected, options) <= 3 if options == "SubZero" else equal(weights, expected)
+
+
 def check(results: dict[str, dict], options: str) -> None:
-    """Placements agree to the bit, and with one process but for the loss's rounding; without that to the bit too."""
+    """Placements agree, and with one process but for the loss's rounding; without that as they do with each other."""
     in_fp64 = results.pop("fp64 sums")
-    assert equal(in_fp64, reference(options, in_fp64=True))
+    assert agree(in_fp64, reference(options, in_fp64=True), options)
     for placement, weights in results.items():
-        assert equal(weights, results["fsdp2"]), placement
+        assert agree(weights, results["fsdp2"], options), placement
     start, whole, weights = full_parameters(llama()), reference(options), results["fsdp2"]
     print(options, error(weights, whole, options), distance(weights, whole) / distance(whole, start))
     assert error(weights, whole, options) <= (30 if options == "bf16" else 3)
@@ -88,8 +93,9 @@ def check(results: dict[str, dict], options: str) -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_all_placements_on_two_ranks_agree(ranks, options):
-    """Measured 0.1 to 0.9, be epsilon 1e-3 (3e-4 to 1e-3 of the distance moved) or 0.1. In bf16 8: from the second step
-    on, weights that differ that little round to other bf16 numbers, which moves g by 2 %."""
+    """Measured 0.1 to 0.9, be epsilon 1e-3 (1e-4 to 2e-3 of the distance moved) or 0.1; SubZero's placements were equal
+    to the bit here. In bf16 8: from the second step on, weights that differ that little round to other bf16 numbers,
+    which moves g by 2 %."""
     check(ranks[0]["exact"][options], options)
     alone = reference(options, rows=6)
     assert error(alone, reference(options), options) > 400  # what a rank by itself would do

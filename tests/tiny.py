@@ -28,6 +28,15 @@ def llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**config | changes))
 
 
+def llama_under_zero_init(config: dict) -> LlamaForCausalLM:
+    """The same weights as `llama`: the seed draws others here, where each rank sees parameters of other shapes."""
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = llama()
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+        model.load_state_dict(llama().state_dict())
+    return model
+
+
 def batches(steps: int, rank: int = 0, world_size: int = 1, seed: int = 1):
     """This rank's rows of the same global batches, whatever the number of ranks."""
     generator = torch.Generator().manual_seed(seed)

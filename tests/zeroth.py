@@ -9,12 +9,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import accelerate
-import deepspeed
 import torch
 import torch.distributed as dist
 from accelerate.utils import DummyOptim
 from engines import InOrderTrainer, reset_accelerate
-from tiny import GLOBAL_BATCH, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train
+from tiny import (
+    GLOBAL_BATCH,
+    batches,
+    ds_config,
+    full_parameters,
+    initialize,
+    llama,
+    llama_under_zero_init,
+    shard_fsdp2,
+    train,
+)
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
@@ -31,6 +40,9 @@ OPTIONS = {
     "one-sided": {"estimator": "one_sided", "probes": 2},
     "epsilon 0.1": {"epsilon": 0.1},
     "bf16": {"momentum": 0.5},
+    "LeZO": {"layer_fraction": 0.5},
+    "SubZero": {"rank": 2},
+    "Sparse-MeZO": {"magnitude_fraction": 0.5},
 }
 PLACEMENTS = {
     "zero0": {"stage": 0},
@@ -45,7 +57,7 @@ FEW = ("zero0", "zero2", "zero3")
 TRIED = {
     "rademacher": tuple(PLACEMENTS),
     "bf16": tuple(name for name in PLACEMENTS if "Init" not in name),  # zero.Init makes the rotary buffer bf16 too
-    **dict.fromkeys(("gaussian", "one-sided", "epsilon 0.1"), FEW),
+    **dict.fromkeys(("gaussian", "one-sided", "epsilon 0.1", "LeZO", "SubZero", "Sparse-MeZO"), FEW),
 }
 """Placements under which each of the options is tried."""
 
@@ -57,14 +69,7 @@ def local(steps: int = STEPS) -> list[torch.Tensor]:
 def engine_of(stage: int, hyper: dict | None = None, zero_init: bool = False, make: Callable = llama, **changes):
     config = ds_config(stage, "MeZO", HYPER | (hyper or {}), **changes)
     config["train_micro_batch_size_per_gpu"] //= config.get("gradient_accumulation_steps", 1)
-    if zero_init:
-        with deepspeed.zero.Init(config_dict_or_path=config):
-            model = llama()
-        # The seed draws other weights under zero.Init, where each rank sees parameters of other shapes.
-        with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
-            model.load_state_dict(llama().state_dict())
-    else:
-        model = make()
+    model = llama_under_zero_init(config) if zero_init else make()
     return initialize(model, config, model_parameters=model.parameters())
 
 
@@ -114,7 +119,17 @@ def exact(names: Sequence[str], placements: Sequence[str] = tuple(PLACEMENTS)) -
             with running(**case | {"hyper": hyper | case.get("hyper", {})} | changes) as engine:
                 train(engine, local())
                 results[name][placement] = full_parameters(engine.module)
+                assert cuts_a_row(engine.basic_optimizer) == (case["stage"] > 0 and dist.get_world_size() > 1)
     return results
+
+
+def cuts_a_row(optimizer: MeZO) -> bool:
+    """Whether what this rank updates of a matrix begins or ends within a row."""
+    ends = [
+        (part.name, end) for part in optimizer.shards.parts() for end in (part.start, part.start + len(part.elements))
+    ]
+    shapes = optimizer.directions.shapes
+    return any(end % shapes[name][-1] for name, end in ends if len(shapes[name]) == 2)
 
 
 def labels_of(batch: torch.Tensor, above: int = 85) -> torch.Tensor:
