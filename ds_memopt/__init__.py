@@ -1,9 +1,9 @@
 """Memory-efficient training methods that live inside DeepSpeed and FSDP2."""
 
-from .optimizers import GWT, AdamMini, BAdam, MeZO
+from .optimizers import GWT, IPSGD, AdamMini, Addax, BAdam, MeZO
 
 __version__ = "0.1.0"
-__all__ = ["GWT", "AdamMini", "BAdam", "MeZO", "register"]
+__all__ = ["GWT", "IPSGD", "AdamMini", "Addax", "BAdam", "MeZO", "register"]
 
 
 def register() -> None:

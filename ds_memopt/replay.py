@@ -28,6 +28,8 @@ def replay(base: Path, trajectory: Path, out: Path, progress: Callable = lambda 
     if out.exists():
         raise ValueError(f"{out} exists already. Give a path that does not.")
     header, records = read_trajectory(trajectory)
+    if header.method != "MeZO":
+        raise ValueError(f"{trajectory} is of {header.method}: it tells half of every step, not what gradients did.")
     source = base if base.is_file() else _weight_file(base)
     weights = _load(source)
     dtype = getattr(torch, header.dtype)

@@ -124,11 +124,21 @@ ZEROTH_ORDER = STATE_COMPRESSING | {
     "round_robin_gradients": Support("untested", "It has no gradients."),
 }
 
+IN_BACKWARD = ZEROTH_ORDER | {
+    "ddp": Support(
+        "refused", "It holds a set of gradients. Use ZeRO-0 or above, FSDP2, or the bare model on all ranks."
+    ),
+    "round_robin_gradients": Support("untested"),
+    "zero1_fp32_accumulation": Support("untested"),
+}
+
 SUPPORT: dict[str, dict[str, Support]] = {
     "AdamMini": STATE_COMPRESSING,
     "BAdam": ROTATING,
     "GWT": STATE_COMPRESSING,
     "MeZO": ZEROTH_ORDER,
+    "IPSGD": IN_BACKWARD,
+    "Addax": IN_BACKWARD,
 }
 """For every method: its standing with every feature."""
 

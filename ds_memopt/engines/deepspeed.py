@@ -19,8 +19,17 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
-from ds_memopt.engines import frozen, inplace, rotation, zeroth_order
-from ds_memopt.optimizers import METHOD_KEY, METHODS, BAdam, MeZO, ShardedOptimizer, takes
+from ds_memopt.engines import frozen, in_backward, inplace, rotation, zeroth_order
+from ds_memopt.optimizers import (
+    METHOD_KEY,
+    METHODS,
+    BAdam,
+    InPlaceOptimizer,
+    MeZO,
+    ShardedOptimizer,
+    UpdatesInBackward,
+    takes,
+)
 from ds_memopt.shards import MasterCopyPlacement, Zero3Placement, Zero12Placement
 from ds_memopt.support import refuse
 
@@ -99,7 +108,8 @@ def _do_optimizer_sanity_check(original, engine, optimizer):
     if isinstance(optimizer, BAdam):
         optimizer.keep_all_groups()
     checked = original(optimizer)
-    return ZERO_OPTIMIZATION if isinstance(optimizer, MeZO) else checked  # whatever the stage and the precision
+    # Whatever the stage and the precision, ours takes the place of ZeRO's object.
+    return ZERO_OPTIMIZATION if isinstance(optimizer, InPlaceOptimizer) else checked
 
 
 def requested_features(engine) -> list[str]:
@@ -120,6 +130,8 @@ def requested_features(engine) -> list[str]:
 
 
 def _configure_zero_optimizer(original, engine, optimizer):
+    if isinstance(optimizer, UpdatesInBackward):
+        return in_backward.build(engine, optimizer, original)
     if isinstance(optimizer, MeZO):
         return zeroth_order.build(engine, optimizer, original)
     if not isinstance(optimizer, ShardedOptimizer):

@@ -7,7 +7,7 @@ Private names of DeepSpeed used here, checked against 0.19.8:
 
 from __future__ import annotations
 
-from ds_memopt.optimizers import BAdam, MeZO
+from ds_memopt.optimizers import BAdam, InPlaceOptimizer
 
 
 def common_checkpoint_state(original, engine, module_state_dict, zero_optimizer_state, save_frozen_param):
@@ -15,7 +15,7 @@ def common_checkpoint_state(original, engine, module_state_dict, zero_optimizer_
 
     DeepSpeed writes them at ZeRO-2 and 3 only, and without them zero_to_fp32 would lose them.
     """
-    if isinstance(engine.basic_optimizer, (BAdam, MeZO)):
+    if isinstance(engine.basic_optimizer, (BAdam, InPlaceOptimizer)):
         save_frozen_param = save_frozen_param or zero_optimizer_state
     return original(module_state_dict, zero_optimizer_state, save_frozen_param)
 
@@ -35,7 +35,7 @@ def with_all_trained(original, engine, *arguments, **keywords):
 def destroy(original, engine) -> None:
     """The engine's destroy; then the model is as it was before the method."""
     original()
-    if isinstance(engine.basic_optimizer, (BAdam, MeZO)):
+    if isinstance(engine.basic_optimizer, (BAdam, InPlaceOptimizer)):
         engine.basic_optimizer.release()
 
 

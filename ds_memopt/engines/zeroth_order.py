@@ -30,6 +30,8 @@ logger = logging.getLogger("ds_memopt")
 class ZerothOrderAdapter(InPlaceAdapter):
     """For methods that go by losses alone."""
 
+    freezes = True
+
     def __init__(self, optimizer: MeZO, model: nn.Module, stage: int, process_group, offload=None) -> None:
         super().__init__(optimizer, model, stage, process_group, offload)
         self.lockstep_checked = False
@@ -39,7 +41,7 @@ class ZerothOrderAdapter(InPlaceAdapter):
                 self.lockstep = optimizer.new_lockstep()
             except ValueError as error:
                 self._tell(f"each layer is gathered once for each sign: {error}")
-        for parameter in optimizer.names_by_tensor():
+        for parameter in optimizer.names_by_tensor() if self.freezes else ():
             parameter.requires_grad_(False)  # no gradient is needed, and checkpoints then hold all weights as they are
 
     def check_lockstep(self, run: Callable[[], tuple[Any, list]], apart: Iterator[torch.Tensor]) -> None:

@@ -1,0 +1,161 @@
+"""Addax: a zeroth-order step on long sequences and a first-order one on short ones, both in place and at once.
+
+Source: Li et al., "Addax: Utilizing Zeroth-Order Gradients to Improve Memory Efficiency and Performance of SGD for
+Fine-Tuning Language Models", ICLR 2025 (arXiv 2410.06441), Algorithm 1 and Equation 3.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ds_memopt.shards import Part
+
+from .base import check_range, is_number
+from .in_backward import Bucket, UpdatesInBackward, add_gradient, sum_and_count
+from .mezo import MeZO
+from .repeat import repeatable
+from .trajectory import SKIPPED
+
+
+class Addax(UpdatesInBackward, MeZO):
+    """With z = Noise(seed, t, 0), losses L0 of the zeroth-order half of a batch and L1 of the first-order half:
+
+        g0 = [L0(theta + epsilon z) - L0(theta - epsilon z)] / (2 epsilon),  g1 = grad L1(theta)
+        theta <- theta * (1 - lr * weight_decay) - lr * (alpha * g0 * z + (1 - alpha) * g1)
+
+    g0 is taken first, at the weights before the step; then backward makes g1, and each parameter moves as soon as its
+    gradient is there. A half that has no samples on any rank is left out, and the other keeps its factor.
+
+    Under an engine a batch is divided by the true length of its rows: those above length_threshold are the zeroth-order
+    half. In plain PyTorch and FSDP2 call `optimizer.step(zo_closure, fo_closure)`. If backward raises an exception,
+    what it has reached by then is updated, and the rest is not.
+
+    params: named parameters (`model.named_parameters()`) or param groups of them. Prefer `Addax.from_model`.
+    lr, weight_decay: read from the param group at every step. alpha: share of the zeroth-order half; lr * alpha is what
+        MeZO has for lr.
+    length_threshold: tokens, of the longest rows in the first-order half; None: rows are not told apart (Addax-WA), and
+        of each rank's batch the first zo_batch rows are the zeroth-order half; "auto": the largest number that fits
+        memory_gib, measured at the first batch.
+    zo_batch, fo_batch: rows of each half on each rank, K0 and K1, for samplers, Addax-WA and "auto".
+    memory_gib: what a rank may use, for "auto"; by default what the device has.
+    epsilon, noise, keep, seed, lockstep, compiled, trajectory: as in MeZO. clip, max_norm: of g1, as in IPSGD.
+    model: the model that the parameters belong to.
+
+    Raises ValueError for a hyper-parameter out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-4,
+        alpha: float = 1e-3,
+        epsilon: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        length_threshold: int | Literal["auto"] | None = "auto",
+        zo_batch: int | None = None,
+        fo_batch: int | None = None,
+        memory_gib: float | None = None,
+        noise: Literal["gaussian", "rademacher"] = "gaussian",
+        keep: Literal["residual", "fp32", "none"] = "residual",
+        clip: Literal["none", "tensor", "two_pass"] = "none",
+        max_norm: float = 1.0,
+        seed: int = 0,
+        lockstep: bool = True,
+        compiled: bool | None = None,
+        trajectory: str | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        check_range("alpha", alpha, is_number(alpha) and 0 <= alpha <= 1, "a number in [0, 1]", "1e-3 is usual.")
+        known = length_threshold in ("auto", None) or _is_count(length_threshold)
+        check_range("length_threshold", length_threshold, known, "an integer >= 1, 'auto' or null", "Try 'auto'.")
+        for name, value in (("zo_batch", zo_batch), ("fo_batch", fo_batch)):
+            check_range(name, value, value is None or _is_count(value), "an integer >= 1 or null", "Leave it out.")
+        valid = memory_gib is None or (is_number(memory_gib) and 0 < memory_gib < math.inf)
+        check_range("memory_gib", memory_gib, valid, "a finite number > 0 or null", "Leave it out on a GPU.")
+        self.alpha, self.length_threshold, self.memory_gib = alpha, length_threshold, memory_gib
+        self.zo_batch, self.fo_batch = zo_batch, fo_batch
+        self._set_clip(clip, max_norm)
+        super().__init__(
+            params, lr, epsilon, weight_decay, noise=noise, keep=keep, seed=seed, lockstep=lockstep, compiled=compiled,
+            trajectory=trajectory, model=model,
+        )  # fmt: skip
+        # Not the threshold and the batches: with others a run may go on.
+        own = {"alpha": alpha, "clip": clip, "max_norm": max_norm}
+        self._describe(self.hyper | own, self.progress)
+        self._watch()
+        self._terms: list[tuple[int, int, float]] = []
+
+    def begin(self, total: torch.Tensor | float, count: Any) -> float | None:
+        """As for all: and sets g0 from what was observed of the zeroth-order half."""
+        self._open_trajectory()
+        first = self._sums_of(total, count)
+        observed, self._sums = self._sums, None
+        if observed is None:
+            observed = first.new_zeros(len(self.evaluations()) + 1)
+        sums = torch.cat([observed, first])
+        self.shards.sum(sums)
+        *observed, not_finite, samples, ranks = sums.tolist()
+        g0 = self._projected(observed)[0] if observed[-1] else 0.0
+        if not_finite or not math.isfinite(g0) or not (samples or observed[-1]):
+            self._g0 = math.nan
+            return None
+        self._g0, self._terms = g0, [(self.steps, 0, self.alpha * g0)] if observed[-1] else []
+        return ranks / samples if samples else 0.0
+
+    def update_bucket(self, bucket: Bucket) -> None:
+        for part, gradient in bucket:
+            self._move(part, partial(self._add_both, part, gradient))
+
+    def _add_both(
+        self, part: Part, gradient: torch.Tensor | None, direction: torch.Tensor, piece: slice, weights: torch.Tensor
+    ) -> None:
+        add_gradient(gradient, 1 - self.alpha, direction, piece, weights)
+        self._add_noise(part, self._terms, direction, piece, weights)
+
+    def without_first_order(self) -> bool:
+        """Make the step where no rank has samples of the first-order half: all parts move along the noise alone."""
+        self._realised = self._intended = 0.0
+        self.gradients.finish()
+        return True
+
+    def end_step(self, done: bool) -> None:
+        if self._writer is not None:
+            rates = [group["lr"] for group in self.param_groups]
+            self._writer.append(self.steps, 0 if done else SKIPPED, [self._g0], rates)
+        super().end_step(done)
+
+    @torch.no_grad()
+    def step(self, zo_closure: Callable[[], Any] | None = None, fo_closure: Callable[[], Any] | None = None):
+        """Make one step, from a closure for each half; None for a half that no rank has.
+
+        They return the mean loss over this rank's samples of that half, or (sum of losses, number of samples or
+        tokens): (loss * 0, 0) on a rank that has none. zo_closure is called twice without a graph, fo_closure once
+        with one (twice with clip="two_pass"). Returns the first result of each. All ranks call.
+        """
+        zo_first = self.evaluate(zo_closure) if zo_closure is not None and self.alpha > 0 else None
+        if fo_closure is None or self.alpha == 1:
+            factor = self.begin(0.0, 0.0)
+            self.end_step(factor is not None and self.without_first_order())
+            return zo_first, None
+        again = repeatable(fo_closure, next(iter(self._names)).device)
+        with torch.enable_grad():
+            first = fo_closure()
+            total, count = sum_and_count(first)
+            factor = self.begin(total, count)
+            if factor == 0:
+                done = self.without_first_order()
+            else:
+                done = factor is not None and self.first_order(total, factor, lambda: sum_and_count(again())[0])
+        self.end_step(done)
+        return zo_first, first
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

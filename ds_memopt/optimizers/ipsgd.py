@@ -1,0 +1,112 @@
+"""IPSGD: gradient descent in place, each gradient used up and freed inside backward; no state, no set of gradients.
+
+Sources: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (LOMO, arXiv
+2306.09782); Li et al., "Addax" (ICLR 2025, arXiv 2410.06441), whose first-order half it is; Lv et al., "AdaLomo" (arXiv
+2310.10195), for rule="adalomo".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ds_memopt.blocks import full_shape
+from ds_memopt.shards import Part
+
+from .adalomo import AdaLomo
+from .base import check_range
+from .in_backward import Bucket, UpdatesInBackward, add_gradient, sum_and_count
+from .repeat import repeatable
+
+
+class IPSGD(UpdatesInBackward):
+    """theta <- theta * (1 - lr * weight_decay) - lr * g, where backward makes g.
+
+    Under an engine or FSDP2 the loop stays as it is. In plain PyTorch call `loss.backward(); optimizer.step()` after
+    every forward, or `optimizer.step(closure)`, where the closure returns the loss and is called once for each pass.
+    If backward raises an exception, what it has reached by then is updated, and the rest is not.
+
+    params: named parameters (`model.named_parameters()`) or param groups of them. Prefer `IPSGD.from_model`.
+    lr, weight_decay: read from the param group at every step.
+    rule: "sgd", or "adalomo": g over the root of its factored second moment, in steps relative to the size of a
+        parameter, see `AdaLomo`. Its state is one number per row and column of a matrix.
+    clip, max_norm: "none"; "tensor": no parameter's gradient has a larger norm than max_norm; "two_pass": nor have all
+        together, which takes a second forward and backward.
+    keep: what becomes of an update below a 16-bit weight's precision, see `InPlaceOptimizer`.
+    model: the model that the parameters belong to.
+
+    Raises ValueError for a hyper-parameter out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        rule: Literal["sgd", "adalomo"] = "sgd",
+        clip: Literal["none", "tensor", "two_pass"] = "none",
+        max_norm: float = 1.0,
+        keep: Literal["residual", "fp32", "none"] = "residual",
+        model: nn.Module | None = None,
+    ) -> None:
+        check_range("rule", rule, rule in ("sgd", "adalomo"), "'sgd' or 'adalomo'", "'sgd' is usual.")
+        self._set_clip(clip, max_norm)
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, keep=keep, model=model)
+        self._rule = AdaLomo() if rule == "adalomo" else None
+        self._describe({"rule": rule, "clip": clip, "max_norm": max_norm, "keep": keep}, {})
+        self._watch()
+
+    def update_bucket(self, bucket: Bucket) -> None:
+        rates: list[Any] = [1.0] * len(bucket)
+        if self._rule is not None:
+            # A missing gradient counts as zero, as elsewhere: the moments forget.
+            filled = [(part, torch.zeros_like(part.elements) if g is None else g) for part, g in bucket]
+            states = [self._moments(part) for part, _ in bucket]
+            shapes = [full_shape(part.parameter) for part, _ in bucket]
+            updates, rates = self._rule.directions(filled, shapes, states, self.steps + 1, self.shards.sum_of_parts)
+            bucket = [(part, update) for (part, _), update in zip(bucket, updates, strict=True)]
+        for (part, gradient), rate in zip(bucket, rates, strict=True):
+            self._move(part, partial(add_gradient, gradient, 1.0), rate)
+
+    def _moments(self, part: Part) -> dict[str, torch.Tensor]:
+        state = self.state[part.parameter]
+        new = self._rule.new_state(part, full_shape(part.parameter))
+        for key, (_, zeros) in new.items():
+            state.setdefault(key, zeros)
+        return {key: state[key] for key in new}
+
+    def _states(self, part: Part) -> dict[str, tuple[int, torch.Tensor]]:
+        states = super()._states(part)
+        if self._rule is not None:
+            starts = {key: start for key, (start, _) in self._rule.new_state(part, full_shape(part.parameter)).items()}
+            states |= {key: (starts[key], value) for key, value in self._moments(part).items()}
+        return states
+
+    def step(self, closure: Callable[[], Any] | None = None):
+        """End the step that backward has made, or make one with a closure. Returns the closure's first result.
+
+        closure: returns the mean loss over this rank's samples, or (sum of losses, number of samples or tokens), with a
+            graph for backward. With clip="two_pass" it is called twice, with the same random numbers.
+        All ranks call. If a loss is not finite, on whatever rank, or with clip="two_pass" a gradient, all skip.
+        """
+        if closure is not None:
+            again = repeatable(closure, next(iter(self._names)).device)
+            with torch.enable_grad():
+                first = closure()
+                total, count = sum_and_count(first)
+                factor = self.begin(total, count)
+                done = factor is not None and self.first_order(total, factor, lambda: sum_and_count(again())[0])
+            self.end_step(done)
+            return first
+        if not self.gradients.began:
+            raise ValueError("IPSGD.step has no gradient to go by. Call loss.backward() before, or pass a closure.")
+        if self.clip == "two_pass":
+            raise ValueError('clip="two_pass" runs backward twice: pass step a closure that returns the loss.')
+        self.gradients.finish()
+        self.end_step(done=True)
+        return None
