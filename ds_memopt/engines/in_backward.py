@@ -7,7 +7,6 @@ and freed. `engine.step` lets all ranks see the new weights.
 Private names of DeepSpeed used here, checked against 0.19.8:
   DeepSpeedEngine._running_engine_backward, .communication_data_type,
       .set_gradient_accumulation_boundary, ._config.zero_config.reduce_bucket_size
-  DeepSpeedZeRoOffload.get_param_coordinator().reset_step()
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ import torch.distributed as dist
 from ds_memopt.engines import inplace
 from ds_memopt.engines.halves import Half, half_of, halves, largest_length, stand_in
 from ds_memopt.engines.inplace import InPlaceAdapter
+from ds_memopt.engines.interleave import interleaved, one_step
 from ds_memopt.engines.losses import loss_of
 from ds_memopt.engines.zeroth_order import ZerothOrderAdapter
 from ds_memopt.optimizers import Addax, UpdatesInBackward
@@ -101,8 +101,6 @@ class InBackwardAdapter(InPlaceAdapter):
             self.done = optimizer.first_order(total, agreed, lambda: again().float() * scale)
         finally:
             engine._running_engine_backward = False
-            if self.offload is not None:
-                self.offload.get_param_coordinator().reset_step()
         return loss
 
     def step(self) -> None:
@@ -160,11 +158,25 @@ class AddaxAdapter(InBackwardAdapter, ZerothOrderAdapter):
         self.optimizer.shards.sum(counts)
         some_zo, some_fo = counts.tolist()
         output = zeroth = first = again = None
-        if some_zo and self.optimizer.alpha > 0:
+
+        def zeroth_order() -> tuple[Any, list[torch.Tensor]]:
             output, known, rest = self.evaluate(original, (), zo.keywords)
-            zeroth = [value.detach() for value in (*known, *rest())]
-        if some_fo and self.optimizer.alpha < 1:
-            output, first, again = self.first_order(original, fo)
+            return output, [value.detach() for value in (*known, *rest())]
+
+        def first_order() -> tuple[Any, torch.Tensor, Callable]:
+            return self.first_order(original, fo)
+
+        use_zo, use_fo = bool(some_zo) and self.optimizer.alpha > 0, bool(some_fo) and self.optimizer.alpha < 1
+        with one_step(self.offload):
+            if use_zo and use_fo and self.lockstep is not None and self.lockstep_checked:
+                (_, zeroth), (output, first, again) = interleaved(
+                    zeroth_order, first_order, self.lockstep.units, self.optimizer.paused
+                )
+            else:
+                if use_zo:
+                    output, zeroth = zeroth_order()
+                if use_fo:
+                    output, first, again = first_order()
         if output is None:
             raise ValueError(
                 f"No rank has a sample in the half that counts: alpha is {self.optimizer.alpha}, and on all ranks "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ class Lockstep:
         if "" in outside:
             raise ValueError(f"{type(model).__name__} itself owns parameters")
         self._model, self._set_sign = model, set_sign
-        self._units = [model.get_submodule(name) for name in (*layers, *outside)]
+        self.units = [model.get_submodule(name) for name in (*layers, *outside)]
         self._batch, self._sign = 0, 1
         self._second_loss: torch.Tensor | None = None
 
@@ -50,6 +51,7 @@ class Lockstep:
         """
         tensors = [value for value in (*inputs, *keywords.values()) if isinstance(value, torch.Tensor) and value.dim()]
         self._batch, self._sign, self._second_loss = len(tensors[0]), 1, None
+        self._thread = threading.get_ident()  # another may run the model in turn with this one, as it is
         doubled = _map((tuple(inputs), dict(keywords)), lambda t: torch.cat([t, t]) if len(t) == self._batch else t)
         if "use_cache" in inspect.signature(self._model.forward).parameters:
             doubled[1]["use_cache"] = False  # the second half would find the first one's keys in it
@@ -60,15 +62,15 @@ class Lockstep:
 
     @contextlib.contextmanager
     def _split(self) -> Iterator[None]:
-        own = [unit.__dict__.get("forward") for unit in self._units]  # most have their class's
+        own = [unit.__dict__.get("forward") for unit in self.units]  # most have their class's
         loss_function = self._model.loss_function
-        for unit in self._units:
+        for unit in self.units:
             unit.forward = self._in_halves(unit.forward)
         self._model.loss_function = self._loss_in_halves(loss_function)
         try:
             yield
         finally:
-            for unit, forward in zip(self._units, own, strict=True):
+            for unit, forward in zip(self.units, own, strict=True):
                 del unit.forward
                 if forward is not None:
                     unit.forward = forward
@@ -76,6 +78,8 @@ class Lockstep:
 
     def _in_halves(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def both(*inputs, **keywords):
+            if threading.get_ident() != self._thread:
+                return forward(*inputs, **keywords)
             halves = {}
             for sign in (self._sign, -self._sign):  # begin where the last module ended: to change signs takes new noise
                 if sign != self._sign:
@@ -89,6 +93,8 @@ class Lockstep:
 
     def _loss_in_halves(self, loss_function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def first_of_both(*inputs, **keywords):
+            if threading.get_ident() != self._thread:
+                return loss_function(*inputs, **keywords)
             self._second_loss = loss_function(*_map(inputs, self._second), **_map(keywords, self._second))
             return loss_function(*_map(inputs, self._first), **_map(keywords, self._first))
 

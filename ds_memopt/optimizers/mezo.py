@@ -144,7 +144,7 @@ class MeZO(InPlaceOptimizer):
 
     @contextlib.contextmanager
     def perturbed(self, evaluation: Evaluation) -> Iterator[None]:
-        """While this lasts, forwards of the model run at the weights of the evaluation, without dropout."""
+        """While this lasts, forwards of the model in this thread run at the evaluation's weights, without dropout."""
         if self._perturbation is None:  # not before: FSDP2 and ZeRO-3 lay their hooks first
             names = {name: p for p, name in self._names.items()}
             current = dict(self._model.named_parameters())
@@ -154,7 +154,7 @@ class MeZO(InPlaceOptimizer):
                 )
             self._perturbation = Perturbation(self._model, {id(current[name]): name for name in names})
             self._choose_thresholds()
-        training = [module for module in self._model.modules() if module.training]
+        self._without_dropout = [module for module in self._model.modules() if module.training]
         step, probe = self.steps, evaluation.probe
         self._coefficient = evaluation.coefficient
 
@@ -162,13 +162,24 @@ class MeZO(InPlaceOptimizer):
             self.directions.add_(copy, weights, name, 0, step, probe, self._coefficient)
 
         with self._perturbation.applied(add if self._coefficient else None):
-            for module in training:
-                module.training = False
+            self._set_training(False)
             try:
                 yield
             finally:
-                for module in training:
-                    module.training = True
+                self._set_training(True)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside `perturbed`: while this lasts, forwards in another thread run as outside."""
+        self._set_training(True)
+        try:
+            yield
+        finally:
+            self._set_training(False)
+
+    def _set_training(self, training: bool) -> None:
+        for module in self._without_dropout:
+            module.training = training
 
     def _choose_thresholds(self) -> None:
         self.directions.choose_thresholds(self.shards)

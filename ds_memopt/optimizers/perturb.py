@@ -7,6 +7,7 @@ of their norm a step. Here a module reads a perturbed copy of its own parameters
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -51,9 +52,9 @@ class Perturbation:
 
     @contextlib.contextmanager
     def applied(self, add: AddNoise | None) -> Iterator[None]:
-        """While this lasts forwards run at perturbed weights; with None at the weights as they are."""
+        """While this lasts forwards in this thread run at perturbed weights; with None at the weights as they are."""
         assert self._add is None and not self._held, "a perturbed forward inside another"
-        self._add = add
+        self._add, self._thread = add, threading.get_ident()
         try:
             yield
         finally:
@@ -63,7 +64,7 @@ class Perturbation:
             self._held.clear()
 
     def _enter(self, module: nn.Module, owned: Mapping[str, str]) -> None:
-        if self._add is None:
+        if self._add is None or threading.get_ident() != self._thread:
             return
         for key, name in owned.items():
             parameter = _parameter(module, key)
@@ -84,7 +85,7 @@ class Perturbation:
         parameter.data = copy
 
     def _leave(self, module: nn.Module, owned: Mapping[str, str]) -> None:
-        for key in owned if self._held else ():
+        for key in owned if self._held and threading.get_ident() == self._thread else ():
             parameter = _parameter(module, key)
             if id(parameter) not in self._held:
                 continue
