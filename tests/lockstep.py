@@ -39,7 +39,7 @@ def across_the_batch(model):
     return model
 
 
-def run(make, method: str = "MeZO", **hyper) -> dict:
+def engine_of(make, method: str, hyper: dict):
     torch.manual_seed(0)
     model = make()
     # In a model of usual size a layer stays gathered between the two signs, but nothing from forward to backward.
@@ -47,7 +47,11 @@ def run(make, method: str = "MeZO", **hyper) -> dict:
     zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": reuse, "sub_group_size": 10**9}
     zero |= {"stage3_max_live_parameters": 60000, "stage3_prefetch_bucket_size": 0}
     config = ds_config(3, method, ({"lr": 1e-3} if method == "AdamW" else HYPER) | hyper, zero_optimization=zero)
-    engine = initialize(model, config, model_parameters=model.parameters())
+    return initialize(model, config, model_parameters=model.parameters())
+
+
+def run(make, method: str = "MeZO", **hyper) -> dict:
+    engine = engine_of(make, method, hyper)
     data = list(batches(4, dist.get_rank(), dist.get_world_size()))
     losses = train(engine, data[:3])
     with CommunicationMeter() as meter:
@@ -58,13 +62,61 @@ def run(make, method: str = "MeZO", **hyper) -> dict:
     return result
 
 
+def halves(batch: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every third row is short."""
+    short = torch.arange(len(batch)) % 3 == 0
+    return {
+        "input_ids": batch,
+        "labels": torch.where(short[:, None] & (torch.arange(batch.shape[1]) >= 9), -100, batch),
+    }
+
+
+class Interrupted(Exception):
+    """Raised in a forward."""
+
+
+def addax(make, lockstep: bool, interrupt: bool = False) -> dict:
+    """Five steps. interrupt: before the last, one that fails in the first-order half and one in the other."""
+    engine = engine_of(make, "Addax", {"alpha": 0.1, "length_threshold": 12, "lockstep": lockstep})
+    data, raised = list(batches(5, dist.get_rank(), dist.get_world_size())), []
+
+    def step(batch: torch.Tensor) -> None:
+        engine.backward(engine(**halves(batch)).loss)
+        engine.step()
+
+    for batch in data[:4]:
+        torch.manual_seed(len(batch))  # of dropout
+        step(batch)
+    for with_graph in (True, False) if interrupt else ():
+
+        def fail(module, inputs, output, with_graph=with_graph):
+            if torch.is_grad_enabled() == with_graph:
+                raise Interrupted(with_graph)
+
+        handle = engine.module.model.layers[2].mlp.down_proj.register_forward_hook(fail)
+        try:
+            step(data[4])
+        except Interrupted as error:
+            raised.append(error.args[0])
+        handle.remove()
+    torch.manual_seed(1)
+    with CommunicationMeter() as meter:
+        step(data[4])
+    weights, in_lockstep = full_parameters(engine.module), engine.optimizer.lockstep is not None
+    engine.destroy()
+    return {"weights": weights, "sent": meter.bytes_sent(), "lockstep": in_lockstep, "raised": raised}
+
+
 def everything() -> dict:
     results = {}
     for name, make in models().items():
         for probes in (1, 2) if name == "Llama" else (1,):
             for lockstep in (True, False):
                 results[name, probes, lockstep] = run(make, probes=probes, lockstep=lockstep)
+        for lockstep in (True, False):
+            results[name, "Addax", lockstep] = addax(make, lockstep)
         results[name, "AdamW"] = run(make, "AdamW")
+    results["Llama", "Addax", "interrupted"] = addax(models()["Llama"], lockstep=True, interrupt=True)
     for lockstep in (True, False):
         results["mixed", 1, lockstep] = run(lambda: across_the_batch(models()["Llama"]()), lockstep=lockstep)
     return results
