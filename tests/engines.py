@@ -112,10 +112,10 @@ def reset_accelerate() -> None:
 
 
 def message(function, *arguments, **keywords) -> str:
-    """The error that a call ends in."""
+    """The error that a call ends in, of whatever kind."""
     try:
         function(*arguments, **keywords)
-    except (ValueError, RuntimeError) as error:
+    except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
 

@@ -9,11 +9,13 @@ import torch.distributed as dist
 from tiny import (
     HYPER,
     batches,
+    bf16_llama,
     ds_config,
     full_parameters,
     initialize,
     llama,
     llama_under_zero_init,
+    local,
     shard_fsdp2,
     train,
     train_plain,
@@ -111,9 +113,7 @@ def one_process(rule: str) -> dict[str, torch.Tensor]:
 
 def one_process_bf16(rule: str) -> dict[str, torch.Tensor]:
     """bf16 weights and gradients with fp32 masters, written out by hand."""
-    model = llama()
-    for p in model.parameters():
-        p.data = p.data.bfloat16()  # the parameters only: DeepSpeed leaves the rotary buffer in fp32
+    model = bf16_llama()
     for visit, data in visits(rule):
         words = visit["active"].split() or [""]
         trained = {name: p for name, p in model.named_parameters() if any(word in name for word in words)}
@@ -137,7 +137,7 @@ def one_process_bf16(rule: str) -> dict[str, torch.Tensor]:
 
 def without_deepspeed(rule: str, wrap) -> dict[str, torch.Tensor]:
     model = wrap(llama())
-    train_plain(model, build_plain(rule, model), batches(STEPS, dist.get_rank(), dist.get_world_size()))
+    train_plain(model, build_plain(rule, model), local(STEPS))
     return full_parameters(model)
 
 
@@ -160,7 +160,7 @@ def zero(rule: str, stage: int, zero_init: bool = False, **changes) -> tuple[dic
                 intervals += [(held.interval, held.first, held.count) for held in plan.held[0]]
                 for _, table in plan.seams.tables:
                     cut.setdefault(structure, {}).update((name, len(ids)) for name, ids in table._units.items())
-    train(engine, batches(STEPS, dist.get_rank(), dist.get_world_size()))
+    train(engine, local(STEPS))
     parameters = full_parameters(engine.module)
     engine.destroy()
     return parameters, cut

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from deepspeed.utils import safe_get_full_optimizer_state
-from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train, train_plain
+from tiny import HYPER, ds_config, full_parameters, initialize, llama, local, shard_fsdp2, train, train_plain
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ds_memopt import AdamMini, BAdam
@@ -46,7 +45,18 @@ STAGES = {
 
 
 def local_batches() -> list[torch.Tensor]:
-    return list(batches(BEFORE + AFTER, dist.get_rank(), dist.get_world_size()))
+    return local(BEFORE + AFTER)
+
+
+def fsdp2_state(model, optimizer) -> dict:
+    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def load_fsdp2(model, optimizer, folder: Path) -> None:
+    state = fsdp2_state(model, optimizer)
+    dcp.load(state, checkpoint_id=folder)
+    model.load_state_dict(state["model"])
+    set_optimizer_state_dict(model, optimizer, state["optimizer"])
 
 
 def build(case: dict):
@@ -75,8 +85,7 @@ def save_and_go_on(folder: Path) -> dict:
     model = shard_fsdp2(llama())
     optimizer, data = AdamMini.from_model(model, **HYPER), local_batches()
     train_plain(model, optimizer, data[:BEFORE])
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=folder / "fsdp2")
+    dcp.save(fsdp2_state(model, optimizer), checkpoint_id=folder / "fsdp2")
     train_plain(model, optimizer, data[BEFORE:])
     results["fsdp2"] = {"end": full_parameters(model)}
 
@@ -84,8 +93,7 @@ def save_and_go_on(folder: Path) -> dict:
     optimizer = BAdam.from_model(model, **BADAM["hyper"])
     train_plain(model, optimizer, data[:BEFORE])
     dcp.save({"position": optimizer.position._asdict()}, checkpoint_id=folder / "fsdp2, BAdam, position")
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save(state, checkpoint_id=folder / "fsdp2, BAdam")
+    dcp.save(fsdp2_state(model, optimizer), checkpoint_id=folder / "fsdp2, BAdam")
     train_plain(model, optimizer, data[BEFORE:])
     results["fsdp2, BAdam"] = {"end": full_parameters(model)}
     return results
@@ -104,10 +112,7 @@ def resume(folder: Path) -> dict:
 
     model = shard_fsdp2(llama(seed=9))
     optimizer = AdamMini.from_model(model, **HYPER)
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder / "fsdp2")
-    model.load_state_dict(state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    load_fsdp2(model, optimizer, folder / "fsdp2")
     train_plain(model, optimizer, local_batches()[BEFORE:])
     results["fsdp2"] = full_parameters(model)
 
@@ -116,10 +121,7 @@ def resume(folder: Path) -> dict:
     position = {"position": optimizer.position._asdict()}
     dcp.load(position, checkpoint_id=folder / "fsdp2, BAdam, position")
     optimizer.resume_at(position["position"].values())  # state is written and read for the active block alone
-    state = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=folder / "fsdp2, BAdam")
-    model.load_state_dict(state["model"])
-    set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    load_fsdp2(model, optimizer, folder / "fsdp2, BAdam")
     train_plain(model, optimizer, local_batches()[BEFORE:])
     results["fsdp2, BAdam"] = full_parameters(model)
     return results

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
-from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train, train_plain
+from tiny import HYPER, ds_config, full_parameters, initialize, llama, local, shard_fsdp2, train, train_plain
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ds_memopt import BAdam
@@ -39,13 +39,7 @@ def engine_of(method: str, stage: int, layers: int = 2, hyper: dict | None = Non
     if changes.get("zero_optimization") is OFFLOAD["zero_optimization"] and method == "AdamW":
         changes["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own would compile for minutes
     config = ds_config(stage, method, HYPER | (hyper or {}), **changes)
-    if config.get("gradient_accumulation_steps", 1) > 1:
-        config["train_micro_batch_size_per_gpu"] //= config["gradient_accumulation_steps"]
     return initialize(model, config, model_parameters=groups)
-
-
-def local(steps: int) -> list[torch.Tensor]:
-    return list(batches(steps, dist.get_rank(), dist.get_world_size()))
 
 
 def masters(engine) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from rotation import alive_bytes
-from tiny import batches, distance, llama
+from tiny import batches, distance, equal, llama
 from torch import nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
@@ -111,10 +111,6 @@ def train(model, optimizer, steps: range) -> dict[str, torch.Tensor]:
 
 def named(model) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a | b)
 
 
 def bits(model) -> dict[str, tuple[int, bytes]]:

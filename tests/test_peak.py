@@ -8,9 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
 from spawn import run_ranks
-from tiny import batches, llama, train
+from tiny import bf16_llama, local, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from zeroth import BF16, running
@@ -64,15 +63,12 @@ class AliveBytes(TorchDispatchMode):
 
 def many_small_layers():
     """In bf16; its largest matrix has 0.3 % of its weights."""
-    model = llama(num_hidden_layers=64, **SIZES)
-    for p in model.parameters():
-        p.data = p.data.bfloat16()
-    return model
+    return bf16_llama(num_hidden_layers=64, **SIZES)
 
 
 def peaks(stage: int) -> dict[str, int]:
     """Of a forward without gradients, and of the engine's second step."""
-    batch = next(batches(1, dist.get_rank(), dist.get_world_size()))
+    batch = local(1)[0]
     with AliveBytes() as before:
         pass
     model = many_small_layers().eval()

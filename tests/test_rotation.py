@@ -7,7 +7,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from rotation import COST_CASES, LAYERS, SMALL_LR, everything, on_one_rank
 from spawn import run_ranks
-from tiny import HYPER, batches, distance, full_parameters, llama, train_plain
+from tiny import HYPER, batches, bf16_llama, distance, full_parameters, llama, train_plain
 
 from ds_memopt import BAdam
 
@@ -102,13 +102,6 @@ def accumulate_by_hand(dtype: torch.dtype) -> tuple[dict[str, torch.Tensor], dic
                 model.zero_grad()
             make_step(trained, masters, inner, sums)
     return start, full_parameters(model)
-
-
-def bf16_llama():
-    model = llama()
-    for p in model.parameters():
-        p.data = p.data.bfloat16()
-    return model
 
 
 def adamw_over(trained, masters=None, **hyper):

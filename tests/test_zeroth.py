@@ -13,14 +13,13 @@ import math
 import pytest
 import torch
 from spawn import run_ranks
-from tiny import batches, distance, full_parameters, llama
+from tiny import batches, bf16_llama, distance, equal, full_parameters, llama
 from zeroth import (
     HYPER,
     LOOPS,
     OPTIONS,
     STEPS,
     TRIED,
-    bf16_llama,
     elsewhere,
     exact,
     gpt2,
@@ -46,10 +45,6 @@ def error(weights, expected, options: str = "rademacher") -> float:
     count = sum(weight.numel() for weight in weights.values())
     hyper = HYPER | {"epsilon": 1e-3} | OPTIONS[options]
     return distance(weights, expected) / math.sqrt(count) / (STEPS * hyper["lr"] * ULP / hyper["epsilon"])
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a | b)
 
 
 @functools.cache

@@ -28,6 +28,14 @@ def llama(seed: int = 0, **changes) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**config | changes))
 
 
+def bf16_llama(**changes) -> LlamaForCausalLM:
+    """In bf16 as DeepSpeed makes it: the parameters only, the rotary buffer stays in fp32."""
+    model = llama(**changes)
+    for p in model.parameters():
+        p.data = p.data.bfloat16()
+    return model
+
+
 def llama_under_zero_init(config: dict) -> LlamaForCausalLM:
     """The same weights as `llama`: the seed draws others here, where each rank sees parameters of other shapes."""
     with deepspeed.zero.Init(config_dict_or_path=config):
@@ -46,9 +54,15 @@ def batches(steps: int, rank: int = 0, world_size: int = 1, seed: int = 1):
         yield batch[rank * rows : (rank + 1) * rows]
 
 
+def local(steps: int) -> list[torch.Tensor]:
+    """This rank's rows, on any rank."""
+    return list(batches(steps, dist.get_rank(), dist.get_world_size()))
+
+
 def ds_config(stage: int, optimizer: str = "AdamMini", hyper: dict | None = None, **changes) -> dict:
+    micro_batches = changes.get("gradient_accumulation_steps", 1)
     config = {
-        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size(),
+        "train_micro_batch_size_per_gpu": GLOBAL_BATCH // dist.get_world_size() // micro_batches,
         "optimizer": {"type": optimizer, "params": HYPER if hyper is None else hyper},
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": stage},
@@ -111,6 +125,11 @@ def full_parameters(model) -> dict[str, torch.Tensor]:
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return sum(((a[name].double() - b[name].double()) ** 2).sum() for name in a).item() ** 0.5
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Bit for bit, and of the same names."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def equal_tensors(ours, theirs) -> int:

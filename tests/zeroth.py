@@ -12,15 +12,17 @@ import accelerate
 import torch
 import torch.distributed as dist
 from accelerate.utils import DummyOptim
-from engines import InOrderTrainer, reset_accelerate
+from engines import InOrderTrainer, message, reset_accelerate
 from tiny import (
     GLOBAL_BATCH,
     batches,
+    bf16_llama,
     ds_config,
     full_parameters,
     initialize,
     llama,
     llama_under_zero_init,
+    local,
     shard_fsdp2,
     train,
 )
@@ -62,13 +64,8 @@ TRIED = {
 """Placements under which each of the options is tried."""
 
 
-def local(steps: int = STEPS) -> list[torch.Tensor]:
-    return list(batches(steps, dist.get_rank(), dist.get_world_size()))
-
-
 def engine_of(stage: int, hyper: dict | None = None, zero_init: bool = False, make: Callable = llama, **changes):
     config = ds_config(stage, "MeZO", HYPER | (hyper or {}), **changes)
-    config["train_micro_batch_size_per_gpu"] //= config.get("gradient_accumulation_steps", 1)
     model = llama_under_zero_init(config) if zero_init else make()
     return initialize(model, config, model_parameters=model.parameters())
 
@@ -78,13 +75,6 @@ def running(*arguments, **keywords):
     engine = engine_of(*arguments, **keywords)
     yield engine
     engine.destroy()
-
-
-def bf16_llama():
-    model = llama()
-    for p in model.parameters():
-        p.data = p.data.bfloat16()  # the parameters only: DeepSpeed leaves the rotary buffer in fp32
-    return model
 
 
 def plain(model, hyper: dict, data, labels_of: Callable = lambda batch: batch, in_fp64: bool = False):
@@ -112,12 +102,12 @@ def exact(names: Sequence[str], placements: Sequence[str] = tuple(PLACEMENTS)) -
         hyper, make, changes = OPTIONS[name], llama, {}
         if name == "bf16":
             make, changes = bf16_llama, BF16
-        results[name] = {"fsdp2": plain(shard_fsdp2(make()), hyper, local())}
-        results[name]["fp64 sums"] = plain(shard_fsdp2(make()), hyper, local(), in_fp64=True)
+        results[name] = {"fsdp2": plain(shard_fsdp2(make()), hyper, local(STEPS))}
+        results[name]["fp64 sums"] = plain(shard_fsdp2(make()), hyper, local(STEPS), in_fp64=True)
         for placement in [placement for placement in TRIED[name] if placement in placements]:
             case = PLACEMENTS[placement]
             with running(**case | {"hyper": hyper | case.get("hyper", {})} | changes) as engine:
-                train(engine, local())
+                train(engine, local(STEPS))
                 results[name][placement] = full_parameters(engine.module)
                 assert cuts_a_row(engine.basic_optimizer) == (case["stage"] > 0 and dist.get_world_size() > 1)
     return results
@@ -145,7 +135,7 @@ def gpt2():
 def accumulation(stage: int, micro_batches: int, above: int, make: Callable = llama) -> dict[str, torch.Tensor]:
     """above: see `labels_of`; with -1 all labels count, with 95 some micro-batches have none."""
     with running(stage, make=make, gradient_accumulation_steps=micro_batches) as engine:
-        for batch in local():
+        for batch in local(STEPS):
             for part in batch.chunk(micro_batches):
                 engine.backward(engine(input_ids=part, labels=labels_of(part, above)).loss)
                 engine.step()
@@ -156,7 +146,7 @@ def schedule(stage: int) -> tuple[list[float], dict[str, torch.Tensor]]:
     warmup = {"warmup_min_lr": 1e-6, "warmup_max_lr": 1e-4, "warmup_num_steps": 3, "warmup_type": "linear"}
     rates = []
     with running(stage, scheduler={"type": "WarmupLR", "params": warmup}) as engine:
-        for batch in local():
+        for batch in local(STEPS):
             rates.append(engine.get_lr()[0])
             train(engine, [batch])
         return rates, full_parameters(engine.module)
@@ -188,7 +178,7 @@ def with_accelerate(stage: int) -> dict[str, torch.Tensor]:
     accelerator = accelerate.Accelerator(deepspeed_plugin=accelerate.DeepSpeedPlugin(hf_ds_config=config))
     model = llama()
     model, optimizer = accelerator.prepare(model, DummyOptim(model.parameters(), **HYPER))
-    for batch in local():
+    for batch in local(STEPS):
         for part in batch.chunk(2):
             with accelerator.accumulate(model):
                 accelerator.backward(model(input_ids=part, labels=labels_of(part)).loss)
@@ -203,7 +193,7 @@ def wrong_tokens(stage: int, generate: bool) -> tuple[list, dict[str, torch.Tens
     """An objective without a gradient: the share of predicted, or generated, tokens that have the wrong parity."""
     with running(stage, hyper={"epsilon": 0.1}) as engine:
         firsts = []
-        for batch in local():
+        for batch in local(STEPS):
 
             def wrong(batch=batch):
                 if generate:
@@ -269,7 +259,7 @@ def interruptions() -> dict[str, tuple]:
     results = {}
     for name in ("zero2", "zero3", "zero3, two passes"):
         with running(**PLACEMENTS[name]) as engine:
-            data = local()
+            data = local(STEPS)
             train(engine, data[:1])
             seen = [interrupted_step(engine.module, lambda: train(engine, data[1:2]), at) for at in (0, 1)]  # noqa: B023
             train(engine, data[1:])
@@ -368,15 +358,6 @@ def elsewhere(folder: Path, weights: dict[str, torch.Tensor], parts: list, progr
     with running(3, **hyper) as engine:
         results["zero2 at zero3"] = message(engine.load_checkpoint, folder / "zero2")
     return results
-
-
-def message(function, *arguments, **keywords) -> str:
-    """The error that a call ends in, of whatever kind."""
-    try:
-        function(*arguments, **keywords)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def messages() -> dict[str, str]:
