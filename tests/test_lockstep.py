@@ -41,8 +41,8 @@ def test_lockstep_gathers_the_weights_once(results, family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_halves_of_addax_run_through_a_layer_in_turn(results, family):
-    """With the bits of one half after the other, dropout included. Measured: 0.95 to 0.98 of what an AdamW step sends, and
-    0.60 to 0.63 of what halves and signs one after the other do."""
+    """With the bits of one half after the other, dropout included. Measured: 0.95 to 0.98 of what an AdamW step sends,
+    and 0.60 to 0.63 of what halves and signs one after the other do."""
     together, apart = results[family, "Addax", True], results[family, "Addax", False]
     adamw = results[family, "AdamW"]["sent"]
     print(family, together["sent"] / apart["sent"], together["sent"] / adamw)
