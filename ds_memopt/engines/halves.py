@@ -55,10 +55,12 @@ def halves(
 
 
 def half_of(engine, keywords: Mapping[str, Any]) -> Half:
-    """A half that is all of a batch."""
+    """A half that is all of a batch; a stand-in for one without labels, whose loss would be no number."""
     given = {key: value for key, value in keywords.items() if key != "num_items_in_batch"}
     count = tokens_of(engine, given)
-    return Half(given, _rows(given) if count is None else count)
+    if count is None:
+        return Half(given, _rows(given))
+    return Half(given, count) if count else stand_in(given)
 
 
 def stand_in(keywords: Mapping[str, Any]) -> Half:
