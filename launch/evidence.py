@@ -10,23 +10,18 @@ Writes evidence.md and evidence.png into the output folder.
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from runner import Run, Runner, load_config  # noqa: E402
 
 from ds_memopt.train.compare import summarize  # noqa: E402
 from ds_memopt.train.record import read_metrics  # noqa: E402
 
-LAUNCH = Path(__file__).resolve().parent
 ADAMW_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
 
 
@@ -42,37 +37,22 @@ def methods(adamw_lr: float) -> dict[str, tuple[str, dict, tuple[float, ...]]]:
     }
 
 
-class Runner:
-    def __init__(self, folder: Path, options: list[str], jobs: int) -> None:
-        self.folder, self.options, self.jobs = folder, options, jobs
+class Evidence:
+    def __init__(self, runner: Runner, options: list[str]) -> None:
+        self._runner, self._options = runner, options
 
     def run(self, runs: list[tuple[str, str, dict, float, int]]) -> list[Path]:
         """Run (name, type, hyper-parameters, lr, seed) each; returns their folders."""
-        with ThreadPoolExecutor(self.jobs) as pool:
-            return list(pool.map(lambda run: self._one(*run), runs))
+        return self._runner.run([self._describe(*run) for run in runs])
 
-    def _one(self, name: str, kind: str, params: dict, lr: float, seed: int) -> Path:
-        run = self.folder / f"{name.replace(' ', '')}-lr{lr:g}-seed{seed}"
-        if (run / "done").exists():
-            return run
-        run.mkdir(parents=True, exist_ok=True)
-        config = json.loads((LAUNCH.parent / "ds_configs" / "zero2_adamw.json").read_text())
-        shared = config["optimizer"]["params"] | ({"torch_adam": True} if kind == "AdamW" else {})
-        config["optimizer"] = {"type": kind, "params": shared | params}
-        (run / "ds_config.json").write_text(json.dumps(config, indent=2))
-        (run / "metrics.jsonl").unlink(missing_ok=True)  # of a run that did not finish
-        command = [sys.executable, LAUNCH / "pretrain.py", "--deepspeed_config", run / "ds_config.json"]
-        command += ["--lr", f"{lr:g}", "--seed", str(seed), "--output_dir", run, "--save_interval", "0", *self.options]
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        with open(run / "log.txt", "w") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": threads}
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
-        (run / "done").touch()
-        print(f"{run.name}: {summarize(run)['validation_loss']:.4f}", flush=True)
-        return run
+    def _describe(self, name: str, kind: str, params: dict, lr: float, seed: int) -> Run:
+        config = load_config("zero2_adamw", **({"torch_adam": True} if kind == "AdamW" else {}), **params)
+        config["optimizer"]["type"] = kind
+        options = ["--lr", f"{lr:g}", "--seed", str(seed), "--save_interval", "0", *self._options]
+        return Run(f"{name.replace(' ', '')}-lr{lr:g}-seed{seed}", "pretrain.py", config, options)
 
 
-def best(runner: Runner, name: str, kind: str, params: dict, lrs: tuple[float, ...]) -> float:
+def best(runner: Evidence, name: str, kind: str, params: dict, lrs: tuple[float, ...]) -> float:
     """The learning rate with the lowest final validation loss at the first seed."""
     folders = runner.run([(name, kind, params, lr, 0) for lr in lrs])
     return min(zip(folders, lrs, strict=True), key=lambda pair: summarize(pair[0])["validation_loss"])[1]
@@ -116,7 +96,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--seeds", type=int, default=3)
     arguments, options = parser.parse_known_args()  # the rest goes to launch/pretrain.py
-    runner = Runner(arguments.output_dir, options, arguments.jobs)
+    runner = Evidence(Runner(arguments.output_dir, arguments.jobs), options)
 
     adamw_lr = best(runner, "AdamW", "AdamW", {}, ADAMW_LRS)
     chosen = {"AdamW": ("AdamW", {}, ADAMW_LRS, adamw_lr)}

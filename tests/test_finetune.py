@@ -19,6 +19,7 @@ from tiny import equal_tensors
 
 from ds_memopt.optimizers import METHODS
 from ds_memopt.train import compare, rows
+from ds_memopt.train.data import StepBatches
 from ds_memopt.train.evaluation import evaluate
 from ds_memopt.train.finetune import finetune
 from ds_memopt.train.loop import build_engine, pretrain
@@ -144,11 +145,11 @@ def test_missing_and_empty_files(tmp_path):
 
 def test_totals_count_what_the_ranks_see():
     data = [rows._encode(line, BYTES) for line in sums(11, choices=False)]
-    tokens, targets = rows.totals(data, 4, seed=5, steps=7)
+    tokens, targets = rows.totals(data, StepBatches(data, 4, 1, 0, 1, 5, range(7)))
     seen = [0] * 7
     answers = [0] * 7
     for rank in range(2):
-        order = rows.StepBatches(data, 1, 2, rank, 2, 5, range(7))
+        order = StepBatches(data, 1, 2, rank, 2, 5, range(7))
         for index, batch in enumerate(rows.train_batches(data, order, targets, 2)):
             seen[index // 2] += int(batch["attention_mask"].sum())
             answers[index // 2] += int((batch["labels"] != -100).sum())
@@ -166,6 +167,14 @@ def test_task_is_balanced_and_holds_rows_out(tmp_path):
         assert sum(row["completion"] == ":" for row in part) * 2 == len(part) == len({row["prompt"] for row in part})
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in valid}
     rows.load_rows(str(tmp_path / "train.jsonl"), BYTES, 32, 256)
+
+    subprocess.run([*command, "--long_tail", "300"], check=True, capture_output=True)
+    train, valid = ([json.loads(x) for x in (tmp_path / f"{n}.jsonl").open()] for n in ("train", "valid"))
+    lengths = sorted(len(row["prompt"]) for row in train)
+    assert lengths[len(lengths) // 2] < 80 and 280 < lengths[-len(lengths) // 20] <= lengths[-1] <= 324
+    assert [len(row["prompt"]) for row in valid] == sorted(len(row["prompt"]) for row in valid)
+    last = [{row["prompt"].splitlines()[-1] for row in part} for part in (train, valid)]
+    assert len(train) == 8000 and len(valid) > 200 and not last[0] & last[1]
 
 
 # --- where the weights come from ---
@@ -334,14 +343,25 @@ def test_accuracy_is_that_of_another_scorer_on_any_number_of_ranks(place, stage,
             assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-6)
 
 
+def addax(place: Path, **params) -> str:
+    """A config with a file of its own."""
+    config = json.loads((ROOT / "ds_configs/zero2_addax.json").read_text())
+    config["optimizer"]["params"] |= {"length_threshold": 20, "zo_batch": 2, "fo_batch": 1} | params
+    return write(place / f"addax_{'_'.join(map(str, params.values()))}.json", [config])
+
+
 @pytest.fixture(scope="module")
 def whole(place) -> dict[str, Path]:
     """Runs on two ranks, in one process pair."""
+    one_pass = dict(micro_batch=None, accumulation=None)
+    of_method = {"IPSGD": one_pass, "Addax": one_pass | dict(deepspeed_config=addax(place))}
     runs = {
         "whole": options(place / "whole", place / "sure", place, save_interval=2),
+        "whole_addax": options(place / "whole_addax", place / "sure", place, dtype="bf16", save_interval=2,
+                               **of_method["Addax"]),
         **{
-            name: options(place / name, place / "sure", place, optimizer=name, steps=2, lr=1e-3,
-                          deepspeed_config=str(ROOT / "ds_configs/zero2_adamw.json"))
+            name: options(place / name, place / "sure", place, **dict(optimizer=name, steps=2, lr=1e-3,
+                          deepspeed_config=str(ROOT / "ds_configs/zero2_adamw.json")) | of_method.get(name, {}))
             for name in METHODS
         },
     }  # fmt: skip
@@ -385,24 +405,86 @@ def test_ranks_and_micro_batches_change_nothing(place, whole):
             assert [ours[key] for key in measured] == pytest.approx([theirs[key] for key in measured], rel=2e-5)
 
 
-def test_resumed_equals_uninterrupted(place, whole):
-    again = place / "again"
-    shutil.copytree(whole["whole"], again)
+@pytest.mark.parametrize("name", ["whole", "whole_addax"])
+def test_resumed_equals_uninterrupted(place, whole, name):
+    again = place / f"again_{name}"
+    shutil.copytree(whole[name], again)
     shutil.rmtree(again / "checkpoints/step4")
     shutil.rmtree(again / "model")
     (again / "checkpoints/latest").write_text("step2")
-    resumed = options(again, place / "sure", place, save_interval=2, resume=True)
-    refused = options(again, place / "tied", place, save_interval=2, resume=True, seed=3)
+    same = dict(save_interval=2, resume=True)
+    if name == "whole_addax":
+        same |= dict(deepspeed_config=addax(place), dtype="bf16", micro_batch=None, accumulation=None)
+    resumed = options(again, place / "sure", place, **same)
+    refused = options(again, place / "tied", place, **same, seed=3)
     messages = run_ranks(run_all, 2, [refused, resumed])
     assert messages[0] == messages[1] and messages[0][1] is None
     assert "seed was 0, is 3" in messages[0][0] and "sure was" not in messages[0][0]
-    compared = ("step", "tokens", "loss", *VALIDATION, "lr", "grad_norm")
-    ours, theirs = ([[row.get(key) for key in compared] for row in read_metrics(f)] for f in (again, whole["whole"]))
+    compared = ("step", "tokens", "loss", *VALIDATION, "lr", "grad_norm", "update_kept")
+    ours, theirs = ([[row.get(key) for key in compared] for row in read_metrics(f)] for f in (again, whole[name]))
     assert ours == theirs
-    assert equal_tensors(*(load_file(f / "model/model.safetensors") for f in (again, whole["whole"]))) > 0
-    for name in sorted(path.name for path in (again / "checkpoints/step4").glob("*.pt")):
-        files = (folder / "checkpoints/step4" / name for folder in (again, whole["whole"]))
+    assert equal_tensors(*(load_file(f / "model/model.safetensors") for f in (again, whole[name]))) > 0
+    for file in sorted(path.name for path in (again / "checkpoints/step4").glob("*.pt")):
+        files = (folder / "checkpoints/step4" / file for folder in (again, whole[name]))
         assert equal_tensors(*(torch.load(file, weights_only=False) for file in files)) > 0
+
+
+# --- Addax: long and short rows ---
+
+
+def threshold(run: FinetuneOptions) -> int | None:
+    facts = json.loads((Path(run.output_dir) / "resolved_config.json").read_text())
+    return facts["optimizer"]["params"]["length_threshold"]
+
+
+def test_ranks_change_nothing_of_addax(place, whole):
+    config = addax(place, zo_batch=4, fo_batch=2)
+    run = options(place / "addax_alone", place / "sure", place, deepspeed_config=config, steps=2, lr=1e-3,
+                  micro_batch=None, accumulation=None)  # fmt: skip
+    assert run_ranks(run_all, 1, [run]) == [[None]]
+    for ours, theirs in zip(read_metrics(Path(run.output_dir)), read_metrics(whole["Addax"]), strict=True):
+        assert ours["tokens"] == theirs["tokens"]
+        measured = [key for key in VALIDATION if theirs[key] is not None]
+        assert [ours[key] for key in measured] == pytest.approx([theirs[key] for key in measured], rel=1e-4)
+
+
+def test_the_threshold_is_measured_or_dropped(place):
+    """A bucket of gradients takes 16 MiB, and a token of this model 4 KiB."""
+    few = dict(steps=1, micro_batch=None, accumulation=None)
+    values = {"auto": dict(length_threshold="auto", memory_gib=16.16 / 1024), "long": dict(length_threshold=33),
+              "short": dict(length_threshold=8), "none": dict(length_threshold=None)}  # fmt: skip
+    runs = [
+        options(place / f"addax_{name}", place / "sure", place, deepspeed_config=addax(place, **params), **few)
+        for name, params in values.items()
+    ]
+    assert run_ranks(run_all, 2, runs) == [[None] * len(runs)] * 2
+    measured, *dropped = map(threshold, runs)
+    assert 9 < measured < 33 and dropped == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("params", "changes", "message"),
+    [
+        ({}, dict(accumulation=2), "gradient_accumulation_steps is 1 in the DeepSpeed config but 2"),
+        ({}, dict(micro_batch=4), "a micro-batch of 4 sequences per rank cannot be zo_batch=2 long and fo_batch=1"),
+        ({"zo_batch": None, "fo_batch": 3}, dict(micro_batch=3), "cannot be zo_batch=0 long and fo_batch=3 short"),
+        ({"zo_batch": "2"}, {}, "zo_batch"),
+        ({"length_threshold": "auto"}, {}, "without a GPU give memory_gib, or a number of tokens"),
+        ({"length_threshold": 32}, {}, "zo_batch=2 on 1 ranks needs 2 rows, but 1 rows are longer than 32 tokens"),
+        ({}, dict(optimizer="IPSGD"), "--optimizer IPSGD cannot replace Addax"),
+        ({"zo_batch": None, "fo_batch": None}, dict(deepspeed_config=str(ROOT / "ds_configs/zero2_adamw.json"),
+         optimizer="IPSGD", accumulation=2), "gradient_accumulation_steps=2, but IPSGD holds no gradients"),
+    ],
+)  # fmt: skip
+def test_what_addax_cannot_do_is_refused(place, params, changes, message):
+    settings = dict(deepspeed_config=addax(place, **params), micro_batch=None, accumulation=None) | changes
+    refused = options(place / "refused", place / "sure", place, **settings)
+    assert message in run_ranks(run_all, 1, [refused])[0][0]
+
+
+def test_pretraining_has_no_long_and_short_sequences(place):
+    refused = Options(deepspeed_config=addax(place), output_dir=str(place / "refused"), steps=1)
+    assert "all sequences of pre-training are equally long" in run_ranks(run_all, 1, [refused])[0][0]
 
 
 def test_the_script_says_what_is_wrong_and_fails(place):

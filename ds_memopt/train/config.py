@@ -105,6 +105,7 @@ def resolve_config(
         "optimizer.params.eps": eps,
         "optimizer.params.weight_decay": weight_decay,
         "optimizer.params.switch_every": AUTO,  # BAdam's own "auto", which needs the model
+        "optimizer.params.length_threshold": AUTO,  # Addax's own, likewise
         "scheduler.params.warmup_min_lr": 0.0,
         "scheduler.params.warmup_max_lr": lr,
         "scheduler.params.warmup_num_steps": warmup_steps,

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from ds_memopt.optimizers import Addax
 from ds_memopt.train import checkpoint
 from ds_memopt.train.data import StepBatches
 from ds_memopt.train.evaluation import evaluate
+from ds_memopt.train.length_batches import Halves, LengthBatches, divide
 from ds_memopt.train.loop import Work, build_engine, run
 from ds_memopt.train.options import FinetuneOptions
-from ds_memopt.train.plan import make_plan
+from ds_memopt.train.plan import Plan, make_plan
 from ds_memopt.train.presets import find_trained, trained_folder
-from ds_memopt.train.ranks import on_all_ranks, start_ranks
-from ds_memopt.train.rows import find_encoder, load_rows, totals, train_batches
+from ds_memopt.train.ranks import Ranks, on_all_ranks, start_ranks
+from ds_memopt.train.rows import Row, collate, find_encoder, load_rows, totals, train_batches
 
 
 def finetune(options: FinetuneOptions) -> None:
@@ -34,15 +37,23 @@ def finetune(options: FinetuneOptions) -> None:
         on_all_ranks(lambda path=path: load_rows(path, encoder, plan.seq_length, vocab_size) if path else [])
         for path in (options.data, options.validation_data)
     )
+    engine = build_engine(options, plan, ranks)
+    _check_loss(engine.module)
+    halves = _find_halves(engine, plan, rows, ranks) if isinstance(engine.basic_optimizer, Addax) else None
     first_step = checkpoint.check(plan.output_dir / "checkpoints", plan.facts, ranks) if options.resume else 0
-    shape = (plan.micro_batch, plan.accumulation, ranks.rank, ranks.world_size)
-    batches = on_all_ranks(lambda: StepBatches(rows, *shape, options.seed, range(first_step, plan.steps)))
-    tokens, targets = totals(rows, plan.facts["global_batch"], options.seed, plan.steps)
+    place, rest = (ranks.rank, ranks.world_size, options.seed), range(first_step, plan.steps)
+    alone, whole = (0, 1, options.seed), range(plan.steps)
+    if halves:
+        sizes = engine.basic_optimizer.zo_batch, engine.basic_optimizer.fo_batch
+        batches = on_all_ranks(lambda: LengthBatches(halves, *sizes, *place, rest))
+        global_batches = LengthBatches(halves, *(ranks.world_size * size for size in sizes), *alone, whole)
+    else:
+        batches = on_all_ranks(lambda: StepBatches(rows, plan.micro_batch, plan.accumulation, *place, rest))
+        global_batches = StepBatches(rows, plan.facts["global_batch"], 1, *alone, whole)
+    tokens, targets = totals(rows, global_batches)
     # DeepSpeed averages the micro-batches of all ranks, so each is divided by its part of the step's completion tokens.
     parts = [target / (plan.accumulation * ranks.world_size) for target in targets[first_step:]]
 
-    engine = build_engine(options, plan, ranks)
-    _check_loss(engine.module)
     work = Work(
         batches=train_batches(rows, batches, parts, plan.accumulation),
         tokens=tokens,
@@ -62,6 +73,28 @@ def _with_folder(options: FinetuneOptions) -> FinetuneOptions:
             )
         options = replace(options, validation_interval=0)
     return replace(options, model=str(trained_folder(options.model)))
+
+
+def _find_halves(engine: Any, plan: Plan, rows: list[Row], ranks: Ranks) -> Halves:
+    """What Addax draws its batches from. The engine divides them by the threshold that is found here, and a resumed run
+    must share it."""
+    method = engine.basic_optimizer
+    if method.length_threshold == "auto":
+        longest = max(rows, key=len)
+        batch = {name: tensor.to(ranks.device) for name, tensor in collate([longest.pair]).items()}
+        method.length_threshold = engine.optimizer.choose_threshold(engine.module, engine, batch | {"use_cache": False})
+        if ranks.is_main:
+            print(f'Addax: length_threshold "auto" is {method.length_threshold} tokens here', flush=True)
+    halves = divide([len(row) for row in rows], method.length_threshold)
+    method.length_threshold = halves.length_threshold
+    plan.facts["optimizer"]["params"]["length_threshold"] = halves.length_threshold
+    if ranks.is_main:
+        print(
+            f"Addax: {halves}; every rank has {method.zo_batch} for the zeroth-order half of a step, {method.fo_batch} "
+            "for the first-order half",
+            flush=True,
+        )
+    return halves
 
 
 def _check_loss(model: torch.nn.Module) -> None:

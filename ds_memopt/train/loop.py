@@ -17,6 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import ds_memopt
 from ds_memopt.measure import CommunicationMeter, StepTimer, peak_memory_gib, reset_peak_memory, state_bytes
+from ds_memopt.optimizers import takes
 from ds_memopt.train import checkpoint
 from ds_memopt.train.config import zero_stage
 from ds_memopt.train.data import IGNORED_LABEL, Corpus, StepBatches, load_corpus, train_loader, validation_batches
@@ -49,7 +50,7 @@ def pretrain(options: Options) -> None:
     ValueError on all ranks, before any training, for bad input. RuntimeError if the loss stops being a number.
     """
     ranks = start_ranks()
-    plan = on_all_ranks(lambda: make_plan(options, ranks))
+    plan = on_all_ranks(lambda: _check_halves(make_plan(options, ranks)))
     corpus: Corpus = first_rank_of_node_first(
         lambda: load_corpus(options.data, options.tokenizer, plan.seq_length, plan.model_config.vocab_size),
         ranks.local_rank,
@@ -80,6 +81,18 @@ def pretrain(options: Options) -> None:
         validate=lambda engine: {"validation_loss": validation_loss(engine, held_out, ranks.device)},
     )
     run(build_engine(options, plan, ranks), plan, ranks, work, first_step, options.tokenizer)
+
+
+def _check_halves(plan: Plan) -> Plan:
+    """Sequences of one length cannot be told apart by it."""
+    optimizer = plan.config["optimizer"]
+    threshold = optimizer["params"].get("length_threshold", "auto")
+    if takes(optimizer["type"], "length_threshold") and threshold is not None:
+        raise ValueError(
+            f"{optimizer['type']} with length_threshold={threshold} divides rows by their length, but all sequences of "
+            'pre-training are equally long: set "length_threshold" to null in the DeepSpeed config, or fine-tune'
+        )
+    return plan
 
 
 def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, tokenizer: str | None) -> None:

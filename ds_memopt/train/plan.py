@@ -18,7 +18,7 @@ from deepspeed.git_version_info import installed_ops
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from torch.utils.cpp_extension import CUDA_HOME
 
-from ds_memopt.optimizers import METHODS, takes
+from ds_memopt.optimizers import METHODS, Addax, UpdatesInBackward, takes
 from ds_memopt.train.config import (
     AUTO,
     SHARED_HYPERPARAMETERS,
@@ -75,8 +75,12 @@ def make_plan(
     raw = _with_command_line(load_config(options.deepspeed_config), options)
     model_config, recipe = find(options.model)
 
+    method = METHODS.get(raw["optimizer"]["type"], object)
+    alone = 1 if issubclass(method, UpdatesInBackward) else None  # each of their micro-batches is a step
+    accumulation = choose(raw, "gradient_accumulation_steps", options.accumulation, alone)
     micro_batch = choose(raw, "train_micro_batch_size_per_gpu", options.micro_batch, None)
-    accumulation = choose(raw, "gradient_accumulation_steps", options.accumulation, None)
+    if issubclass(method, Addax):
+        micro_batch = _with_halves(raw["optimizer"]["params"], micro_batch, recipe, ranks.world_size)
     micro_batch, accumulation = split_batch(recipe, micro_batch, accumulation, ranks.world_size)
     if _lacks_fused_adam(raw, ranks):
         raw["optimizer"]["params"]["torch_adam"] = True
@@ -175,6 +179,25 @@ def _with_command_line(raw: dict[str, Any], options: RunOptions) -> dict[str, An
         if enabled not in (AUTO, options.dtype == "bf16") or raw.get("fp16", {}).get("enabled") is True:
             raise ValueError(f"--dtype {options.dtype} contradicts bf16 or fp16 in {options.deepspeed_config}")
     return raw
+
+
+def _with_halves(params: dict[str, Any], micro_batch: int | None, recipe: Recipe, world_size: int) -> int:
+    """Settle Addax's zo_batch and fo_batch; where they are not given, each is half of the micro-batch. Returns its
+    size."""
+    zo_batch, fo_batch = params.get("zo_batch"), params.get("fo_batch")
+    Addax.from_model(torch.nn.Linear(1, 1), zo_batch=zo_batch, fo_batch=fo_batch)  # a trial: wrong ones must fail now
+    if micro_batch is None:
+        micro_batch = zo_batch + fo_batch if zo_batch and fo_batch else split_batch(recipe, None, 1, world_size)[0]
+    zo_batch = zo_batch or (micro_batch - fo_batch if fo_batch else micro_batch // 2)
+    fo_batch = fo_batch or micro_batch - zo_batch
+    if min(zo_batch, fo_batch) < 1 or zo_batch + fo_batch != micro_batch:
+        raise ValueError(
+            f"a micro-batch of {micro_batch} sequences per rank cannot be zo_batch={zo_batch} long and "
+            f"fo_batch={fo_batch} short ones: both must be at least 1, and their sum the micro-batch; leave "
+            "--micro_batch and train_micro_batch_size_per_gpu out, or change one"
+        )
+    params.update(zo_batch=zo_batch, fo_batch=fo_batch)
+    return micro_batch
 
 
 def _lacks_fused_adam(config: dict[str, Any], ranks: Ranks) -> bool:

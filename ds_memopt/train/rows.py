@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
-from ds_memopt.train.data import IGNORED_LABEL, StepBatches
+from ds_memopt.train.data import IGNORED_LABEL
 from ds_memopt.train.presets import TINY_VOCABULARY
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of a completion
@@ -28,6 +28,10 @@ class Row:
     @property
     def pair(self) -> Pair:
         return self.prompt, self.candidates[0]
+
+    def __len__(self) -> int:
+        """Tokens that are trained on: prompt and right completion."""
+        return len(self.prompt) + len(self.candidates[0])
 
 
 @dataclass(frozen=True)
@@ -156,17 +160,20 @@ def collate(pairs: list[Pair]) -> dict[str, torch.Tensor]:
     }
 
 
-def totals(rows: Sequence[Row], global_batch: int, seed: int, steps: int) -> tuple[list[int], list[int]]:
-    """(tokens, targets): tokens[s] counts the rows of the first s steps, targets[s] the completions of step s + 1."""
+def totals(rows: Sequence[Row], steps: Iterable[list[int]]) -> tuple[list[int], list[int]]:
+    """(tokens, targets): tokens[s] counts the rows of the first s steps, targets[s] the completions of step s + 1.
+
+    steps: indices of the rows of each step, on all ranks together.
+    """
     tokens, targets = [0], []
-    for step in StepBatches(rows, global_batch, 1, 0, 1, seed, range(steps)):
+    for step in steps:
         targets.append(sum(len(rows[i].candidates[0]) for i in step))
-        tokens.append(tokens[-1] + targets[-1] + sum(len(rows[i].prompt) for i in step))
+        tokens.append(tokens[-1] + sum(len(rows[i]) for i in step))
     return tokens, targets
 
 
 def train_batches(
-    rows: Sequence[Row], batches: StepBatches, targets: Sequence[float], accumulation: int
+    rows: Sequence[Row], batches: Sampler[list[int]], targets: Sequence[float], accumulation: int
 ) -> Iterator[dict[str, Any]]:
     """Keyword arguments of the forward for each micro-batch of one rank. targets[i]: what the sum of the loss over the
     micro-batch is divided by in the i-th step, as num_items_in_batch."""
