@@ -459,3 +459,12 @@ def test_momentum_makes_the_last_bases_but_once_more(bases):
         optimizer.step(lambda step=step: model(*inputs(step)))
         seen.append((len(bases) / 12, alive(bases) / 12))  # 6 matrices have 12 bases
     assert seen == [(1, 1)] * 10 + [(3, 2)] * 10 + [(5, 2)]
+
+
+def test_the_state_of_other_layers_is_refused():
+    first, second = [["embed.weight"], ["head.weight"]], [["embed.weight"], ["head.bias"]]
+    saved = MeZO.from_model(Net(), layers=first, **HYPER | LEZO).state_dict()
+    MeZO.from_model(Net(), layers=first, **HYPER | LEZO).load_state_dict(saved)
+    for layers in (second, None):
+        with pytest.raises(ValueError, match="state is of .*layers [0-9a-f]{8}"):
+            MeZO.from_model(Net(), layers=layers, **HYPER | LEZO).load_state_dict(saved)

@@ -40,7 +40,7 @@ class ZerothOrderAdapter(InPlaceAdapter):
             try:
                 self.lockstep = optimizer.new_lockstep()
             except ValueError as error:
-                self._tell(f"each layer is gathered once for each sign: {error}")
+                self._tell(f"each layer is gathered once for each sign: {str(error).split('. ')[0]}")
         for parameter in optimizer.names_by_tensor() if self.freezes else ():
             parameter.requires_grad_(False)  # no gradient is needed, and checkpoints then hold all weights as they are
 

@@ -7,8 +7,10 @@ Algorithms 1 and 2.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -127,7 +129,8 @@ class MeZO(InPlaceOptimizer):
             "refresh_every": refresh_every, "magnitude_fraction": magnitude_fraction, "seed": seed,
         }  # fmt: skip
         start = {"history": [], "mean_square": 0.0, "thresholds": {}, "base_checksum": ""}
-        self._describe(hyper, start, f"noise version {NOISE_VERSION}")
+        told = [] if layers is None else [f"layers {zlib.crc32(json.dumps(layers).encode()):08x}"]
+        self._describe(hyper, start, *told, f"noise version {NOISE_VERSION}")
         self.trajectory, self._writer = trajectory, None
 
     def release(self) -> None:
