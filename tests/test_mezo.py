@@ -363,6 +363,14 @@ def refusal(call, *arguments, **options) -> str:
     return str(error.value)
 
 
+def test_parameters_cannot_be_added_later():
+    model = Net()
+    optimizer = mezo(model)
+    message = refusal(optimizer.add_param_group, {"params": [("more", nn.Parameter(torch.zeros(2)))]})
+    assert message == "What MeZO trains is fixed when it is built: list all parameters there."
+    assert len(optimizer.param_groups) == len(mezo(model).param_groups)
+
+
 WRONG = {
     "lr": (-1, "a number >= 0"), "weight_decay": ("0.1", "a number >= 0"), "epsilon": (0, "a finite number > 0"),
     "probes": (1.5, "an integer >= 1"), "noise": ("uniform", "'gaussian' or 'rademacher'"),
@@ -370,6 +378,10 @@ WRONG = {
     "momentum": (1, "a number in [0, 1)"), "normalize": ("yes", "true or false"), "lockstep": (1, "true or false"),
     "seed": (0.5, "an integer"),
 }  # fmt: skip
+
+
+def test_an_infinite_epsilon_is_refused():
+    assert "epsilon=inf is out of range" in refusal(mezo, Net(), epsilon=math.inf)
 
 
 @pytest.mark.parametrize("name", WRONG)

@@ -251,6 +251,12 @@ def test_a_wrong_call_is_told(ranks, call):
     assert WRONG_CALLS[call] in ranks[0]["messages"][call]
 
 
+def test_destroy_gives_the_model_back(ranks):
+    frozen, trained = ranks[0]["messages"]["given back"]
+    assert not frozen and all(trained)
+    assert not any(ranks[0]["messages"]["hooks"][1:])  # the first module has one of DeepSpeed
+
+
 def test_gradient_clipping_does_no_harm(ranks):
     """At ZeRO-0 in fp32 DeepSpeed itself clips, and there are no gradients."""
     assert ranks[0]["messages"]["clipping"] == "no error"

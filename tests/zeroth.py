@@ -379,6 +379,9 @@ def messages() -> dict[str, str]:
         results["no backward"] = message(engine.step)
     with running(0, gradient_clipping=1.0) as engine:
         results["clipping"] = message(train, engine, local(1))
+        frozen = [p.requires_grad for p in engine.module.parameters()]
+    results["given back"] = any(frozen), [p.requires_grad for p in engine.module.parameters()]
+    results["hooks"] = [len(module._forward_hooks) for module in engine.module.modules()]
     return results
 
 
