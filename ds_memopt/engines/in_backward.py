@@ -12,7 +12,6 @@ Private names of DeepSpeed used here, checked against 0.19.8:
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -110,6 +109,7 @@ class InBackwardAdapter(InPlaceAdapter):
                 f"{type(self.optimizer).__name__} has no step to end. Call engine.backward(loss) before engine.step()."
             )
         self.optimizer.end_step(self.done)
+        self._global_grad_norm = self.optimizer.grad_norm
         self.overflow, self.done = not self.done, None
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
@@ -167,6 +167,8 @@ class AddaxAdapter(InBackwardAdapter, ZerothOrderAdapter):
             return self.first_order(original, fo)
 
         use_zo, use_fo = bool(some_zo) and self.optimizer.alpha > 0, bool(some_fo) and self.optimizer.alpha < 1
+        if not use_zo and not use_fo:  # nothing is to be learnt from this batch: the step is skipped, and counted
+            use_fo, fo = True, stand_in(fo.keywords)
         with one_step(self.offload):
             if use_zo and use_fo and self.lockstep is not None and self.lockstep_checked:
                 (_, zeroth), (output, first, again) = interleaved(
@@ -177,21 +179,11 @@ class AddaxAdapter(InBackwardAdapter, ZerothOrderAdapter):
                     output, zeroth = zeroth_order()
                 if use_fo:
                     output, first, again = first_order()
-        if output is None:
-            raise ValueError(
-                f"No rank has a sample in the half that counts: alpha is {self.optimizer.alpha}, and on all ranks "
-                f"{some_zo:.0f} samples or tokens are above the threshold, {some_fo:.0f} are not."
-            )
-        losses = [
-            (loss, int(count))
-            for loss, count in ((torch.stack(zeroth).mean() if zeroth else None, zo.count), (first, fo.count))
-            if loss is not None
-        ]
-        counted = sum(count for _, count in losses) or math.nan
-        mean = sum(loss.detach().float() * (count / counted) for loss, count in losses if count or len(losses) == 1)
         share = self.share_of(keywords, some_zo + some_fo)
         pending = Pending(zeroth, zo.count, first, fo.count, again, share)
-        return self.losses.give(output, torch.as_tensor(mean, device=engine.device), pending)
+        measured = [(torch.stack(zeroth).mean(), zo.count)] if use_zo else []
+        measured += [(first, fo.count)] if use_fo else []
+        return self.losses.give(output, _mean(measured), pending)
 
     def choose_threshold(self, original: Callable, engine, keywords: Mapping[str, Any]) -> int:
         """The largest that fits on all ranks, with what is held beside activations already."""
@@ -215,6 +207,13 @@ class AddaxAdapter(InBackwardAdapter, ZerothOrderAdapter):
             )
         self._tell(f"length_threshold is {int(chosen)}: {rows} rows of it take {available / 2**30:.2f} GiB in backward")
         return int(chosen)
+
+
+def _mean(measured: list[tuple[torch.Tensor, Any]]) -> torch.Tensor:
+    """Of the losses of this rank's halves over all their samples, as far as it has some."""
+    losses = torch.stack([loss.detach().float() for loss, _ in measured])
+    counts = losses.new_tensor([float(count) for _, count in measured])
+    return (losses * counts).sum() / counts.sum() if bool(counts.any()) else losses.mean()
 
 
 def build(engine, optimizer: UpdatesInBackward, original: Callable) -> InPlaceAdapter:

@@ -121,7 +121,6 @@ class Addax(UpdatesInBackward, MeZO):
 
     def without_first_order(self) -> bool:
         """Make the step where no rank has samples of the first-order half: all parts move along the noise alone."""
-        self._realised = self._intended = 0.0
         self.gradients.finish()
         return True
 
@@ -139,6 +138,7 @@ class Addax(UpdatesInBackward, MeZO):
         tokens): (loss * 0, 0) on a rank that has none. zo_closure is called twice without a graph, fo_closure once
         with one (twice with clip="two_pass"). Returns the first result of each. All ranks call.
         """
+        self._sums = None  # of a step that an exception interrupted
         zo_first = self.evaluate(zo_closure) if zo_closure is not None and self.alpha > 0 else None
         if fo_closure is None or self.alpha == 1:
             factor = self.begin(0.0, 0.0)

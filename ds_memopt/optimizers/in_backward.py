@@ -54,6 +54,8 @@ class UpdatesInBackward(InPlaceOptimizer):
         self._measuring = False
         self._squares: list[torch.Tensor] = []
         self._scale = 1.0
+        self._step_is_new = True
+        self.grad_norm: float | None = None
         self._fp16 = any(p.dtype == torch.float16 for p in self._names)
         if self._fp16 and "loss_scale" not in self.progress:
             self._set_progress(loss_scale=FIRST_LOSS_SCALE, since_overflow=0)
@@ -98,15 +100,14 @@ class UpdatesInBackward(InPlaceOptimizer):
         again: with clip="two_pass", computes the same loss again, with the same dropout. All ranks call. False if the
         gradients of a first pass were not finite on whatever rank; then nothing has changed.
         """
-        self._realised = self._intended = 0.0
         scale = self.progress["loss_scale"] if self._fp16 else 1.0
         if self.clip == "two_pass":
             self._measuring = True
             try:
-                (loss * (factor * scale)).backward()
-                norm = self._norm() / scale
+                self._backward(loss, factor * scale)
             finally:
                 self._measuring = False
+            self.grad_norm = norm = self._norm() / scale
             if self._fp16:
                 self._adapt_loss_scale(math.isfinite(norm))
             if not math.isfinite(norm):
@@ -114,13 +115,23 @@ class UpdatesInBackward(InPlaceOptimizer):
             del loss
             loss = again()
             self._scale = min(1.0, self.max_norm / (norm + 1e-6)) / scale
-        (loss * (factor * scale)).backward()
-        self.gradients.finish()
+        self._backward(loss, factor * scale)
         self._scale = 1.0
         return True
 
+    def _backward(self, loss: torch.Tensor, factor: float) -> None:
+        try:
+            (loss.to(torch.promote_types(loss.dtype, torch.float32)) * factor).backward()
+            self.gradients.finish()
+        except BaseException:
+            self.gradients.forget()
+            raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget a backward without a step, as one that was interrupted. No gradients are held."""
+        self.gradients.forget()
+
     def _norm(self) -> float:
-        self.gradients.finish()
         total = torch.stack(self._squares).sum().view(1)
         self._squares = []
         self.shards.sum_of_parts(total)
@@ -138,6 +149,8 @@ class UpdatesInBackward(InPlaceOptimizer):
         if self._measuring:
             self._squares += [_square(part, gradient) for part, gradient in bucket]
             return
+        if self._step_is_new:
+            self._step_is_new, self._realised, self._intended = False, 0.0, 0.0
         if self.clip == "tensor":
             squares = torch.stack([_square(part, gradient) for part, gradient in bucket])
             self.shards.sum_of_parts(squares)
@@ -146,7 +159,7 @@ class UpdatesInBackward(InPlaceOptimizer):
             scales = [self._scale] * len(bucket)
         if self.clip != "none":
             bucket = [
-                (part, None if gradient is None else gradient.float() * scale)
+                (part, None if gradient is None else _exact(gradient) * scale)
                 for (part, gradient), scale in zip(bucket, scales, strict=True)
             ]
         self.update_bucket(bucket)
@@ -155,6 +168,7 @@ class UpdatesInBackward(InPlaceOptimizer):
         """Count a step, and let all ranks see the new weights. All ranks call."""
         if any(parameter.grad is not None for parameter in self._names):
             refuse(type(self), "ddp")  # it alone puts gradients back that were taken away
+        self._step_is_new = True
         if done:
             self.shards.publish()
         self._set_progress(steps=self.steps + 1, skipped=self.skipped_steps + (not done))
@@ -162,8 +176,12 @@ class UpdatesInBackward(InPlaceOptimizer):
 
 def _square(part: Part, gradient: torch.Tensor | None) -> torch.Tensor:
     if gradient is None:
-        return part.elements.new_zeros((), dtype=torch.float32)
-    return gradient.float().square().sum()
+        return part.elements.new_zeros((), dtype=torch.promote_types(part.elements.dtype, torch.float32))
+    return _exact(gradient).square().sum()
+
+
+def _exact(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
 def sum_and_count(result: Any) -> tuple[Any, Any]:
