@@ -429,14 +429,6 @@ def test_resumed_equals_uninterrupted(place, whole, name):
         assert equal_tensors(*(torch.load(file, weights_only=False) for file in files)) > 0
 
 
-# --- Addax: long and short rows ---
-
-
-def threshold(run: FinetuneOptions) -> int | None:
-    facts = json.loads((Path(run.output_dir) / "resolved_config.json").read_text())
-    return facts["optimizer"]["params"]["length_threshold"]
-
-
 def test_ranks_change_nothing_of_addax(place, whole):
     config = addax(place, zo_batch=4, fo_batch=2)
     run = options(place / "addax_alone", place / "sure", place, deepspeed_config=config, steps=2, lr=1e-3,
@@ -446,45 +438,6 @@ def test_ranks_change_nothing_of_addax(place, whole):
         assert ours["tokens"] == theirs["tokens"]
         measured = [key for key in VALIDATION if theirs[key] is not None]
         assert [ours[key] for key in measured] == pytest.approx([theirs[key] for key in measured], rel=1e-4)
-
-
-def test_the_threshold_is_measured_or_dropped(place):
-    """A bucket of gradients takes 16 MiB, and a token of this model 4 KiB."""
-    few = dict(steps=1, micro_batch=None, accumulation=None)
-    values = {"auto": dict(length_threshold="auto", memory_gib=16.16 / 1024), "long": dict(length_threshold=33),
-              "short": dict(length_threshold=8), "none": dict(length_threshold=None)}  # fmt: skip
-    runs = [
-        options(place / f"addax_{name}", place / "sure", place, deepspeed_config=addax(place, **params), **few)
-        for name, params in values.items()
-    ]
-    assert run_ranks(run_all, 2, runs) == [[None] * len(runs)] * 2
-    measured, *dropped = map(threshold, runs)
-    assert 9 < measured < 33 and dropped == [None] * 3
-
-
-@pytest.mark.parametrize(
-    ("params", "changes", "message"),
-    [
-        ({}, dict(accumulation=2), "gradient_accumulation_steps is 1 in the DeepSpeed config but 2"),
-        ({}, dict(micro_batch=4), "a micro-batch of 4 sequences per rank cannot be zo_batch=2 long and fo_batch=1"),
-        ({"zo_batch": None, "fo_batch": 3}, dict(micro_batch=3), "cannot be zo_batch=0 long and fo_batch=3 short"),
-        ({"zo_batch": "2"}, {}, "zo_batch"),
-        ({"length_threshold": "auto"}, {}, "without a GPU give memory_gib, or a number of tokens"),
-        ({"length_threshold": 32}, {}, "zo_batch=2 on 1 ranks needs 2 rows, but 1 rows are longer than 32 tokens"),
-        ({}, dict(optimizer="IPSGD"), "--optimizer IPSGD cannot replace Addax"),
-        ({"zo_batch": None, "fo_batch": None}, dict(deepspeed_config=str(ROOT / "ds_configs/zero2_adamw.json"),
-         optimizer="IPSGD", accumulation=2), "gradient_accumulation_steps=2, but IPSGD holds no gradients"),
-    ],
-)  # fmt: skip
-def test_what_addax_cannot_do_is_refused(place, params, changes, message):
-    settings = dict(deepspeed_config=addax(place, **params), micro_batch=None, accumulation=None) | changes
-    refused = options(place / "refused", place / "sure", place, **settings)
-    assert message in run_ranks(run_all, 1, [refused])[0][0]
-
-
-def test_pretraining_has_no_long_and_short_sequences(place):
-    refused = Options(deepspeed_config=addax(place), output_dir=str(place / "refused"), steps=1)
-    assert "all sequences of pre-training are equally long" in run_ranks(run_all, 1, [refused])[0][0]
 
 
 def test_the_script_says_what_is_wrong_and_fails(place):

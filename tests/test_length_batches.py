@@ -1,13 +1,19 @@
-"""Batches of long and short rows: what each step draws, on how many ranks and from where it starts."""
+"""Batches of long and short rows: what each step draws, on how many ranks and from where it starts, and in the job."""
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import pytest
+import transformers
+from spawn import run_ranks
+from test_finetune import ROOT, addax, llama, options, run_all, sums, write
 
 from ds_memopt.train.length_batches import LengthBatches, divide
+from ds_memopt.train.options import FinetuneOptions, Options
 
 LENGTHS = random.Random(0).choices((5, 9, 17, 40, 300), k=101)
 
@@ -72,3 +78,56 @@ def test_too_few_rows_of_a_half():
         LengthBatches(halves, 2, 1, 0, 2, 0, range(1))
     with pytest.raises(ValueError, match="fo_batch=2 on 1 ranks needs 2 rows, .* or choose another length_threshold"):
         LengthBatches(halves, 1, 2, 0, 1, 0, range(1))
+
+
+# --- in the job ---
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    """Data with rows of 9 to 33 tokens, and a model."""
+    place = tmp_path_factory.mktemp("length_batches")
+    write(place / "train.jsonl", sums(25, choices=False))
+    write(place / "valid.jsonl", sums(4, choices=False))
+    transformers.LlamaForCausalLM(llama()).save_pretrained(place / "model")
+    return place
+
+
+def run_of(job: Path, name: str, **changes) -> FinetuneOptions:
+    return options(job / name, job / "model", job, **dict(steps=1, micro_batch=None, accumulation=None) | changes)
+
+
+def threshold(run: FinetuneOptions) -> int | None:
+    facts = json.loads((Path(run.output_dir) / "resolved_config.json").read_text())
+    return facts["optimizer"]["params"]["length_threshold"]
+
+
+def test_the_threshold_is_measured_or_dropped(job):
+    """A bucket of gradients takes 16 MiB, and a token of this model 4 KiB."""
+    values = {"auto": dict(length_threshold="auto", memory_gib=16.16 / 1024), "long": dict(length_threshold=33),
+              "short": dict(length_threshold=8), "none": dict(length_threshold=None)}  # fmt: skip
+    runs = [run_of(job, name, deepspeed_config=addax(job, **params)) for name, params in values.items()]
+    assert run_ranks(run_all, 2, runs) == [[None] * len(runs)] * 2
+    measured, *dropped = map(threshold, runs)
+    assert 9 < measured < 33 and dropped == [None] * 3
+
+
+def test_what_addax_cannot_do_is_refused(job):
+    adamw = str(ROOT / "ds_configs/zero2_adamw.json")
+    cases = [
+        ({}, dict(accumulation=2), "gradient_accumulation_steps is 1 in the DeepSpeed config but 2"),
+        ({}, dict(micro_batch=4), "a micro-batch of 4 sequences per rank cannot be zo_batch=2 long and fo_batch=1"),
+        ({"zo_batch": None, "fo_batch": 3}, dict(micro_batch=3), "cannot be zo_batch=0 long and fo_batch=3 short"),
+        ({"zo_batch": "2"}, {}, "zo_batch='2' is out of range: it must be an integer >= 1"),
+        ({"length_threshold": "auto"}, {}, "without a GPU give memory_gib, or a number of tokens"),
+        ({"length_threshold": 32}, {}, "zo_batch=2 on 1 ranks needs 2 rows, but 1 rows are longer than 32 tokens"),
+        ({}, dict(optimizer="IPSGD"), "--optimizer IPSGD cannot replace Addax"),
+        ({}, dict(deepspeed_config=adamw, optimizer="IPSGD", accumulation=2), "but IPSGD holds no gradients"),
+    ]
+    runs: list = [
+        run_of(job, "refused", **dict(deepspeed_config=addax(job, **params)) | changes) for params, changes, _ in cases
+    ]
+    runs.append(Options(deepspeed_config=addax(job), output_dir=str(job / "refused"), steps=1))
+    (messages,) = run_ranks(run_all, 1, runs)
+    for message, part in zip(messages, [part for *_, part in cases] + ["pre-training are equally long"], strict=True):
+        assert part in message
