@@ -121,7 +121,6 @@ def test_where_nothing_tells_the_lengths_the_remedy_is_told():
         assert "or set length_threshold to null." in str(error.value)
 
 
-@pytest.mark.xfail(strict=True, reason="only what has all rows is cut")
 def test_positions_shared_by_all_rows_are_cut_too():
     batch = batch_of([4, 7, 2]) | {"position_ids": torch.arange(TOKENS)[None]}
     zo, fo = halves(ENGINE, batch, 4, None)
@@ -146,19 +145,15 @@ LARGEST = {"eager": 4 * 10 * 300**2, "sdpa": 4 * 10 * 12 * 300}
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("width", [32, 400])
-def test_the_largest_length_is_that_of_what_is_kept_and_the_largest_tensor_again(attention, width, request):
-    """Whether measured at rows of 32 or at the first 256 tokens of 400, a row of 300 is told within a token or two; all
-    memory of its step, with sdpa, is 1.3 % more.
-
-    With eager attention the step takes 13 % more."""
+def test_the_largest_length_fits_and_wastes_little(attention, width):
+    """Whether measured at rows of 32 or at the first 256 tokens of 400: what is kept and twice the largest tensor is
+    told for a row of 300 to a token or two. A whole step then takes 0.97 of the memory with eager attention, 0.98 with
+    sdpa."""
     model = llama(attn_implementation=attention, num_hidden_layers=4)
     optimizer, rows = IPSGD.from_model(model), 3
     batch = dict.fromkeys(("input_ids", "labels"), torch.zeros(2, width, dtype=torch.long))
     kept, peak = memory(model, optimizer, rows, 300)
-    found = largest_length(model, batch, rows, kept + rows * LARGEST[attention])
+    found = largest_length(model, batch, rows, kept + 2 * rows * LARGEST[attention])
     most = memory(model, optimizer, rows, largest_length(model, batch, rows, peak))[1] / peak
     print(attention, width, found, most)
-    assert abs(found - 300) <= 3
-    if attention == "eager":
-        request.applymarker(pytest.mark.xfail(strict=True, reason="backward holds more than one of the largest"))
-    assert most < 1.02
+    assert abs(found - 300) <= 3 and 0.9 <= most <= 1

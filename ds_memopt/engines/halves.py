@@ -79,10 +79,10 @@ def cut(keywords: Mapping[str, Any], rows: torch.Tensor, width: int | None = Non
     for key, value in keywords.items():
         if key == "num_items_in_batch":
             continue
+        if isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[1] == tokens:
+            value = value[:, :width] if len(value) in (1, count) else value  # one row may be for all
         if isinstance(value, torch.Tensor) and value.dim() and len(value) == count:
             value = value[rows.to(value.device)]
-            if width is not None and value.dim() > 1 and value.shape[1] == tokens:
-                value = value[:, :width]
         taken[key] = value
     return taken
 
@@ -92,7 +92,8 @@ def _take(engine, keywords: Mapping[str, Any], rows: torch.Tensor, width: int | 
 
 
 def _rows(keywords: Mapping[str, Any]) -> int:
-    return len(next(value for value in keywords.values() if isinstance(value, torch.Tensor) and value.dim()))
+    known = [keywords[key] for key in ("input_ids", "inputs_embeds", "labels") if keywords.get(key) is not None]
+    return len((known or [value for value in keywords.values() if isinstance(value, torch.Tensor) and value.dim()])[0])
 
 
 def _ends(there: torch.Tensor) -> torch.Tensor:
@@ -126,7 +127,7 @@ def largest_length(
 
 
 def _bytes_kept(forward: Callable[[], Any]) -> int:
-    """Bytes that a forward keeps for backward, and once more of the largest tensor: its gradient."""
+    """Bytes that a forward keeps for backward, and twice the largest tensor: its gradient, and that of its source."""
     storages: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -136,6 +137,6 @@ def _bytes_kept(forward: Callable[[], Any]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = forward()  # held until all is counted: an address must not be given out twice
-    kept = sum(storages.values()) + max(storages.values())
+    kept = sum(storages.values()) + 2 * max(storages.values())
     del output
     return kept

@@ -119,9 +119,14 @@ class Addax(UpdatesInBackward, MeZO):
         add_gradient(gradient, 1 - self.alpha, direction, piece, weights)
         self._add_noise(part, self._terms, direction, piece, weights)
 
+    def needs_closure(self) -> str:
+        return "Addax measures the zeroth-order half first: call optimizer.step(zo_closure, fo_closure)."
+
     def without_first_order(self) -> bool:
         """Make the step where no rank has samples of the first-order half: all parts move along the noise alone."""
+        self._in_step = True
         self.gradients.finish()
+        self._in_step = False
         return True
 
     def end_step(self, done: bool) -> None:
@@ -138,6 +143,8 @@ class Addax(UpdatesInBackward, MeZO):
         tokens): (loss * 0, 0) on a rank that has none. zo_closure is called twice without a graph, fo_closure once
         with one (twice with clip="two_pass"). Returns the first result of each. All ranks call.
         """
+        if zo_closure is None and fo_closure is None:
+            raise ValueError(self.needs_closure())
         self._sums = None  # of a step that an exception interrupted
         zo_first = self.evaluate(zo_closure) if zo_closure is not None and self.alpha > 0 else None
         if fo_closure is None or self.alpha == 1:

@@ -51,7 +51,7 @@ class UpdatesInBackward(InPlaceOptimizer):
         if hasattr(self, "gradients"):
             self.gradients.remove()
         self.gradients = GradientBuckets(self.shards, self._use, **reduction)
-        self._measuring = False
+        self._measuring = self._in_step = False
         self._squares: list[torch.Tensor] = []
         self._scale = 1.0
         self._step_is_new = True
@@ -120,12 +120,15 @@ class UpdatesInBackward(InPlaceOptimizer):
         return True
 
     def _backward(self, loss: torch.Tensor, factor: float) -> None:
+        self._in_step = True
         try:
             (loss.to(torch.promote_types(loss.dtype, torch.float32)) * factor).backward()
             self.gradients.finish()
         except BaseException:
             self.gradients.forget()
             raise
+        finally:
+            self._in_step = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget a backward without a step, as one that was interrupted. No gradients are held."""
@@ -145,7 +148,14 @@ class UpdatesInBackward(InPlaceOptimizer):
             scale, since = scale * 2, 0
         self._set_progress(loss_scale=scale, since_overflow=since)
 
+    def needs_closure(self) -> str:
+        """Why a backward outside `step` cannot be a step; empty where it can."""
+        return ""
+
     def _use(self, bucket: Bucket) -> None:
+        if not self._in_step and (reason := self.needs_closure()):
+            self.gradients.forget()
+            raise ValueError(reason)
         if self._measuring:
             self._squares += [_square(part, gradient) for part, gradient in bucket]
             return

@@ -73,6 +73,11 @@ class IPSGD(UpdatesInBackward):
         for (part, gradient), rate in zip(bucket, rates, strict=True):
             self._move(part, partial(add_gradient, gradient, 1.0), rate)
 
+    def needs_closure(self) -> str:
+        if self.clip == "two_pass":
+            return 'clip="two_pass" runs backward twice: call optimizer.step(closure), whose closure returns the loss.'
+        return ""
+
     def _moments(self, part: Part) -> dict[str, torch.Tensor]:
         state = self.state[part.parameter]
         new = self._rule.new_state(part, full_shape(part.parameter))
@@ -105,8 +110,6 @@ class IPSGD(UpdatesInBackward):
             return first
         if not self.gradients.began:
             raise ValueError("IPSGD.step has no gradient to go by. Call loss.backward() before, or pass a closure.")
-        if self.clip == "two_pass":
-            raise ValueError('clip="two_pass" runs backward twice: pass step a closure that returns the loss.')
         self.gradients.finish()
         self.end_step(done=True)
         return None
