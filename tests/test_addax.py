@@ -22,7 +22,7 @@ from ds_memopt.optimizers.trajectory import SKIPPED, read_trajectory
 from ds_memopt.replay import replay
 
 STEPS, SEED, EPSILON, ALPHA = 3, 5, 1e-3, 0.01
-BOTH = ("IPSGD", "Addax")
+BOTH, WHERE = ("IPSGD", "Addax"), ("forward", "full_backward")
 
 
 class Net(nn.Module):
@@ -35,13 +35,14 @@ class Net(nn.Module):
         self.head.weight = self.embed.weight
         self.body = nn.Sequential(nn.Linear(8, 13), nn.Tanh(), nn.Dropout(0.3), nn.Linear(13, 8))
         self.mix, self.unused = nn.Parameter(torch.randn(3, 8, 5) / 4), nn.Parameter(torch.ones(4, 2))
-        self.back = nn.Linear(5, 8).requires_grad_(False)
+        self.back, self.shares = nn.Linear(5, 8).requires_grad_(False), nn.Buffer(torch.tensor([1.0, 2.0, 0.5]))
+        nn.init.zeros_(self.head.bias)
         self.to(dtype)
 
     def forward(self, rows, labels):
         hidden = self.embed(rows)
         hidden = hidden + self.body(hidden)
-        logits = self.head(hidden + self.back(torch.einsum("bth,nhk->btk", hidden, self.mix)))
+        logits = self.head(hidden + self.back(torch.einsum("bth,nhk,n->btk", hidden, self.mix, self.shares)))
         precise = logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32))
         return cross_entropy(precise, labels.flatten())
 
@@ -155,7 +156,7 @@ def adalomo(gradient: torch.Tensor, moments: dict, step: int) -> torch.Tensor:
     return update / max(1.0, update.square().mean().sqrt().item())
 
 
-CLIPS = {"none": {}, "tensor": {"clip": "tensor"}, "two_pass": {"clip": "two_pass", "max_norm": 1.5}}
+CLIPS = {"none": {}, "tensor": {"clip": "tensor"}, "two_pass": {"clip": "two_pass", "max_norm": 5.3}}
 
 
 def run_on(model, optimizer, steps: range = range(STEPS), **options) -> dict[str, torch.Tensor]:
@@ -164,16 +165,12 @@ def run_on(model, optimizer, steps: range = range(STEPS), **options) -> dict[str
     return train(model, optimizer, steps, **options)
 
 
-def run(method: str, model, **options) -> dict[str, torch.Tensor]:
-    return run_on(model, build(method, model, **options))
-
-
 @pytest.mark.parametrize("loop", [*CLIPS, "backward"])
 def test_ipsgd_is_torchs_sgd(loop):
     """With its clip_grad_norm_. Each group has its own rate, which changes, and decay; without a gradient torch needs
     zeros to decay it. Dropout is the same in both passes of "two_pass".
 
-    Measured 0 of the distance moved, with a clip 3e-8, which is computed in fp32."""
+    Measured 6e-16 of the distance moved; with other dropout in the second pass 0.2."""
     clip = "none" if loop == "backward" else loop
     max_norm = CLIPS[clip].get("max_norm", 1.0)
     model, other, start = Net(), Net(), named(Net())
@@ -192,9 +189,9 @@ def test_ipsgd_is_torchs_sgd(loop):
         sgd.step()
         sgd.zero_grad()
     print(loop, apart(weights, named(other), start), shares)
-    assert apart(weights, named(other), start) < (1e-12 if clip == "none" else 1e-7) and follows == torch.rand(1)
+    assert apart(weights, named(other), start) < 1e-12 and follows == torch.rand(1)
     assert clip == "none" or min(shares) < 0.9  # something was clipped
-    assert clip != "tensor" or max(shares) > 1.1  # and something not
+    assert clip == "none" or max(shares) > 1.05  # and something not
     assert {n for n in start if torch.equal(start[n], weights[n])} == {"back.weight", "back.bias"}
 
 
@@ -210,13 +207,13 @@ def test_steps_follow_the_formula(rule):
     """AdaLomo of vectors, matrices and one parameter of three matrices. Addax with its zeroth-order half first, and
     without dropout; what has no gradient moves along the noise, and decays.
 
-    Measured 4e-16 of the distance moved, with a clip 4e-8, which is computed in fp32."""
+    Measured up to 9e-16 of the distance moved."""
     method, options = RULES[rule]
     model, start = Net(), named(Net())
     expected, random = by_hand(model, alpha=ALPHA * (method == "Addax"), **options), torch.rand(1)
-    error = apart(run(method, model, **options), expected, start)
+    error = apart(run_on(model, build(method, model, **options)), expected, start)
     print(rule, error)
-    assert error < (1e-7 if "clip" in options else 1e-12) and torch.rand(1) == random
+    assert error < 1e-12 and torch.rand(1) == random
     assert all(module.training for module in model.modules())
 
 
@@ -224,8 +221,9 @@ def test_steps_follow_the_formula(rule):
 @pytest.mark.parametrize("method", ["MeZO", "IPSGD"])
 def test_at_either_end_addax_is_another_method(method, dtype):
     """To the bit: MeZO on the zeroth-order half at alpha 1, IPSGD on the first-order half at alpha 0."""
-    weights = run("Addax", Net(dtype), alpha=1.0 if method == "MeZO" else 0.0)
-    assert equal(weights, run(method, Net(dtype))) and not equal(weights, named(Net(dtype)))
+    model, other = Net(dtype), Net(dtype)
+    weights = run_on(model, build("Addax", model, alpha=1.0 if method == "MeZO" else 0.0))
+    assert equal(weights, run_on(other, build(method, other))) and not equal(weights, named(Net(dtype)))
 
 
 @pytest.mark.parametrize("empty", ["zo", "fo"])
@@ -436,26 +434,29 @@ def test_a_hyper_parameter_out_of_range_is_refused(name, method):
 
 @pytest.mark.parametrize("method", BOTH)
 def test_what_cannot_work_is_refused(method):
-    """And changes no weight, but for a second backward: the first one has made its step."""
     make = METHODS[method].from_model
     message = refusal(make, Net(torch.float16), keep="fp32", clip="tensor")
     assert 'clip="tensor" cannot take back a step whose fp16 gradients overflow. Use bf16, or clip="two' in message
     assert 'keep="residual" needs bf16 or fp32 weights, not fp16' in refusal(make, Net(torch.float16), clip="two_pass")
     assert f"'momentum' is no hyper-parameter of {method}" in refusal(make, Net(), momentum=0.9)
     assert f"{method} needs the model" in refusal(METHODS[method], Net().parameters())
-    model = Net()
-    build(method, model, lr=0.1)
+
+
+def test_what_comes_before_a_step_or_does_not_is_told():
+    """After a second backward, which counts for nothing, zero_grad lets a run go on."""
+    model, other = Net(), Net()
+    optimizer = build("IPSGD", model, lr=0.1)
+    assert "IPSGD.step has no gradient to go by. Call loss.backward() before, or pass a" in refusal(optimizer.step)
     model(*inputs(0)).backward()
+    other.load_state_dict(model.state_dict())
     message = refusal(model(*inputs(1)).backward)
     assert " got a second gradient before step(), but the first one has changed it already. Call step()" in message
+    optimizer.zero_grad()
+    if any(p.grad is not None for p in model.parameters()):
+        pytest.xfail("the gradient that was refused stays, and the next one is added to it")
+    assert equal(run_on(model, optimizer), run_on(other, build("IPSGD", other)))
 
 
-def test_a_step_without_a_gradient_is_told():
-    message = refusal(build("IPSGD", Net()).step)
-    assert message == "IPSGD.step has no gradient to go by. Call loss.backward() before, or pass a closure."
-
-
-@pytest.mark.xfail(strict=True, reason="backward makes a step, and step() tells of it only then, or of Addax never")
 @pytest.mark.parametrize(
     "method, clip, backward", [("IPSGD", "two_pass", 1), ("Addax", "none", 1), ("Addax", "none", 0)]
 )
@@ -471,28 +472,26 @@ def test_a_step_without_a_closure_that_needs_one_is_told_in_time(method, clip, b
     assert "closure" in refusal(unchanged_loop) and bits(model) == before
 
 
-def interrupt(*_) -> None:
-    raise InterruptedError
-
-
-@pytest.mark.parametrize("where", ["forward", "first-order half", "full_backward"])
 @pytest.mark.parametrize("clip", ["none", "two_pass"])
-@pytest.mark.parametrize("method", BOTH)
-def test_a_run_goes_on_after_an_exception(method, clip, where, request):
-    """Weights are as before, but for a backward in one pass. No loss of the broken step counts in the next one."""
-    if where == "full_backward" or (method, where) == ("Addax", "first-order half"):
-        request.applymarker(pytest.mark.xfail(strict=True, reason="what an exception interrupts is left over"))
-    model, other = Net(), Net()
+@pytest.mark.parametrize("method, where, at", [("Addax", "forward", 3), *((m, w, 1) for m in BOTH for w in WHERE)])
+def test_a_run_goes_on_after_an_exception(method, where, at, clip, request):
+    """Weights are as before, but for a backward in one pass. No loss of the broken step counts in the next one.
+
+    At the third forward of Addax, that of the first-order half, the zeroth-order half is known."""
+    if (where, clip) == ("full_backward", "two_pass"):
+        request.applymarker(pytest.mark.xfail(strict=True, reason="the norm of what a first pass reached is left over"))
+    model, other, calls = Net(), Net(), []
     optimizer, before = build(method, model, lr=0.1, clip=clip), bits(model)
-    closures = list(halves(model, 1)[method == "IPSGD" :])
-    if where == "first-order half":
-        closures[-1] = interrupt
-    else:
-        handle = getattr(model.body, f"register_{where}_hook")(interrupt)
+
+    def interrupt(*_):
+        calls.append(where)
+        if len(calls) == at:
+            raise InterruptedError
+
+    handle = getattr(model.body, f"register_{where}_hook")(interrupt)
     with pytest.raises(InterruptedError):
-        optimizer.step(*closures)
-    if where != "first-order half":
-        handle.remove()
-    assert (bits(model) == before) == (where != "full_backward" or clip != "none")
+        optimizer.step(*halves(model, 1)[method == "IPSGD" :])
+    handle.remove()
+    assert (bits(model) == before) == (where == "forward" or clip == "two_pass")
     other.load_state_dict(model.state_dict())
     assert equal(run_on(model, optimizer), run_on(other, build(method, other, clip=clip)))
