@@ -170,6 +170,7 @@ def _train(engine: Any, plan: Plan, ranks: Ranks, work: Work, metrics: MetricsFi
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     on_terminal = ranks.is_main and sys.stderr.isatty()
     bar = tqdm(total=plan.steps, initial=first_step, unit="step", disable=not on_terminal)
+    engine.train()  # transformers loads models for evaluation
     for step in range(first_step + 1, plan.steps + 1):
         # Dropout draws from a stream that step and rank determine: nothing to save, and a resumed run goes on exactly.
         torch.manual_seed((plan.facts["seed"] * plan.steps + step) * ranks.world_size + ranks.rank)
