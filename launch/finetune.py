@@ -7,6 +7,10 @@ One process:                    python launch/finetune.py --model ... --data ...
 The files hold one JSON object per line: {"prompt": "2 + 3 =", "completion": " 5"}. Only the completion is trained.
 A validation row is right if the model gives its completion, token by token; with "choices": [" 4", " 5"] beside it,
 if its completion is the most likely of them.
+
+With Addax in the ds_config every rank gets, at every step, zo_batch rows of more than length_threshold tokens and
+fo_batch others. "auto", the default, is what fits the GPU; without a GPU give memory_gib or a number. With null, or
+where all rows are longer or none is, both halves are drawn from all rows.
 """
 
 import argparse

@@ -343,11 +343,11 @@ def test_accuracy_is_that_of_another_scorer_on_any_number_of_ranks(place, stage,
             assert ours["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-6)
 
 
-def addax(place: Path, **params) -> str:
+def addax(place: Path, stage: int = 2, **params) -> str:
     """A config with a file of its own."""
-    config = json.loads((ROOT / "ds_configs/zero2_addax.json").read_text())
+    config = json.loads((ROOT / f"ds_configs/zero{stage}_addax.json").read_text())
     config["optimizer"]["params"] |= {"length_threshold": 20, "zo_batch": 2, "fo_batch": 1} | params
-    return write(place / f"addax_{'_'.join(map(str, params.values()))}.json", [config])
+    return write(place / f"addax{stage}_{'_'.join(map(str, params.values()))}.json", [config])
 
 
 @pytest.fixture(scope="module")
@@ -429,15 +429,17 @@ def test_resumed_equals_uninterrupted(place, whole, name):
         assert equal_tensors(*(torch.load(file, weights_only=False) for file in files)) > 0
 
 
-def test_ranks_change_nothing_of_addax(place, whole):
-    config = addax(place, zo_batch=4, fo_batch=2)
-    run = options(place / "addax_alone", place / "sure", place, deepspeed_config=config, steps=2, lr=1e-3,
-                  micro_batch=None, accumulation=None)  # fmt: skip
-    assert run_ranks(run_all, 1, [run]) == [[None]]
-    for ours, theirs in zip(read_metrics(Path(run.output_dir)), read_metrics(whole["Addax"]), strict=True):
-        assert ours["tokens"] == theirs["tokens"]
-        measured = [key for key in VALIDATION if theirs[key] is not None]
-        assert [ours[key] for key in measured] == pytest.approx([theirs[key] for key in measured], rel=1e-4)
+def test_ranks_and_stages_change_nothing_of_addax(place, whole):
+    """The same 4 long and 2 short rows a step."""
+    same = dict(steps=2, lr=1e-3, micro_batch=None, accumulation=None)
+    cases = {(1, 2): addax(place, zo_batch=4, fo_batch=2), (2, 0): addax(place, 0), (2, 3): addax(place, 3)}
+    for (world_size, stage), config in cases.items():
+        run = options(place / f"addax{world_size}_{stage}", place / "sure", place, deepspeed_config=config, **same)
+        assert run_ranks(run_all, world_size, [run]) == [[None]] * world_size
+        for ours, theirs in zip(read_metrics(Path(run.output_dir)), read_metrics(whole["Addax"]), strict=True):
+            assert ours["tokens"] == theirs["tokens"]
+            measured = [key for key in VALIDATION if theirs[key] is not None]
+            assert [ours[key] for key in measured] == pytest.approx([theirs[key] for key in measured], rel=1e-4)
 
 
 def test_the_script_says_what_is_wrong_and_fails(place):

@@ -8,12 +8,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from spawn import run_ranks
 from test_finetune import ROOT, addax, llama, options, run_all, sums, write
 
 from ds_memopt.train.length_batches import LengthBatches, divide
 from ds_memopt.train.options import FinetuneOptions, Options
+from ds_memopt.train.plan import make_plan
+from ds_memopt.train.presets import find_trained
+from ds_memopt.train.ranks import Ranks
 
 LENGTHS = random.Random(0).choices((5, 9, 17, 40, 300), k=101)
 
@@ -103,13 +107,26 @@ def threshold(run: FinetuneOptions) -> int | None:
 
 
 def test_the_threshold_is_measured_or_dropped(job):
-    """A bucket of gradients takes 16 MiB, and a token of this model 4 KiB."""
+    """A bucket of gradients takes 16 MiB, and a token of this model 4 KiB. Nothing is validated before training."""
     values = {"auto": dict(length_threshold="auto", memory_gib=16.16 / 1024), "long": dict(length_threshold=33),
               "short": dict(length_threshold=8), "none": dict(length_threshold=None)}  # fmt: skip
-    runs = [run_of(job, name, deepspeed_config=addax(job, **params)) for name, params in values.items()]
+    blind = dict(validation_data=None, validation_interval=0)
+    runs = [run_of(job, name, deepspeed_config=addax(job, **params), **blind) for name, params in values.items()]
     assert run_ranks(run_all, 2, runs) == [[None] * len(runs)] * 2
     measured, *dropped = map(threshold, runs)
     assert 9 < measured < 33 and dropped == [None] * 3
+
+
+def test_sizes_of_the_halves(job):
+    """Those of the config, or half of the 16 rows of the recipe each."""
+    alone = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
+    given = dict(deepspeed_config=str(ROOT / "ds_configs/zero2_addax.json"))
+    chosen = dict(deepspeed_config=str(ROOT / "ds_configs/zero2_adamw.json"), optimizer="Addax")
+    for changes, sizes in ((given, (6, 4)), (chosen, (8, 8)), (chosen | dict(micro_batch=5), (2, 3))):
+        plan = make_plan(run_of(job, "unused", **changes), alone, find_trained)
+        params = plan.config["optimizer"]["params"]
+        assert (params["zo_batch"], params["fo_batch"]) == sizes
+        assert (plan.micro_batch, plan.accumulation) == (sum(sizes), 1)
 
 
 def test_what_addax_cannot_do_is_refused(job):
