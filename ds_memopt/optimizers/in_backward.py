@@ -102,7 +102,7 @@ class UpdatesInBackward(InPlaceOptimizer):
         """
         scale = self.progress["loss_scale"] if self._fp16 else 1.0
         if self.clip == "two_pass":
-            self._measuring = True
+            self._measuring, self._squares = True, []
             try:
                 self._backward(loss, factor * scale)
             finally:
@@ -136,7 +136,6 @@ class UpdatesInBackward(InPlaceOptimizer):
 
     def _norm(self) -> float:
         total = torch.stack(self._squares).sum().view(1)
-        self._squares = []
         self.shards.sum_of_parts(total)
         return total.sqrt().item()
 

@@ -71,6 +71,7 @@ class GradientBuckets:
 
     def _take(self, parameter: torch.Tensor) -> None:
         if parameter in self._taken:
+            parameter.grad = None
             raise ValueError(
                 f"{self._shards.names[parameter]} got a second gradient before step(), but the first one has changed "
                 "it already. Call step() after every backward: gradients cannot be accumulated, raise the micro-batch "
