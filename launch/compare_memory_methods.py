@@ -128,7 +128,7 @@ def main() -> None:
 
     tried = [(name, params) for name, method in METHODS.items() for params in method.tries]
     ranking = sorted(zip(tried, run(tried, 1), strict=True), key=lambda pair: quality(pair[1]), reverse=True)
-    finalists = [one for name in METHODS for one in [one for one, _ in ranking if one[0] == name][:2]]
+    finalists = [one for name in METHODS for one in [entry for entry, _ in ranking if entry[0] == name][:2]]
     results = {}
     for (name, params), folders in zip(finalists, run(finalists, arguments.seeds), strict=True):
         if name not in results or quality(folders) > quality(results[name][1]):
