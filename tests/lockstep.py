@@ -75,13 +75,15 @@ class Interrupted(Exception):
     """Raised in a forward."""
 
 
-def addax(make, lockstep: bool, interrupt: bool = False) -> dict:
+def addax(make, lockstep: bool, interrupt: bool = False, autocast: bool = False) -> dict:
     """Five steps. interrupt: before the last, one that fails in the first-order half and one in the other."""
     engine = engine_of(make, "Addax", {"alpha": 0.1, "length_threshold": 12, "lockstep": lockstep})
     data, raised = list(batches(5, dist.get_rank(), dist.get_world_size())), []
 
     def step(batch: torch.Tensor) -> None:
-        engine.backward(engine(**halves(batch)).loss)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            loss = engine(**halves(batch)).loss
+        engine.backward(loss)
         engine.step()
 
     for batch in data[:4]:
@@ -118,6 +120,7 @@ def everything() -> dict:
         results[name, "AdamW"] = run(make, "AdamW")
     results["Llama", "Addax", "interrupted"] = addax(models()["Llama"], lockstep=True, interrupt=True)
     for lockstep in (True, False):
+        results["autocast", lockstep] = addax(models()["Llama"], lockstep, autocast=True)
         results["mixed", 1, lockstep] = run(lambda: across_the_batch(models()["Llama"]()), lockstep=lockstep)
     return results
 

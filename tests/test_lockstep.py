@@ -51,6 +51,12 @@ def test_both_halves_of_addax_run_through_a_layer_in_turn(results, family):
     assert together["sent"] <= adamw + 1024 and apart["sent"] > 1.5 * adamw
 
 
+def test_the_callers_autocast_holds_in_both_halves(results):
+    together, apart = (results["autocast", lockstep]["weights"] for lockstep in (True, False))
+    assert distance(together, apart) == 0
+    assert distance(apart, results["Llama", "Addax", False]["weights"]) > 1e-4
+
+
 def test_an_exception_in_either_half_ends_both_and_changes_nothing(results):
     interrupted = results["Llama", "Addax", "interrupted"]
     assert interrupted["raised"] == [True, False]

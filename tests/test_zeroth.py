@@ -238,7 +238,7 @@ def test_a_run_goes_on_on_other_ranks_and_stages(ranks, folder):
 
 
 WRONG_CALLS = {
-    "no loss": "The model returned no loss, but a CausalLMOutputWithPast. Pass it labels, or use engine.train_step",
+    "no loss": "The model returned no loss, but a CausalLMOutputWithPast. Pass it labels; for any other objective",
     "no forward": "the model must return the loss, and backward be called on it after every forward",
     "another loss": "something else than the loss that the last engine(...) returned",
     "two forwards": "something else than the loss that the last engine(...) returned",

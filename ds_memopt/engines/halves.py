@@ -12,6 +12,9 @@ from ds_memopt.engines.losses import IGNORED_LABEL, tokens_of
 STAND_IN = 8
 """Tokens of the row, counting for nothing, that a rank computes with where others have samples and it has none."""
 
+PER_TOKEN = ("input_ids", "inputs_embeds", "attention_mask", "labels")
+"""Keywords of transformers models that are [rows, tokens, ...]."""
+
 
 class Half(NamedTuple):
     """keywords: what to call the model with. count: tokens (rows, where nothing tells) that its loss is the mean of."""
@@ -69,13 +72,16 @@ def stand_in(keywords: Mapping[str, Any]) -> Half:
     tokens, labels = short.get("input_ids"), short.get("labels")
     if labels is not None and tokens is not None and labels.shape == tokens.shape:
         short["labels"] = tokens.clone()  # a row without labels has no loss
+    if isinstance(short.get("attention_mask"), torch.Tensor):
+        short["attention_mask"] = torch.ones_like(short["attention_mask"])  # nor one of padding
     return Half(short, 0)
 
 
 def cut(keywords: Mapping[str, Any], rows: torch.Tensor, width: int | None = None) -> dict[str, Any]:
     """Some rows of a batch, cut to a width. rows: a mask. What has no rows is left as it is."""
     count, taken = _rows(keywords), {}
-    tokens = next((v.shape[1] for v in keywords.values() if isinstance(v, torch.Tensor) and v.dim() == 2), None)
+    per_token = [keywords[key] for key in PER_TOKEN if isinstance(keywords.get(key), torch.Tensor)]
+    tokens = next((value.shape[1] for value in per_token if value.dim() > 1), None)
     for key, value in keywords.items():
         if key == "num_items_in_batch":
             continue
@@ -92,7 +98,7 @@ def _take(engine, keywords: Mapping[str, Any], rows: torch.Tensor, width: int | 
 
 
 def _rows(keywords: Mapping[str, Any]) -> int:
-    known = [keywords[key] for key in ("input_ids", "inputs_embeds", "labels") if keywords.get(key) is not None]
+    known = [keywords[key] for key in PER_TOKEN if keywords.get(key) is not None]
     return len((known or [value for value in keywords.values() if isinstance(value, torch.Tensor) and value.dim()])[0])
 
 
@@ -110,7 +116,7 @@ def largest_length(
     Two short rows are measured: what is kept grows as a * length + b * length^2, the square by attention.
     """
     first = cut(keywords, torch.arange(_rows(keywords)) < 1, longest)
-    width = next(v.shape[1] for v in first.values() if isinstance(v, torch.Tensor) and v.dim() == 2)
+    width = next(first[key].shape[1] for key in PER_TOKEN if isinstance(first.get(key), torch.Tensor))
     points = []
     for length in (width, width // 2):
         row = cut(first, torch.ones(1, dtype=torch.bool), length)

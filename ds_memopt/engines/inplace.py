@@ -1,8 +1,8 @@
 """Methods that update the stored weights in DeepSpeed: no fp32 masters and no gradient buffers by ZeRO.
 
 Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedEngine.forward, .backward, ._common_checkpoint_state, .load_module_state_dict, ._load_zero_checkpoint,
-      ._get_all_ckpt_names (all wrapped),
+  DeepSpeedEngine.forward, .backward, .save_checkpoint, .load_checkpoint, ._common_checkpoint_state,
+      .load_module_state_dict, ._load_zero_checkpoint, ._get_all_ckpt_names (all wrapped),
       ._get_all_zero_checkpoint_names, .seq_data_parallel_group, .clip_fp32_gradients
   What DeepSpeedEngine calls or reads of its ZeRO optimizer: .bit16_groups, .fp16_groups, .bf16_groups,
       ._global_grad_norm, .overflow, .dp_process_group, .checkpoint_event_prologue, .checkpoint_event_epilogue,
@@ -202,7 +202,24 @@ def load_zero_checkpoint(original, engine, load_dir, tag, load_optimizer_states=
     return True
 
 
+def as_frozen(original, engine, *arguments, **keywords):
+    """Saving or loading a checkpoint: DeepSpeed writes frozen parameters as they are, and of those that train at ZeRO-3
+    the masters, which there are not."""
+    trained = []
+    if isinstance(engine.optimizer, InPlaceAdapter):
+        trained = [p for p in engine.optimizer.optimizer.trained_parameters() if p.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        return original(*arguments, **keywords)
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 WRAPPERS = {
+    "save_checkpoint": as_frozen,
+    "load_checkpoint": as_frozen,
     "forward": forward,
     "backward": backward,
     "_get_all_ckpt_names": get_all_ckpt_names,

@@ -74,7 +74,7 @@ def interleaved(
     Returns both results. An exception of either ends both, and is raised.
     """
     turns, outcome, entered, here = _Turns(), {}, [0, 0], threading.get_ident()
-    current = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    context = _of_this_thread()
 
     def enter(*_: Any) -> None:
         me = 1 if threading.get_ident() == here else 0
@@ -88,8 +88,7 @@ def interleaved(
             turns.change(me)
 
     def run_first() -> None:
-        stream = torch.cuda.stream(current) if current is not None else contextlib.nullcontext()
-        with stream, contextlib.suppress(Aborted):
+        with context(), contextlib.suppress(Aborted):
             try:
                 with turns.taking(0):
                     outcome["first"] = first()
@@ -111,3 +110,20 @@ def interleaved(
     if "error" in outcome:
         raise outcome["error"]
     return outcome["first"], outcome["second"]
+
+
+def _of_this_thread() -> Callable[[], contextlib.ExitStack]:
+    """What makes a context for another thread: with this one's stream and autocast, which torch keeps per thread."""
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    devices = ["cpu"] if stream is None else ["cpu", "cuda"]
+    cast = [(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)) for device in devices]
+
+    def context() -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        if stream is not None:
+            stack.enter_context(torch.cuda.stream(stream))
+        for device, dtype, enabled in cast:
+            stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled))
+        return stack
+
+    return context

@@ -70,8 +70,8 @@ def loss_of(output: Any) -> torch.Tensor:
         loss = getattr(output, "loss", None)
     if not (isinstance(loss, torch.Tensor) and loss.dim() == 0):
         raise ValueError(
-            f"The model returned no loss, but a {type(output).__name__}. Pass it labels, or use "
-            "engine.train_step(closure), whose closure returns a loss."
+            f"The model returned no loss, but a {type(output).__name__}. Pass it labels; for any other objective MeZO "
+            "has engine.train_step(closure), whose closure returns a loss."
         )
     return loss
 

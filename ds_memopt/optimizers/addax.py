@@ -19,6 +19,7 @@ from ds_memopt.shards import Part
 from .base import check_range, is_number
 from .in_backward import Bucket, UpdatesInBackward, add_gradient, sum_and_count
 from .mezo import MeZO
+from .noise import NOISE_VERSION
 from .repeat import repeatable
 from .trajectory import SKIPPED
 
@@ -88,7 +89,7 @@ class Addax(UpdatesInBackward, MeZO):
         )  # fmt: skip
         # Not the threshold and the batches: with others a run may go on.
         own = {"alpha": alpha, "clip": clip, "max_norm": max_norm}
-        self._describe(self.hyper | own, self.progress)
+        self._describe(self.hyper | own, self.progress, f"noise version {NOISE_VERSION}")
         self._watch()
         self._terms: list[tuple[int, int, float]] = []
 

@@ -95,7 +95,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             words = [f"{key} {value}" for key, value in hyper.items()]
             group[STATE_KEY] = ", ".join([type(self).__name__, *words, *more])
-            group[PROGRESS] = {STATE_KEY: group[STATE_KEY], "steps": 0, "skipped": 0, **progress}
+            group[PROGRESS] = {"steps": 0, "skipped": 0, **progress, STATE_KEY: group[STATE_KEY]}
 
     @property
     def progress(self) -> dict[str, Any]:

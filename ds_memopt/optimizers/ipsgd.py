@@ -97,7 +97,8 @@ class IPSGD(UpdatesInBackward):
 
         closure: returns the mean loss over this rank's samples, or (sum of losses, number of samples or tokens), with a
             graph for backward. With clip="two_pass" it is called twice, with the same random numbers.
-        All ranks call. If a loss is not finite, on whatever rank, or with clip="two_pass" a gradient, all skip.
+        All ranks call. If a closure's loss is not finite, on whatever rank, or with clip="two_pass" a gradient, all
+        skip. What backward has done without a closure cannot be taken back.
         """
         if closure is not None:
             again = repeatable(closure, next(iter(self._names)).device)

@@ -77,6 +77,12 @@ class GradientBuckets:
                 "it already. Call step() after every backward: gradients cannot be accumulated, raise the micro-batch "
                 "instead; and checkpoint activations with use_reentrant=False."
             )
+        if parameter.grad.is_sparse:
+            parameter.grad = None
+            raise ValueError(
+                f"{self._shards.names[parameter]} has a sparse gradient, but dense ones are needed. Build the "
+                "embedding with sparse=False."
+            )
         self._taken.add(parameter)
         self._arrived[parameter], parameter.grad = parameter.grad, None
         if self._shards.reduces:
