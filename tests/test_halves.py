@@ -101,12 +101,12 @@ def test_a_first_token_counts_for_nothing_and_rows_count_where_nothing_tells():
 
 
 def test_without_a_threshold_the_first_rows_are_the_zeroth_order_half():
-    """Or, without a number of them, all are both halves. Nothing is cut."""
+    """Or, without a number of them, all are both halves, and nothing is cut."""
     batch = batch_of([4, 7, 2])
     whole = halves(ENGINE, batch, None, None)
     assert [rows_of(half) for half in whole] == [[0, 1, 2]] * 2 and [half.count for half in whole] == [10, 10]
     zo, fo = halves(ENGINE, batch, None, 2)
-    assert (rows_of(zo), rows_of(fo)) == ([0, 1], [2]) and width_of(zo) == width_of(fo) == TOKENS
+    assert (rows_of(zo), rows_of(fo)) == ([0, 1], [2]) and (width_of(zo), width_of(fo)) == (TOKENS, 2)
     assert (zo.count, fo.count) == (9, 1)
     zo, fo = halves(ENGINE, batch, None, 3)
     assert rows_of(zo) == [0, 1, 2] and fo.count == 0

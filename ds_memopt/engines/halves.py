@@ -33,27 +33,26 @@ def halves(
 
     Raises ValueError where a length_threshold is given and nothing tells the lengths.
     """
-    if length_threshold is None:
-        if zo_batch is None:
-            whole = half_of(engine, keywords)
-            return whole, whole
-        first = torch.arange(_rows(keywords)) < zo_batch
-        return _take(engine, keywords, first), _take(engine, keywords, ~first)
+    if length_threshold is None and zo_batch is None:
+        whole = half_of(engine, keywords)
+        return whole, whole
     mask, labels = keywords.get("attention_mask"), keywords.get("labels")
+    ends = lengths = None
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        there = mask != 0
-        lengths = there.sum(1)
+        ends, lengths = _ends(mask != 0), (mask != 0).sum(1)
     elif isinstance(labels, torch.Tensor) and labels.dim() == 2:
-        there = labels != IGNORED_LABEL
-        lengths = _ends(there)
+        ends = lengths = _ends(labels != IGNORED_LABEL)
+    if length_threshold is None:
+        short = torch.arange(_rows(keywords)) >= zo_batch
+    elif lengths is not None:
+        short = lengths <= length_threshold
     else:
         raise ValueError(
             f"length_threshold={length_threshold} needs the rows' lengths: call engine(...) with attention_mask or "
             "labels [rows, tokens] by keyword, give the halves to engine.train_step(zo_batch, fo_batch), or set "
             "length_threshold to null."
         )
-    short = lengths <= length_threshold
-    width = int(_ends(there)[short].max()) if bool(short.any()) else 0
+    width = int(ends[short.to(ends.device)].max()) if ends is not None and bool(short.any()) else None
     return _take(engine, keywords, ~short), _take(engine, keywords, short, width)
 
 

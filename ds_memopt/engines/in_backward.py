@@ -4,7 +4,8 @@ The loss that the engine returns hangs on a graph of one node; `engine.backward`
 caller scaled it, agrees with the other ranks, and runs the real backward, in which every gradient is reduced, used up
 and freed. `engine.step` lets all ranks see the new weights.
 
-Private names of DeepSpeed used here, checked against 0.19.8:
+Private names of DeepSpeed used here, checked against 0.19.8 and torch 2.13:
+  Optimizer._opt_called
   DeepSpeedEngine._running_engine_backward, .communication_data_type,
       .set_gradient_accumulation_boundary, ._config.zero_config.reduce_bucket_size
 """
@@ -109,6 +110,7 @@ class InBackwardAdapter(InPlaceAdapter):
                 f"{type(self.optimizer).__name__} has no step to end. Call engine.backward(loss) before engine.step()."
             )
         self.optimizer.end_step(self.done)
+        self.optimizer._opt_called = True  # torch's schedulers look there for a call of step()
         self._global_grad_norm = self.optimizer.grad_norm
         self.overflow, self.done = not self.done, None
 
@@ -179,7 +181,7 @@ class AddaxAdapter(InBackwardAdapter, ZerothOrderAdapter):
                     output, zeroth = zeroth_order()
                 if use_fo:
                     output, first, again = first_order()
-        share = self.share_of(keywords, some_zo + some_fo)
+        share = self.share_of(keywords, some_fo if zo is fo else some_zo + some_fo)
         pending = Pending(zeroth, zo.count, first, fo.count, again, share)
         measured = [(torch.stack(zeroth).mean(), zo.count)] if use_zo else []
         measured += [(first, fo.count)] if use_fo else []

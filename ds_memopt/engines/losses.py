@@ -31,15 +31,15 @@ class HandedOut:
         """
         pending, self._last = self._last, None
         self._reached.clear()
-        if loss.requires_grad:
+        if pending is not None and loss.requires_grad:
             loss.backward(retain_graph=retain_graph)
         reached = list(self._reached)
         self._reached.clear()
         if pending is None or [entry for entry, _ in reached] != [pending]:
             raise ValueError(
-                "engine.backward was called on something else than the loss that the last engine(...) returned. "
-                f"{method} runs the model's forward itself: the model must return the loss, and backward be called on "
-                "it after every forward. For anything else use engine.train_step."
+                "engine.backward was called on something else than the loss that the last engine(...) returned in "
+                f"training mode, after engine.train(). {method} runs the model's forward itself: the model must return "
+                "the loss, and backward be called on it after every forward. For anything else use engine.train_step."
             )
         return pending, reached[0][1]
 
