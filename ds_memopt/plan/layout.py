@@ -1,0 +1,166 @@
+"""Where ZeRO would lay parameters on ranks that do not exist, with tensors that hold nothing (the meta device).
+
+What follows DeepSpeed was checked against 0.19.8: the alignment of ZeRO-1 and 2's flat buffers
+(DeepSpeedZeroOptimizer.nccl_start_alignment_factor), the pieces and sub-groups of ZeRO-3
+(DeepSpeedZeroOptimizer_Stage3._create_fp16_sub_groups).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from torch import nn
+
+from ds_memopt.blocks import full_shape
+from ds_memopt.shards import Part, PlainPlacement, RankBorders, partition_each_parameter, partition_flat_buffer
+from ds_memopt.shards.layout import FlatPlacement
+
+ALIGNMENT = 2
+"""Elements per rank that a flat buffer of ZeRO-1 and 2 is a multiple of: 4 bytes, for NCCL."""
+
+Member = tuple[str | None, int]
+"""Name and elements of a parameter; one without a name is lent to ZeRO and never trained."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Rank `rank` of `count` at a ZeRO stage, with DeepSpeed's options of it."""
+
+    stage: int
+    count: int
+    rank: int
+    zero: DeepSpeedZeroConfig
+
+    def piece(self, numel: int) -> int:
+        """Elements of a parameter on each rank where it is cut into equal pieces, the last ones padded."""
+        return -(-numel // self.count)
+
+    def padded(self, numel: int) -> int:
+        return self.piece(numel) * self.count
+
+
+def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of the model without data, its parameters whole and in a dtype. The model itself stays as it is."""
+    memo: dict[int, torch.Tensor] = {
+        id(p): nn.Parameter(torch.empty(full_shape(p), dtype=dtype, device="meta"), p.requires_grad)
+        for p in model.parameters()
+    }
+    memo |= {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    return copy.deepcopy(model, memo)
+
+
+class FlatPartitions(FlatPlacement):
+    """A rank's flat fp32 partitions: one of each param group (ZeRO-1 and 2) or sub-group (ZeRO-3).
+
+    groups: the members of each param group, in its order.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[Member]], ranks: Ranks) -> None:
+        super().__init__()
+        self.by_group: list[list[torch.Tensor]] = []
+        self.gradient_elements = 0
+        for members in groups:
+            laid = list(self._sub_groups(members, ranks) if ranks.stage == 3 else [self._flat(members, ranks)])
+            self.flats += laid
+            self.by_group.append([flat for flat, _, _ in laid])
+
+    def _flat(self, members: Sequence[Member], ranks: Ranks) -> tuple:
+        offsets, total = [], 0
+        for name, numel in members:
+            offsets.append((name, total, numel))
+            total += numel
+        step = ALIGNMENT * ranks.count
+        partition = -(-total // step) * ALIGNMENT
+        held, borders = partition_flat_buffer(offsets, partition, ranks.rank)
+        low, high = ranks.rank * partition, (ranks.rank + 1) * partition
+        # ZeRO keeps the whole gradient of a parameter of which it has a part, and zeros in the place of padding.
+        self.gradient_elements += sum(numel for _, at, numel in offsets if at < high and at + numel > low)
+        self.gradient_elements += min(partition, max(0, high - total))
+        return _meta(partition), held, RankBorders(None, borders)
+
+    def _sub_groups(self, members: Sequence[Member], ranks: Ranks) -> Iterator[tuple]:
+        pieces = [(name, numel, ranks.piece(numel)) for name, numel in members]
+        while pieces:
+            count, total = 0, 0
+            while count < len(pieces) and (total < ranks.zero.sub_group_size or not count):
+                total += pieces[count][2]
+                count += 1
+            held, borders = partition_each_parameter(pieces[:count], ranks.rank)
+            self.gradient_elements += total
+            yield _meta(total), held, RankBorders(None, borders)
+            pieces = pieces[count:]
+
+
+class WholeMasters(PlainPlacement):
+    """ZeRO-0: a whole copy of every parameter on every rank."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.by_group = [
+            [torch.empty(full_shape(p), device="meta") for p in group["params"]] for group in optimizer.param_groups
+        ]
+        self.gradient_elements = sum(p.numel() for masters in self.by_group for p in masters)
+
+
+@dataclass
+class PlannedShards:
+    """What a method in place asks of an engine: a rank's parts without data, and a record of what would be sent.
+
+    names: as in `InPlaceShards`. payload: bytes by collective. shared: of these, sums over what ranks share.
+    """
+
+    names: Mapping[torch.Tensor, str]
+    ranks: Ranks
+    payload: dict[str, int] = field(default_factory=dict)
+    shared: int = 0
+
+    @property
+    def reduces(self) -> bool:
+        return self.ranks.count > 1
+
+    def _send(self, collective: str, numel: int, dtype: torch.dtype) -> None:
+        if self.ranks.count > 1:
+            self.payload[collective] = self.payload.get(collective, 0) + numel * dtype.itemsize
+
+    def part(self, parameter: torch.Tensor) -> Part:
+        numel = parameter.numel()
+        piece = self.ranks.piece(numel) if self.ranks.stage else numel
+        start = min(self.ranks.rank * piece, numel) if self.ranks.stage else 0
+        elements = torch.empty(min(piece, numel - start), dtype=parameter.dtype, device="meta")
+        return Part(self.names[parameter], start, parameter, elements)
+
+    def parts(self) -> Iterator[Part]:
+        yield from (part for part in map(self.part, self.names) if len(part.elements))
+
+    def numel(self, parameter: torch.Tensor) -> int:
+        return parameter.numel()
+
+    def local(self, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+    def reduce(
+        self, parameters: Sequence[torch.Tensor], gradients: Sequence, dtype: torch.dtype | None
+    ) -> Callable[[], list[torch.Tensor]]:
+        collective = "reduce_scatter" if self.ranks.stage else "all_reduce"
+        for p in parameters:
+            self._send(collective, self.ranks.padded(p.numel()) if self.ranks.stage else p.numel(), dtype or p.dtype)
+        return lambda: [torch.empty_like(self.part(p).elements) for p in parameters]
+
+    def publish(self) -> None:
+        for p in self.names if self.ranks.stage in (1, 2) else ():
+            self._send("all_gather", self.ranks.padded(p.numel()), p.dtype)
+
+    def sum(self, values: torch.Tensor) -> None:
+        self._send("all_reduce", values.numel(), values.dtype)
+
+    def sum_of_parts(self, values: torch.Tensor) -> None:
+        if self.ranks.stage and self.ranks.count > 1:
+            self.sum(values)
+            self.shared += values.nbytes
+
+
+def _meta(numel: int) -> torch.Tensor:
+    return torch.empty(numel, dtype=torch.float32, device="meta")

@@ -1,0 +1,380 @@
+"""What a rank holds and sends under a method and a ZeRO stage, from the model's shapes alone.
+
+States are not computed by formula: the method's own optimizer makes a step on tensors that hold nothing (the meta
+device), laid as ZeRO would lay them, and what it then has is counted. So is what it sends for blocks that ranks share.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from torch import nn
+
+from ds_memopt.blocks import partition_into_blocks
+from ds_memopt.measure import sent_per_payload_byte, state_bytes
+from ds_memopt.optimizers import (
+    METHODS,
+    Addax,
+    BAdam,
+    InPlaceOptimizer,
+    MeZO,
+    ShardedOptimizer,
+    UpdatesInBackward,
+    inplace,
+    takes,
+)
+from ds_memopt.optimizers.adamw import AdamW
+from ds_memopt.optimizers.base import check_range
+from ds_memopt.shards import Seams
+from ds_memopt.shards.gradients import BUCKET
+
+from . import gather
+from .layout import FlatPartitions, PlannedShards, Ranks, WholeMasters, meta_twin
+
+RULES: dict[str, type] = {"AdamW": AdamW} | METHODS
+"""What can be planned: AdamW, to compare with, and every method."""
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+ALL_REDUCE_BUCKET = 500_000_000
+"""Elements of gradients that DeepSpeed joins for one all_reduce at ZeRO-0."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes of one rank, in a run whose states have come to be.
+
+    weights: with buffers of the model and padding. masters: fp32 copies. gradients: held from backward to the step.
+    states: of the optimizer, by key; "kept" and "residuals" are what rounding to bf16 would drop.
+    backward: at most needed besides in forward and backward, activations apart: buckets, gathered and perturbed
+        weights, gradients on their way. step: at most needed besides by the engine in the step; not by the rule itself.
+    sent: in one step, by collective, as `ds_memopt.measure.CommunicationMeter` counts them.
+    seams: of these, what completes blocks that ranks share.
+    """
+
+    weights: int
+    masters: int
+    gradients: int
+    states: Mapping[str, int]
+    backward: int
+    step: int
+    sent: Mapping[str, int]
+    seams: int
+
+    @property
+    def held(self) -> int:
+        """Bytes that are there all the time."""
+        return self.weights + self.masters + self.gradients + sum(self.states.values())
+
+    def peak(self, activations: int) -> int:
+        """The most bytes at any time, where forward and backward take these bytes for activations."""
+        return self.held + max(self.backward + activations, self.step)
+
+
+def predict(
+    model: nn.Module,
+    method: str,
+    options: Mapping[str, Any] | None = None,
+    *,
+    stage: int,
+    ranks: int,
+    rank: int = 0,
+    dtype: str = "bf16",
+    zero: Mapping[str, Any] | None = None,
+    params: Iterable | None = None,
+    block: str | None = None,
+    checkpointing: bool = False,
+) -> Prediction:
+    """What rank `rank` of `ranks` holds and sends.
+
+    model: on any device, the meta device too; it is not changed. method: "AdamW" or one of ours, with its `options` as
+        in a ds_config. stage: of ZeRO, 0 to 3. dtype: of weights and gradients: "bf16", "fp16" or "fp32".
+    zero: more of the ds_config's "zero_optimization". Other keys of the ds_config are taken to have their defaults.
+    params: param groups of the model's parameters, or names by group; None: two groups, of matrices and of all else.
+    block: of BAdam's blocks the one that trains; None: the largest, and of equal ones the first, below which backward
+        has least to skip. A step that changes the block is not what is predicted.
+    checkpointing: whether each layer is run forward again in backward, which ZeRO-3 may gather for.
+
+    Taken for granted: no gradient accumulation, no MoE of DeepSpeed's own, modules run in the order in which the model
+    names them, a batch of Addax has rows of both halves, and MeZO and Addax run in lockstep where they can at ZeRO-3.
+    Left out of `sent`: flags, losses and norms, some hundred bytes.
+
+    Raises ValueError for an unknown method, stage, dtype or block, for a rank that is none, for options that the method
+    refuses, and for offload, whose memory is not a GPU's.
+    """
+    _check(method, stage, ranks, rank, dtype)
+    config = DeepSpeedZeroConfig(**{**(zero or {}), "stage": stage})
+    if config.offload_optimizer is not None or config.offload_param is not None:
+        raise ValueError(
+            "offload is not predicted: what it moves is held by the CPU. Take it out of zero_optimization."
+        )
+    place = Ranks(stage, ranks, rank, config)
+    twin = meta_twin(model, DTYPES[dtype])
+    own = dict(options or {}) | ({"compiled": False} if takes(method, "compiled") else {})
+    with _silent():
+        optimizer = RULES[method].from_model(twin, _groups_of(model, twin, params), **own)
+    if isinstance(optimizer, InPlaceOptimizer):
+        return _InPlace(optimizer, twin, place, checkpointing).predict()
+    return _FirstOrder(optimizer, twin, place, checkpointing, block).predict()
+
+
+class _Planned:
+    """What all methods have in common: weights, and what ZeRO-3 gathers."""
+
+    def __init__(self, optimizer: Any, model: nn.Module, place: Ranks, checkpointing: bool) -> None:
+        self.optimizer, self.model, self.place, self.checkpointing = optimizer, model, place, checkpointing
+        self.numels = {name: p.numel() for name, p in model.named_parameters()}
+        self.itemsize = next(model.parameters()).dtype.itemsize
+        self.payload: dict[str, int] = {}
+
+    def send(self, collective: str, size: int) -> None:
+        self.payload[collective] = self.payload.get(collective, 0) + size
+
+    def weights(self) -> int:
+        numels = self.numels.values()
+        elements = sum(map(self.place.piece, numels) if self.place.stage == 3 else numels)
+        return elements * self.itemsize + sum(buffer.nbytes for buffer in self.model.buffers())
+
+    def gather(self, trained: set[str]) -> int:
+        """Count what ZeRO-3 gathers in a step; returns the most bytes that are gathered at once."""
+        if self.place.stage < 3 or self.place.count == 1:
+            return 0
+        self.owners, zero = gather.owners_of(self.model, _layers(self.model)), self.place.zero
+        stays = gather.persistent(self.owners, zero)
+        gathered, most, left = list(stays.values()), 0, []  # these are gathered anew after each step
+        for visits in self.passes(trained):
+            some, live = gather.play(visits, stays, zero.max_reuse_distance, left)
+            gathered, most = gathered + some, max(most, live)
+            # Backward leaves its last module gathered, until the step, where no gradient goes on from there.
+            left = visits[-1:] if visits[0] is visits[-1] else []
+        self.send("all_gather", sum(map(self.place.padded, gathered)) * self.itemsize)
+        return (sum(stays.values()) + most + min(zero.prefetch_bucket_size, sum(self.numels.values()))) * self.itemsize
+
+    def passes(self, trained: set[str]) -> list[list[gather.Owner]]:
+        """The order in which modules run, in each of the passes between which ZeRO-3 releases all weights."""
+        return [gather.forward(self.owners) + gather.backward(self.owners, trained, self.checkpointing)]
+
+    def prediction(self, *, states: Mapping[str, int], seams: int, **sizes: int) -> Prediction:
+        count = self.place.count
+        sent = {name: round(size * sent_per_payload_byte(name, count)) for name, size in self.payload.items()}
+        seams = round(seams * sent_per_payload_byte("all_reduce", count))
+        return Prediction(states=states, seams=seams, sent={k: v for k, v in sent.items() if v}, **sizes)
+
+
+class _FirstOrder(_Planned):
+    """AdamW, Adam-mini, GWT and BAdam, for which ZeRO lays flat partitions."""
+
+    optimizer: ShardedOptimizer
+
+    def __init__(
+        self, optimizer: ShardedOptimizer, model: nn.Module, place: Ranks, checkpointing: bool, block: str | None
+    ) -> None:
+        super().__init__(optimizer, model, place, checkpointing)
+        self.bucket = place.zero.reduce_bucket_size
+        if isinstance(optimizer, BAdam):
+            self.bucket = min(self.bucket, optimizer.largest_block())
+            optimizer.go_to((_visit_of(optimizer, block, self.numels), 0))
+        elif block is not None:
+            raise ValueError(f"block={block!r} is given, but {type(optimizer).__name__} trains all blocks at once.")
+
+    def predict(self) -> Prediction:
+        place, dtype = self.place, self.itemsize
+        residuals = self._residuals()
+        trained = set(self.optimizer.names_by_tensor().values())
+        groups = self._members()
+        numel = sum(size for members in groups for _, size in members)
+        most = self.gather(trained)
+        layout = FlatPartitions(groups, place) if place.stage else WholeMasters(self.optimizer)
+        seams = self._step(layout)
+        flats = [flat for group in layout.by_group for flat in group]
+        held, largest = sum(flat.numel() for flat in flats), max(flat.numel() for flat in flats)
+        weights = self.weights()
+        if place.stage == 0:
+            self.send("all_reduce", numel * dtype)
+            backward, step = min(numel, ALL_REDUCE_BUCKET) * dtype, held * 4
+        elif place.stage == 3:
+            self.send("reduce_scatter", sum(place.padded(size) for members in groups for _, size in members) * dtype)
+            backward, step = (self.bucket + min(self.bucket, numel)) * dtype + most, largest * 4
+        else:
+            self.send("all_reduce", numel * dtype)
+            self.send("all_gather", held * place.count * dtype)
+            weights += (held * place.count - numel) * dtype
+            buckets = self.bucket * (2 if place.zero.overlap_comm else 1) + min(self.bucket, numel)
+            backward, step = buckets * dtype, largest * (4 + dtype)
+            if place.stage == 1 and not place.zero.overlap_comm:
+                backward += numel * dtype  # nothing is reduced before backward has ended
+        has_masters = place.stage > 0 or dtype < 4
+        return self.prediction(
+            weights=weights,
+            masters=held * 4 if has_masters else 0,
+            gradients=layout.gradient_elements * dtype,
+            states=state_bytes(self.optimizer) | residuals,
+            backward=backward,
+            step=step if has_masters else 0,
+            seams=seams,
+        )
+
+    def _members(self) -> list[list[tuple[str | None, int]]]:
+        """Each param group's parameters; one that has none in a block is lent its smallest, as the engine does."""
+        groups = [[(name, self.numels[name]) for name in group["param_names"]] for group in self.optimizer.param_groups]
+        if isinstance(self.optimizer, BAdam) and not all(groups):
+            lent = [min(p.numel() for p in trained) for _, trained in self.optimizer.trained_by_group()]
+            groups = [members or [(None, size)] for members, size in zip(groups, lent, strict=True)]
+        return groups
+
+    def _step(self, layout: FlatPartitions | WholeMasters) -> int:
+        """Make a step, which makes all states; returns the bytes that are summed over the ranks."""
+        optimizer, sums = self.optimizer, []
+        for group, tensors in zip(optimizer.param_groups, layout.by_group, strict=True):
+            group["params"] = tensors
+            for tensor in tensors:
+                tensor.grad = torch.empty_like(tensor)
+        optimizer.bind(layout)
+        with mock.patch.object(Seams, "sum", lambda _, slots: sums.append(slots.nbytes)):
+            optimizer.step()
+        if sums:
+            self.send("all_reduce", sum(sums))
+        return sum(sums)
+
+    def _residuals(self) -> dict[str, int]:
+        """Of BAdam with keep_residual, once all blocks have trained: 2 bytes of each element that a rank ever holds."""
+        optimizer = self.optimizer
+        if not getattr(optimizer, "keep_residual", False) or self.itemsize == 4:
+            return {}
+        elements, position = 0, optimizer.position
+        always = set(optimizer.partition.always_active)
+        for visit in range(optimizer.rotation.num_blocks):
+            optimizer.go_to((visit, 0))
+            if self.place.stage == 0:
+                elements += sum(size for group in self._members() for name, size in group if name not in always)
+                continue
+            for _, held, _ in FlatPartitions(self._members(), self.place).flats:
+                elements += sum(interval.length for interval in held if interval.name not in always)
+        optimizer.go_to(position)
+        return {"residuals": 2 * elements}
+
+
+class _InPlace(_Planned):
+    """MeZO, IPSGD and Addax, which write the weights themselves."""
+
+    optimizer: InPlaceOptimizer
+
+    def predict(self) -> Prediction:
+        optimizer, place = self.optimizer, self.place
+        names = optimizer.names_by_tensor()
+        shards = PlannedShards(names, place)
+        gathered = self.gather(set(names.values()))
+        if isinstance(optimizer, UpdatesInBackward):
+            optimizer.bind(shards, elements=min(BUCKET, place.zero.reduce_bucket_size))
+            buckets = self._step(optimizer)
+        else:
+            optimizer.bind(shards)
+            list(optimizer.named_state())  # which makes what is kept
+            shards.publish()
+            buckets = 0
+        for collective, size in shards.payload.items():
+            self.send(collective, size)
+        owners = gather.owners_of(self.model, [])
+        largest = max(sum(owner.numels.values()) for owner in owners) if isinstance(optimizer, MeZO) else 0
+        joined = max(BUCKET, *self.numels.values()) if place.stage in (1, 2) and place.count > 1 else 0
+        return self.prediction(
+            weights=self.weights(),
+            masters=0,
+            gradients=0,
+            states=state_bytes(optimizer),
+            backward=(largest + buckets) * self.itemsize + gathered,
+            step=min(joined, sum(self.numels.values())) * self.itemsize,
+            seams=shards.shared,
+        )
+
+    def _step(self, optimizer: UpdatesInBackward) -> int:
+        """Take all gradients through the method's own buckets; returns the elements of the two that may be held."""
+        optimizer._in_step = True
+        with mock.patch.object(inplace, "PIECE", sys.maxsize):  # pieces spare memory, of which nothing is used here
+            for measuring in (True, False) if optimizer.clip == "two_pass" else (False,):
+                optimizer._measuring = measuring
+                optimizer.gradients.finish()
+        optimizer.end_step(done=True)
+        return 2 * max(sum(p.numel() for p in bucket) for bucket in optimizer.gradients._buckets)
+
+    def passes(self, trained: set[str]) -> list[list[gather.Owner]]:
+        optimizer, once = self.optimizer, gather.forward(self.owners)
+        if not isinstance(optimizer, UpdatesInBackward):
+            if self._in_lockstep():
+                return [gather.forward(self.owners, times_in_layer=2)] * optimizer.probes
+            return [once] * len(optimizer.evaluations())
+        (first_order,) = super().passes(trained)
+        again = [first_order] if optimizer.clip == "two_pass" else []
+        if not isinstance(optimizer, Addax):
+            return [first_order, *again]
+        back = first_order[len(once) :]
+        if self._in_lockstep():
+            return [gather.forward(self.owners, times_in_layer=3, times_outside=2) + back, *again]
+        return [once * (len(optimizer.evaluations()) + 1) + back, *again]
+
+    def _in_lockstep(self) -> bool:
+        optimizer = self.optimizer
+        try:
+            return optimizer.lockstep and optimizer.two_sided and bool(optimizer.new_lockstep())
+        except ValueError:
+            return False
+
+
+def _check(method: str, stage: int, ranks: int, rank: int, dtype: str) -> None:
+    """Raise ValueError for an argument that is none of those known."""
+    check_range("method", method, method in RULES, f"one of {', '.join(RULES)}", "Write it as in a ds_config.")
+    check_range("stage", stage, stage in (0, 1, 2, 3), "0, 1, 2 or 3", "It is that of ZeRO.")
+    check_range("dtype", dtype, dtype in DTYPES, f"one of {', '.join(DTYPES)}", "'bf16' is usual.")
+    whole = isinstance(ranks, int) and ranks >= 1
+    check_range("ranks", ranks, whole, "an integer >= 1", "Give the number of GPUs.")
+    check_range("rank", rank, isinstance(rank, int) and 0 <= rank < ranks, f"from 0 to {ranks - 1}", "0 is usual.")
+
+
+def _groups_of(model: nn.Module, twin: nn.Module, params: Iterable | None) -> list | None:
+    """The twin's parameters in the param groups that are given of the model's."""
+    if params is None:
+        return None
+    twins = {id(p): q for p, q in zip(model.parameters(), twin.parameters(), strict=True)}
+    given = list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    return [group | {"params": [twins[id(p)] for p in group["params"]]} for group in groups]
+
+
+def _visit_of(optimizer: BAdam, block: str | None, numels: Mapping[str, int]) -> int:
+    """A visit at which a block trains: the one that is given, else the largest that is ever visited."""
+    names, rotation = list(optimizer.partition.blocks), optimizer.rotation
+    visits = {names[rotation.block(visit)]: visit for visit in range(rotation.num_blocks)}
+    if block is not None:
+        check_range("block", block, block in visits, f"one of {', '.join(map(repr, visits))}", "Leave it out.")
+        return visits[block]
+    sizes = {
+        name: sum(map(numels.get, members)) for name, members in optimizer.partition.blocks.items() if name in visits
+    }
+    return visits[max(sizes, key=sizes.get)]
+
+
+def _layers(model: nn.Module) -> list[str]:
+    """Paths of the model's layers, none if it has no list of them."""
+    try:
+        return list(partition_into_blocks(model, [name for name, _ in model.named_parameters()]).blocks)
+    except ValueError:
+        return []
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Without what an optimizer tells when it is built: it is not the user's."""
+    logger = logging.getLogger("ds_memopt")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
