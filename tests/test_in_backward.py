@@ -27,6 +27,7 @@ from in_backward import (
     on_one_rank,
     on_two_ranks,
     plain,
+    running,
     same_lengths,
     some_exact,
     sum_of_losses,
@@ -100,6 +101,25 @@ def test_all_placements_on_two_ranks_do_as_one_process(ranks, options):
     assert worst(results, reference(options)) < limit(options)
     for placement, weights in results.items():
         assert equal(weights, ranks[1]["exact"][options][placement])
+
+
+def without_threshold() -> list[dict[str, torch.Tensor]]:
+    """Weights where both halves are the whole batch: as it is, and with its number of tokens, which Trainer tells."""
+    results = []
+    for told in (False, True):
+        with running(2, "Addax", {"length_threshold": None}) as engine:
+            for batch in data():
+                count = {"num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}
+                engine.backward(engine(**batch, **(count if told else {})).loss)
+                engine.step()
+            results.append(full_parameters(engine.module))
+    return results
+
+
+def test_a_token_of_both_halves_counts_once():
+    """Were it counted twice, steps would be twice as long where the number of tokens is told."""
+    untold, told = run_ranks(without_threshold, 1)[0]
+    assert error(told, untold) < 1e-6
 
 
 def test_one_rank_does_as_plain_pytorch():
