@@ -239,6 +239,7 @@ def test_a_run_goes_on_on_other_ranks_and_stages(ranks, folder):
 
 WRONG_CALLS = {
     "no loss": "The model returned no loss, but a CausalLMOutputWithPast. Pass it labels; for any other objective",
+    "16-bit loss": "The loss is torch.bfloat16, too coarse for differences of 0.001 around it. Compute it in fp32",
     "no forward": "the model must return the loss, and backward be called on it after every forward",
     "another loss": "something else than the loss that the last engine(...) returned",
     "two forwards": "something else than the loss that the last engine(...) returned",

@@ -369,6 +369,10 @@ def messages() -> dict[str, str]:
         engine.backward(loss)
         results["no forward"] = message(engine.backward, loss)
         engine.step()
+        own_loss = engine.module.loss_function
+        engine.module.loss_function = lambda *inputs, **keywords: own_loss(*inputs, **keywords).bfloat16()
+        results["16-bit loss"] = message(engine, input_ids=batch, labels=batch)
+        engine.module.loss_function = own_loss
         output = engine(input_ids=batch, labels=batch)
         own = cross_entropy(output.logits.flatten(0, 1), batch.flatten())
         results["another loss"] = message(engine.backward, own)

@@ -85,12 +85,12 @@ class ZerothOrderAdapter(InPlaceAdapter):
         def both_signs(probe: int) -> tuple[Any, list[torch.Tensor]]:
             with torch.no_grad(), optimizer.perturbed(evaluations[2 * probe]):
                 output, second = self.lockstep.run(original, inputs, keywords)
-            return output, [loss_of(output), second]
+            return output, [self._loss(output), second]
 
         def one_by_one(first: int) -> Iterator[torch.Tensor]:
             for evaluation in evaluations[first:]:
                 with torch.no_grad(), optimizer.perturbed(evaluation):
-                    yield loss_of(original(*inputs, **keywords))
+                    yield self._loss(original(*inputs, **keywords))
 
         if self.lockstep is not None and not self.lockstep_checked:
             self.check_lockstep(partial(both_signs, 0), one_by_one(0))
@@ -99,7 +99,12 @@ class ZerothOrderAdapter(InPlaceAdapter):
             return output, known, partial(_chain, both_signs, range(1, optimizer.probes))
         with torch.no_grad(), optimizer.perturbed(evaluations[0]):
             output = original(*inputs, **keywords)
-        return output, [loss_of(output)], partial(one_by_one, 1)
+        return output, [self._loss(output)], partial(one_by_one, 1)
+
+    def _loss(self, output: Any) -> torch.Tensor:
+        loss = loss_of(output)
+        self.optimizer.check_loss(loss)
+        return loss
 
     def backward(self, engine, loss: torch.Tensor, retain_graph: bool, scale_wrt_gas: bool) -> torch.Tensor:
         """Run the step's other forwards on the same inputs. Returns the loss as the engine's backward does."""

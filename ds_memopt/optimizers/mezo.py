@@ -213,21 +213,22 @@ class MeZO(InPlaceOptimizer):
         return Lockstep(self._model, list(layers), set_sign)
 
     def observe(self, number: int, total: Any, weight: Any) -> None:
-        """Add the losses of a micro-batch at evaluation `number`: their sum, and the number of samples or tokens.
-
-        Raises ValueError for a loss in 16 bits, whose rounding alone is 2 at an epsilon of 1e-3.
-        """
-        if isinstance(total, torch.Tensor) and total.dtype in (torch.bfloat16, torch.float16):
-            raise ValueError(
-                f"The loss is {total.dtype}, too coarse for differences of {self.epsilon} around it. Compute it in "
-                "fp32, from logits.float()."
-            )
+        """Add the losses of a micro-batch at evaluation `number`: their sum, and the number of samples or tokens."""
+        self.check_loss(total)
         if self._sums is None:
             device = next(iter(self._names)).device
             self._sums = torch.zeros(len(self.evaluations()) + 1, dtype=torch.float64, device=device)
         self._sums[number] += total
         if number == 0:
             self._sums[-1] += weight
+
+    def check_loss(self, total: Any) -> None:
+        """Raise ValueError for a loss in 16 bits, whose rounding alone is 2 in g at an epsilon of 1e-3."""
+        if isinstance(total, torch.Tensor) and total.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"The loss is {total.dtype}, too coarse for differences of {self.epsilon} around it. Compute it in "
+                "fp32, from logits.float()."
+            )
 
     @torch.no_grad()
     def evaluate(self, closure: Callable[[], Any]) -> Any:
