@@ -16,13 +16,31 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("base", type=Path, help="weights before the first step: a file or a Hugging Face folder")
     command.add_argument("trajectory", type=Path, help="the file that the run wrote")
     command.add_argument("out", type=Path, help="where to write the weights after the last step")
+    _add_plan(commands)
     given = parser.parse_args(arguments)
     try:
-        _replay(given)
+        {"replay": _replay, "plan": _plan}[given.command](given)
     except ValueError as error:
         print(f"ds-memopt {given.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _add_plan(commands) -> None:
+    command = commands.add_parser("plan", help="what fits, and what it sends, under every method and ZeRO stage")
+    command.add_argument("--model", required=True, help="a preset, or a folder with a Hugging Face config.json")
+    command.add_argument("--gpus", type=int, required=True, help="ranks of the run")
+    command.add_argument("--gpu_memory", required=True, help="of each, such as 80GB (10^9 bytes) or 75GiB")
+    command.add_argument("--seq_length", type=int, required=True, help="tokens per sequence")
+    command.add_argument("--optimizer", default="all", help="all (default), or some: AdamW,GWT")
+    command.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="of weights and gradients")
+    command.add_argument("--output", type=Path, help="write the ds_config that is recommended to this file")
+
+
+def _plan(given: argparse.Namespace) -> None:
+    from ds_memopt.plan.table import run
+
+    run(**{name: value for name, value in vars(given).items() if name != "command"})
 
 
 def _replay(given: argparse.Namespace) -> None:

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from dataclasses import replace
+from itertools import chain
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs_all_live
 from plan import FEW, METHODS, PLACEMENTS, SIZES, everything, param_groups, type_of
 from spawn import run_ranks
 from tiny import llama
+from transformers import GPT2Config
 
-from ds_memopt.plan import Prediction, predict
+import ds_memopt.plan
+from ds_memopt.cli import main
+from ds_memopt.plan import Prediction, activations, predict, table
+from ds_memopt.plan.activations import measure_activations
+from ds_memopt.train.config import load_config
+from ds_memopt.train.presets import find_model
 
 FLAGS = 256
 """Bytes of losses, norms and flags, which are not predicted; at most 99 were measured."""
@@ -109,11 +119,12 @@ def test_the_model_stays_as_it_is():
 def test_badam_predicts_any_block():
     model = llama(num_hidden_layers=3)
     options = {"include_embedding": True, "include_lm_head": True}
+    zero = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 100}
     sizes = {
-        block: predict(model, "BAdam", options, stage=3, ranks=2, block=block, zero={"stage3_max_reuse_distance": 0})
+        block: predict(model, "BAdam", options, stage=3, ranks=2, block=block, zero=zero)
         for block in ("embedding", "model.layers.0", "model.layers.2", "lm_head")
     }
-    largest = predict(model, "BAdam", options, stage=3, ranks=2, zero={"stage3_max_reuse_distance": 0})
+    largest = predict(model, "BAdam", options, stage=3, ranks=2, zero=zero)
     assert largest == sizes["model.layers.0"]
     # The embedding has no vector: the param group of vectors is lent a norm, which has masters but no state.
     head, embedding = sizes["lm_head"], sizes["embedding"]
@@ -150,3 +161,88 @@ def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError) as error:
         predict(llama(), **given)
     assert message in str(error.value)
+
+
+LENGTH = 256
+"""Tokens: in shorter sequences the gradient of a weight outweighs activations here, unlike in a model of usual size."""
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpointing": True}, {"backward": False}], ids=str)
+@pytest.mark.parametrize("config", [llama().config, GPT2Config(n_embd=48, n_head=4, vocab_size=101)], ids=type)
+def test_activations_of_two_layers_tell_those_of_five(config, options):
+    deep = copy.deepcopy(config)
+    deep.num_hidden_layers = 5
+    told = measure_activations(deep, LENGTH, torch.bfloat16, **options)
+    for sequences in (1, 3):
+        seen = activations._peak(
+            deep,
+            5,
+            sequences,
+            LENGTH,
+            torch.bfloat16,
+            options.get("checkpointing", False),
+            options.get("backward", True),
+        )
+        assert told.of(sequences) == pytest.approx(seen, rel=0.01)
+
+
+def test_activations_shrink_with_checkpointing_and_without_backward():
+    config = copy.deepcopy(llama(num_hidden_layers=8, max_position_embeddings=256).config)
+    plain, checkpointed, forward = (
+        measure_activations(config, 256, torch.bfloat16, **options)
+        for options in ({}, {"checkpointing": True}, {"backward": False})
+    )
+    assert plain.further > 2 * checkpointed.further > 2 * forward.further > 0
+
+
+def test_the_micro_batch_is_the_largest_that_fits():
+    memory, length = 400_000_000, 128
+    rows = table.plan("tiny", 4, memory, length, ["AdamW", "BAdam"])
+    needs = measure_activations(find_model("tiny")[0], length, torch.bfloat16)
+    assert [(row.method, row.stage) for row in rows] == [(m, stage) for m in ("AdamW", "BAdam") for stage in range(4)]
+    for row in (row for row in rows if row.micro_batch):
+        assert (
+            row.prediction.peak(needs.of(row.micro_batch))
+            <= memory
+            < row.prediction.peak(needs.of(row.micro_batch + 1))
+        )
+        assert row.checkpointed > row.micro_batch
+    # With AdamW its buckets of 1 GB alone are too large from ZeRO-1 on.
+    assert [bool(row.micro_batch) for row in rows] == [True, False, False, False, True, True, True, True]
+
+
+def test_the_command_writes_a_config_that_trains(tmp_path, capsys):
+    file = tmp_path / "ds_config.json"
+    arguments = ["plan", "--model", "tiny", "--gpus", "2", "--gpu_memory", "16GB", "--seq_length", "128"]
+    assert main([*arguments, "--optimizer", "GWT,MeZO", "--output", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "Recommended: GWT at ZeRO-0" in printed and printed.count("MeZO") == 4
+    config = load_config(str(file))
+    assert config["optimizer"]["type"] == "GWT" and config["train_micro_batch_size_per_gpu"] > 100
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--model": "nowhere"}, "model 'nowhere' is neither a preset nor a local folder"),
+        ({"--gpus": "0"}, "gpus=0 is out of range"),
+        ({"--gpu_memory": "80"}, "gpu_memory='80' is no amount of memory. Write a number and GB or GiB"),
+        ({"--seq_length": "-1"}, "seq_length=-1 is out of range"),
+        ({"--optimizer": "AdamMini,Lion"}, "optimizer='Lion' is out of range: it must be all or some of AdamW"),
+        ({"--gpu_memory": "1MB", "--output": "never.json"}, "nothing fits, so never.json is not written"),
+    ],
+)
+def test_the_command_refuses_what_is_wrong(change, message, capsys):
+    given = {"--model": "tiny", "--gpus": "2", "--gpu_memory": "80GB", "--seq_length": "128", "--optimizer": "AdamW"}
+    assert main(["plan", *chain.from_iterable((given | change).items())]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_estimators_have_deepspeeds_names_and_first_arguments(capsys):
+    for stage in (1, 2, 3):
+        ours = getattr(ds_memopt.plan, f"estimate_zero{stage}_model_states_mem_needs_all_live")
+        predictions = ours(llama(), 4, 2, options={"GWT": {"level": 3}})
+        assert predictions["GWT"] == predict(llama(), "GWT", {"level": 3}, stage=stage, ranks=8)
+    assert capsys.readouterr().out.count("ZeRO-") == 3
+    theirs = inspect.signature(estimate_zero2_model_states_mem_needs_all_live)
+    assert list(inspect.signature(ours).parameters)[:3] == list(theirs.parameters)[:3]
