@@ -29,6 +29,12 @@ ZERO = {"overlap_comm": True, "contiguous_gradients": True}
 BY_NEARNESS = ("AdamW", "AdamMini", "GWT", "BAdam", "IPSGD", "Addax", "MeZO")
 """The order in which methods are recommended: how near their steps are to AdamW's."""
 
+HEADING = """\
+{model}, {gpus} GPUs of {gpu_memory}, sequences of {seq_length} tokens, {dtype}. GiB of each GPU.
+besides: buckets, gathered weights, gradients on their way. batch, checkp.: the largest micro-batch that fits, without
+and with activation checkpointing; "-" where none does. BAdam: while its largest block trains.
+"""
+
 UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 2**20}
 
 
@@ -41,6 +47,11 @@ class Row:
     prediction: Prediction
     micro_batch: int
     checkpointed: int
+
+    @property
+    def batch(self) -> int:
+        """The micro-batch to run it with: without checkpointing if that fits."""
+        return self.micro_batch or self.checkpointed
 
     @property
     def sent(self) -> int:
@@ -132,11 +143,8 @@ def as_text(rows: Sequence[Row]) -> str:
         sizes = (p.weights, p.masters, p.gradients, sum(p.states.values()), besides, row.sent)
         fits = (str(size) if size else "-" for size in (row.micro_batch, row.checkpointed))
         lines.append((row.method, str(row.stage), *(f"{size / GIB:.2f}" for size in sizes), *fits))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        f"{line[0]:<{widths[0]}}" + "".join(map("{:>{}}".format, line[1:], [w + 2 for w in widths[1:]]))
-        for line in lines
-    )
+    widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
+    return "\n".join("".join(map(str.rjust, line, widths)) for line in lines)
 
 
 def ds_config(row: Row, dtype: str = "bf16") -> dict[str, Any]:
@@ -145,7 +153,7 @@ def ds_config(row: Row, dtype: str = "bf16") -> dict[str, Any]:
     in_place = issubclass(METHODS.get(row.method, object), InPlaceOptimizer)
     return {
         "train_batch_size": "auto",
-        "train_micro_batch_size_per_gpu": row.micro_batch or row.checkpointed,
+        "train_micro_batch_size_per_gpu": row.batch,
         "gradient_accumulation_steps": 1 if in_place else "auto",
         "gradient_clipping": 0.0 if in_place else 1.0,
         "optimizer": {
@@ -171,11 +179,7 @@ def run(
     """Print the table and a recommendation; write its ds_config. Raises ValueError as `plan` does."""
     methods = BY_NEARNESS if optimizer == "all" else tuple(optimizer.split(","))
     rows = plan(model, gpus, bytes_of(gpu_memory), seq_length, methods, dtype)
-    print(f"{model}, {gpus} GPUs of {gpu_memory}, sequences of {seq_length} tokens, {dtype}. GiB of each GPU.")
-    print(
-        "besides: buckets, gathered weights, gradients on their way. batch, checkp.: the largest micro-batch that fits,"
-    )
-    print("without and with activation checkpointing. BAdam: while its largest block trains.\n")
+    print(HEADING.format(model=model, gpus=gpus, gpu_memory=gpu_memory, seq_length=seq_length, dtype=dtype))
     print(as_text(rows))
     best = recommend(rows)
     if best is None:
@@ -183,12 +187,9 @@ def run(
         if output:
             raise ValueError(f"nothing fits, so {output} is not written. Use more GPUs or shorter sequences.")
         return
-    checkpointing = "" if best.micro_batch else ", with activation checkpointing"
-    batch = best.micro_batch or best.checkpointed
-    print(
-        f"\nRecommended: {best.method} at ZeRO-{best.stage}, micro-batches of {batch}{checkpointing}: of what fits the"
-    )
-    print("nearest to AdamW, where it sends least for each sequence.")
+    checkpointing = "" if best.micro_batch else " with activation checkpointing"
+    print(f"\nRecommended: {best.method} at ZeRO-{best.stage}, micro-batches of {best.batch}{checkpointing}.")
+    print("Of the methods that fit it is the nearest to AdamW, and at this stage it sends least for each sequence.")
     if output:
         output.write_text(json.dumps(ds_config(best, dtype), indent=2) + "\n")
         print(f"Written: {output}")
