@@ -382,7 +382,8 @@ def test_a_run_goes_on_bit_for_bit_in_a_new_model(method, dtype, tmp_path):
     for key, value in {"clip": "none", "max_norm": 0.5, "keep": "fp32", **own}.items():
         other = build(method, Net(dtype), **options | {key: value})
         before = str(other.state_dict())
-        assert f"needs {key} {value}. Resume with the method" in refusal(other.load_state_dict, saved["optimizer"])
+        message = refusal(other.load_state_dict, saved["optimizer"])
+        assert f"needs {method}, {key} {value}. Resume with the method" in message
         assert str(other.state_dict()) == before
     resumed.load_state_dict(saved["model"])
     again.load_state_dict(saved["optimizer"])

@@ -244,7 +244,7 @@ def test_a_run_goes_on_on_other_ranks_and_stages(ranks, folder, options):
         runs = [rank[case] for rank in results]
         assert equal(whole(runs), whole(saved)) and runs[0]["progress"] == progress, case
         assert worst({case: runs[0]["end"]}, saved[0]["end"], weights) < 0.05
-    assert "needs keep fp32. Resume with the method, its options" in results[0]["other options"]
+    assert "keep fp32. Resume with the method, its options" in results[0]["other options"]
 
 
 @pytest.mark.parametrize("stage", [2, 3])

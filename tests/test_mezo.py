@@ -317,7 +317,7 @@ def test_a_run_goes_on_bit_for_bit_in_a_new_model(dtype, tmp_path):
         other = mezo(resumed, **options | wrong)
         before, message = str(other.state_dict()), refusal(other.load_state_dict, saved["optimizer"])
         ((key, value),) = wrong.items()
-        assert f"needs {key} {value}. Resume with the method, its options" in message
+        assert f"needs MeZO, {key} {value}. Resume with the method, its options" in message
         assert str(other.state_dict()) == before
     resumed.load_state_dict(saved["model"])
     again.load_state_dict(saved["optimizer"])

@@ -190,7 +190,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(resul
     refused = results[1][0]["refused"]
     assert "This checkpoint was not written by BAdam" in refused["adamw"]
     assert "load them before deepspeed.initialize." in refused["adamw"]
-    assert "state is of switch_every 2" in refused["zero2"] and "needs switch_every 3" in refused["zero2"]
+    assert "state is of BAdam, switch_every 2" in refused["zero2"] and "needs BAdam, switch_every 3" in refused["zero2"]
 
 
 def test_a_skipped_step_does_not_count(results):

@@ -233,7 +233,7 @@ def test_a_run_goes_on_on_other_ranks_and_stages(ranks, folder):
         assert distance(runs[0]["end"], saved[0]["end"]) < 1e-3 * moved
     messages = results[0]
     assert "saved at ZeRO-1 or above, this engine is at ZeRO-0. Resume there, or" in messages["zero2 at zero0"]
-    assert "is of momentum 0.5, but this optimizer needs momentum 0.6" in messages["other options"]
+    assert "is of MeZO, momentum 0.5, but this optimizer needs MeZO, momentum 0.6" in messages["other options"]
     assert "this engine is at ZeRO-3, and the checkpoint was saved at another stage" in messages["zero2 at zero3"]
 
 

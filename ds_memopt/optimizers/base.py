@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import itertools
 import logging
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -146,7 +146,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def names_by_tensor(self) -> dict[torch.Tensor, str]:
         """The name of each parameter in param_groups."""
         pairs = [zip(group["params"], group["param_names"], strict=True) for group in self.param_groups]
-        return dict(chain.from_iterable(pairs))
+        return dict(itertools.chain.from_iterable(pairs))
 
     def check_group(self, group: dict) -> None:
         """Raise ValueError for a hyper-parameter of a param group that is out of range."""
@@ -348,14 +348,13 @@ def check_meaning(optimizer: torch.optim.Optimizer, saved_groups: Iterable[Mappi
     for group in saved_groups:
         saved = group.get(STATE_KEY, "an optimizer of another library")
         if saved != needed:
-            differing = [
-                ", ".join(word for word in one.split(", ") if word not in other.split(", "))
-                for one, other in ((saved, needed), (needed, saved))
-            ]
+            found, needs = (
+                ", ".join([one[0], *(word for word in one[1:] if word not in other[1:])])
+                for one, other in itertools.permutations((saved.split(", "), needed.split(", ")))
+            )
             raise ValueError(
-                f"The checkpoint's optimizer state is of {differing[0] or saved}, but this optimizer needs "
-                f"{differing[1] or needed}. Resume with the method, its options and the model, names included, that "
-                "saved it, or start without optimizer state."
+                f"The checkpoint's optimizer state is of {found}, but this optimizer needs {needs}. Resume with the "
+                "method, its options and the model, names included, that saved it, or start without optimizer state."
             )
 
 
