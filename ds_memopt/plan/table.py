@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from .activations import Activations, measure_activations
 from .predict import DTYPES, RULES, Prediction, predict
 
 STAGES = (0, 1, 2, 3)
-ZERO = {"overlap_comm": True, "contiguous_gradients": True}
-"""What is planned, and written into a ds_config, of zero_optimization; the rest has DeepSpeed's defaults."""
+USUAL_BUCKET = 500_000_000
+"""DeepSpeed's reduce_bucket_size, in elements, which it allocates whole even if the model is smaller."""
 
 BY_NEARNESS = ("AdamW", "AdamMini", "GWT", "BAdam", "IPSGD", "Addax", "MeZO")
 """The order in which methods are recommended: how near their steps are to AdamW's."""
@@ -40,10 +40,14 @@ UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 2**20}
 
 @dataclass(frozen=True)
 class Row:
-    """A method at a stage. micro_batch: sequences that fit, 0 if none does; checkpointed: with checkpointing."""
+    """A method at a stage. zero: what is planned of zero_optimization; the rest has DeepSpeed's defaults.
+
+    micro_batch: sequences that fit, 0 if none does; checkpointed: with checkpointing.
+    """
 
     method: str
     stage: int
+    zero: Mapping[str, Any]
     prediction: Prediction
     micro_batch: int
     checkpointed: int
@@ -89,14 +93,16 @@ def plan(
     }
     with no_init_weights(), torch.device("meta"):
         built = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=DTYPES[dtype])
+    bucket = min(USUAL_BUCKET, sum(p.numel() for p in built.parameters()))
+    zero = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": bucket}
     rows = []
     for method in methods:
         for stage in STAGES:
-            prediction = predict(built, method, stage=stage, ranks=gpus, dtype=dtype, zero=ZERO)
+            prediction = predict(built, method, stage=stage, ranks=gpus, dtype=dtype, zero=zero)
             fits = [
                 _largest(prediction, _needed(method, needs, kind), gpu_memory) for kind in ("plain", "checkpointed")
             ]
-            rows.append(Row(method, stage, prediction, *fits))
+            rows.append(Row(method, stage, zero, prediction, *fits))
     return rows
 
 
@@ -161,7 +167,7 @@ def ds_config(row: Row, dtype: str = "bf16") -> dict[str, Any]:
             "params": {key: "auto" for key in adam if row.method == "AdamW" or takes(row.method, key)},
         },
         "bf16": {"enabled": dtype == "bf16"},
-        "zero_optimization": {"stage": row.stage, **ZERO},
+        "zero_optimization": {"stage": row.stage, **row.zero},
     }
 
 
