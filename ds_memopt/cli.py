@@ -17,9 +17,10 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("trajectory", type=Path, help="the file that the run wrote")
     command.add_argument("out", type=Path, help="where to write the weights after the last step")
     _add_plan(commands)
+    commands.add_parser("doctor", help="what this machine has for training, and what will not work")
     given = parser.parse_args(arguments)
     try:
-        {"replay": _replay, "plan": _plan}[given.command](given)
+        {"replay": _replay, "plan": _plan, "doctor": _doctor}[given.command](given)
     except ValueError as error:
         print(f"ds-memopt {given.command}: {error}", file=sys.stderr)
         return 2
@@ -41,6 +42,13 @@ def _plan(given: argparse.Namespace) -> None:
     from ds_memopt.plan.table import run
 
     run(**{name: value for name, value in vars(given).items() if name != "command"})
+
+
+def _doctor(given: argparse.Namespace) -> None:
+    from ds_memopt.doctor import report
+
+    amiss = report()
+    print(f"{amiss} of these will keep something from working." if amiss else "All is there.")
 
 
 def _replay(given: argparse.Namespace) -> None:

@@ -1,0 +1,62 @@
+"""`ds-memopt doctor` tells what a machine has, and what will not work without the rest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import deepspeed
+import torch
+
+from ds_memopt import doctor
+
+
+def findings(**environment: str) -> dict[str, str]:
+    """Each line that it prints: {name: found}; {name + " without": what does not work}."""
+    command = [sys.executable, "-m", "ds_memopt.cli", "doctor"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    results, name = {}, ""
+    for line in done.stdout.splitlines():
+        if line.startswith(("ok  ", "--  ")):
+            name, _, found = line[4:].partition(": ")
+            results[name] = found
+        elif line.startswith("      "):
+            results[f"{name} without"] = line.strip()
+    results["last"] = done.stdout.splitlines()[-1]
+    return results
+
+
+def test_a_machine_that_runs_these_tests_has_what_they_need():
+    found = findings()
+    assert found["torch"].startswith(torch.__version__) and found["DeepSpeed"] == deepspeed.__version__
+    for name in ("Python", "torch", "DeepSpeed", "C++ compiler", "Libraries"):
+        assert f"{name} without" not in found
+    assert ("GPUs without" in found) == (not torch.cuda.is_available())
+    amiss = sum("without" in name for name in found)
+    assert found["last"] == (f"{amiss} of these will keep something from working." if amiss else "All is there.")
+
+
+def test_what_is_not_there_is_told(tmp_path):
+    """Without any command, and with an empty cache, in which a compiled function could be."""
+    found = findings(PATH="", CXX="no-compiler", TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
+    assert found["C++ compiler"] == "no no-compiler"
+    assert "cannot build its operators" in found["C++ compiler without"]
+    assert "MeZO and Addax make their noise without it" in found["torch.compile without"]
+    assert "install mpirun" in found["MPI without"] and "starts no other machine" in found["pdsh without"]
+
+
+def test_a_deepspeed_that_is_not_there_or_another_is_told(monkeypatch):
+    import deepspeed.runtime.engine as engine
+
+    monkeypatch.setattr(doctor, "_version", lambda package: None)
+    missing = doctor._deepspeed()
+    assert missing.found == "not installed" and "methods as a word in a ds_config" in missing.without
+    monkeypatch.undo()
+    monkeypatch.delattr(engine.DeepSpeedEngine, "_ds_memopt_registered", raising=False)
+    monkeypatch.delattr(engine.DeepSpeedEngine, "_configure_zero_optimizer")
+    other = doctor._deepspeed()
+    assert "lacks DeepSpeedEngine._configure_zero_optimizer, which ds_memopt needs" in other.without
