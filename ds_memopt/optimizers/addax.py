@@ -16,7 +16,7 @@ from torch import nn
 
 from ds_memopt.shards import Part
 
-from .base import check_range, is_number
+from .base import check_range, is_integer, is_number
 from .in_backward import Bucket, UpdatesInBackward, add_gradient, sum_and_count
 from .mezo import MeZO
 from .noise import NOISE_VERSION
@@ -74,10 +74,10 @@ class Addax(UpdatesInBackward, MeZO):
         model: nn.Module | None = None,
     ) -> None:
         check_range("alpha", alpha, is_number(alpha) and 0 <= alpha <= 1, "a number in [0, 1]", "1e-3 is usual.")
-        known = length_threshold in ("auto", None) or _is_count(length_threshold)
+        known = length_threshold in ("auto", None) or is_integer(length_threshold, 1)
         check_range("length_threshold", length_threshold, known, "an integer >= 1, 'auto' or null", "Try 'auto'.")
         for name, value in (("zo_batch", zo_batch), ("fo_batch", fo_batch)):
-            check_range(name, value, value is None or _is_count(value), "an integer >= 1 or null", "Leave it out.")
+            check_range(name, value, value is None or is_integer(value, 1), "an integer >= 1 or null", "Leave it out.")
         valid = memory_gib is None or (is_number(memory_gib) and 0 < memory_gib < math.inf)
         check_range("memory_gib", memory_gib, valid, "a finite number > 0 or null", "Leave it out on a GPU.")
         self.alpha, self.length_threshold, self.memory_gib = alpha, length_threshold, memory_gib
@@ -163,7 +163,3 @@ class Addax(UpdatesInBackward, MeZO):
                 done = factor is not None and self.first_order(total, factor, lambda: sum_and_count(again())[0])
         self.end_step(done)
         return zo_first, first
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -27,6 +27,7 @@ from .base import (
     check_hyper_parameter_names,
     check_meaning,
     check_range,
+    is_integer,
     make_log_visible,
 )
 from .blockwise import BlockPlan
@@ -411,7 +412,6 @@ def _automatic(total_steps: int | None, num_blocks: int) -> int:
 def _check_count(
     name: str, value: Any, remedy: str, low: int = 1, high: float = float("inf"), besides: tuple = ()
 ) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
     span = f">= {low}" if math.isinf(high) else f"from {low} to {high}"
     limit = " or ".join([f"an integer {span}", *map(repr, besides)])
-    check_range(name, value, value in besides or (whole and low <= value <= high), limit, remedy)
+    check_range(name, value, value in besides or is_integer(value, low, high), limit, remedy)

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import itertools
 import logging
+import math
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -430,6 +431,11 @@ def check_range(name: str, value: Any, valid: bool, limit: str, remedy: str) -> 
 def is_number(value: Any) -> bool:
     """Whether a hyper-parameter is a real number: JSON may hold a string where a number is meant."""
     return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
+
+
+def is_integer(value: Any, low: float, high: float = math.inf) -> bool:
+    """Whether a hyper-parameter is an integer from low to high; true and false are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
 def check_adam_group(group: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from ds_memopt.blocks import full_shape, partition_into_blocks
 from ds_memopt.shards import InPlaceShards
 
-from .base import check_range, is_number
+from .base import check_range, is_integer, is_number
 from .noise import Noise
 
 BINS = 2**15
@@ -64,10 +64,9 @@ class Directions:
         for key in ("layer_fraction", "magnitude_fraction"):
             value = getattr(self, key)
             check_range(key, value, is_number(value) and 0 < value <= 1, "a number in (0, 1]", "1.0 is plain MeZO.")
-        for key, low in (("rank", 0), ("refresh_every", 1)):
+        for key, low, remedy in (("rank", 0, "0 is plain MeZO."), ("refresh_every", 1, "Try 1000.")):
             value = getattr(self, key)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= low
-            check_range(key, value, whole, f"an integer >= {low}", "0 is plain MeZO." if low == 0 else "Try 1000.")
+            check_range(key, value, is_integer(value, low), f"an integer >= {low}", remedy)
         self.shapes = {name: full_shape(p) for p, name in self.names.items()}
         if self.layers is not None:
             self._check_layers()

@@ -26,7 +26,7 @@ from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled, format_ass
 from ds_memopt.shards import numel_of
 
 from .adam_mini import adam_piece, block_adam
-from .base import ShardedOptimizer, check_adam_group, check_range, is_number
+from .base import ShardedOptimizer, check_adam_group, check_range, is_integer, is_number
 from .blockwise import BlockPlan, HeldBlocks
 
 logger = logging.getLogger("ds_memopt")
@@ -97,8 +97,7 @@ class GWT(ShardedOptimizer):
         value_blocks: Literal["rows", "whole"] = "rows",
         model: nn.Module | None = None,
     ) -> None:
-        whole = isinstance(level, int) and not isinstance(level, bool)
-        check_range("level", level, whole and 1 <= level <= 5, "an integer from 1 to 5", "2 is usual.")
+        check_range("level", level, is_integer(level, 1, 5), "an integer from 1 to 5", "2 is usual.")
         check_range("scale", scale, is_number(scale) and scale > 0, "a number > 0", "0.25 is usual.")
         check_range(
             "limiter",

@@ -21,7 +21,7 @@ from torch import nn
 from ds_memopt.blocks import partition_into_blocks
 from ds_memopt.shards import Part, is_first_rank
 
-from .base import check_range, is_number, make_log_visible
+from .base import check_range, is_integer, is_number, make_log_visible
 from .checksum import as_hex, checksum
 from .directions import Directions
 from .inplace import InPlaceOptimizer
@@ -102,8 +102,7 @@ class MeZO(InPlaceOptimizer):
         trajectory: str | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        whole = isinstance(probes, int) and not isinstance(probes, bool) and probes >= 1
-        check_range("probes", probes, whole, "an integer >= 1", "1 is usual.")
+        check_range("probes", probes, is_integer(probes, 1), "an integer >= 1", "1 is usual.")
         valid = is_number(epsilon) and 0 < epsilon < math.inf
         check_range("epsilon", epsilon, valid, "a finite number > 0", "1e-3 is usual.")
         known = noise in ("gaussian", "rademacher")
