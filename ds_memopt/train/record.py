@@ -28,6 +28,18 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """The content of a file that a run left. ValueError if it is missing or no JSON."""
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"{path.parent} is not the folder of a run: cannot read {path.name} in it ({error.strerror})"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; remove the run's folder and run it again") from error
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of folder/metrics.jsonl. ValueError if the file is missing or a line is no JSON."""
     path = folder / METRICS
