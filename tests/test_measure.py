@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from ds_memopt.measure import (
     state_bytes_per_parameter,
 )
 
-N = 3  # with 2 ranks, 2(N-1)/N = 1: a wire figure could be confused with a payload
+N, WORLD = 3, (0, 1, 2)  # with 2 ranks, 2(N-1)/N = 1: a wire figure could be confused with a payload
 ALL_GATHER_BEFORE_START = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # as DeepSpeed captures it
 
 
@@ -53,7 +54,7 @@ def _ring(tensor):
 
 
 def _communicate() -> dict:
-    """Every route on 3 ranks: {name: {(collective, group size): Traffic}} as this rank's meter saw it."""
+    """Every route on 3 ranks: {name: {(collective, ranks of the group): Traffic}} as this rank's meter saw it."""
     f32, f64, rank = torch.ones(12), torch.ones(12, dtype=torch.float64), dist.get_rank()
     pair = dist.new_group([0, 1])
     mesh = init_device_mesh("cpu", (N,))
@@ -86,14 +87,45 @@ def _communicate() -> dict:
     for name, route in routes.items():
         with CommunicationMeter() as meter:
             route()
-        seen[name] = meter.by_collective_and_group_size()
+        seen[name] = meter.by_collective_and_group()
     with CommunicationMeter() as outer, CommunicationMeter() as inner:
         dist.all_reduce(f32)
     seen["two meters"] = [outer.bytes_sent(), inner.bytes_sent()]
     dist.all_reduce(f32)  # nobody listens
     seen["after stop"] = [outer.calls(), inner.calls()]
+    seen["groups"] = _two_groups(f32, pair)
+    seen["late"] = _wait_for_a_late_rank(f32)
     seen["fsdp2"] = _fsdp2_step()
     return seen
+
+
+def _two_groups(tensor, pair) -> dict:
+    with CommunicationMeter() as meter:
+        dist.all_reduce(tensor)
+        dist.broadcast(tensor, 0)
+        if dist.get_rank() < 2:
+            dist.all_reduce(tensor, group=pair)
+    return meter.by_group()
+
+
+def _wait_for_a_late_rank(tensor) -> list[dict]:
+    """Where the time goes if rank 0 comes late to two all-reduces in backward: one waits at once, one later."""
+    timer = StepTimer(torch.device("cpu"), N)
+    dist.barrier()
+    timer.start()
+    with CommunicationMeter(timer):
+        with timer.phase("backward"):
+            for later in (False, True):
+                if dist.get_rank() == 0:
+                    time.sleep(0.2)
+                work = dist.all_reduce(tensor, async_op=later)
+            time.sleep(0.1)
+        with timer.phase("optimizer"):
+            if dist.get_rank():
+                work.wait()
+            time.sleep(0.1)
+    timer.count(1)
+    return timer.read()
 
 
 def _fsdp2_step() -> dict:
@@ -119,27 +151,27 @@ def ranks() -> list[dict]:
 
 # 12 floats are 48 bytes. Per rank: payload, and what goes on the wire of a ring of 3.
 EXPECTED = {
-    "all_reduce": {("all_reduce", 3): Traffic(1, 48, 64)},  # 2 * 2/3 * 48
-    "all_reduce fp64": {("all_reduce", 3): Traffic(1, 96, 128)},
-    "all_reduce keyword": {("all_reduce", 3): Traffic(1, 48, 64)},
-    "all_reduce coalesced": {("all_reduce", 3): Traffic(1, 48, 64)},
-    "all_gather": {("all_gather", 3): Traffic(1, 144, 96)},  # passes on two blocks of 48
-    "all_gather single": {("all_gather", 3): Traffic(1, 144, 96)},
-    "reduce_scatter": {("reduce_scatter", 3): Traffic(1, 48, 32)},  # passes on two blocks of 16
-    "reduce_scatter single": {("reduce_scatter", 3): Traffic(1, 48, 32)},
-    "all_to_all": {("all_to_all", 3): Traffic(1, 48, 32)},
-    "broadcast": {("broadcast", 3): Traffic(1, 48, 32)},  # 2 * 48 in all, shared by 3
-    "reduce": {("reduce", 3): Traffic(1, 48, 32)},
-    "gather": {("gather", 3): Traffic(1, 48, 32)},
-    "scatter": {("scatter", 3): Traffic(1, 16, 11)},  # 2 * 16 in all, shared by 3
-    "ring": {("send", 3): Traffic(1, 48, 48), ("recv", 3): Traffic(1, 48, 0)},
-    "barrier": {("barrier", 3): Traffic(1, 0, 0)},
-    "deepspeed all_reduce": {("all_reduce", 3): Traffic(1, 48, 64)},
-    "deepspeed reduce": {("reduce", 3): Traffic(1, 48, 32)},
-    "deepspeed reduce_scatter": {("reduce_scatter", 3): Traffic(1, 48, 32)},
-    "deepspeed allgather": {("all_gather", 3): Traffic(1, 144, 96)},
-    "all_gather coalesced": {("all_gather", 3): Traffic(1, 36, 24)},
-    "functional gather": {("all_gather", 3): Traffic(1, 48, 32)},
+    "all_reduce": {("all_reduce", WORLD): Traffic(1, 48, 64)},  # 2 * 2/3 * 48
+    "all_reduce fp64": {("all_reduce", WORLD): Traffic(1, 96, 128)},
+    "all_reduce keyword": {("all_reduce", WORLD): Traffic(1, 48, 64)},
+    "all_reduce coalesced": {("all_reduce", WORLD): Traffic(1, 48, 64)},
+    "all_gather": {("all_gather", WORLD): Traffic(1, 144, 96)},  # passes on two blocks of 48
+    "all_gather single": {("all_gather", WORLD): Traffic(1, 144, 96)},
+    "reduce_scatter": {("reduce_scatter", WORLD): Traffic(1, 48, 32)},  # passes on two blocks of 16
+    "reduce_scatter single": {("reduce_scatter", WORLD): Traffic(1, 48, 32)},
+    "all_to_all": {("all_to_all", WORLD): Traffic(1, 48, 32)},
+    "broadcast": {("broadcast", WORLD): Traffic(1, 48, 32)},  # 2 * 48 in all, shared by 3
+    "reduce": {("reduce", WORLD): Traffic(1, 48, 32)},
+    "gather": {("gather", WORLD): Traffic(1, 48, 32)},
+    "scatter": {("scatter", WORLD): Traffic(1, 16, 11)},  # 2 * 16 in all, shared by 3
+    "ring": {("send", WORLD): Traffic(1, 48, 48), ("recv", WORLD): Traffic(1, 48, 0)},
+    "barrier": {("barrier", WORLD): Traffic(1, 0, 0)},
+    "deepspeed all_reduce": {("all_reduce", WORLD): Traffic(1, 48, 64)},
+    "deepspeed reduce": {("reduce", WORLD): Traffic(1, 48, 32)},
+    "deepspeed reduce_scatter": {("reduce_scatter", WORLD): Traffic(1, 48, 32)},
+    "deepspeed allgather": {("all_gather", WORLD): Traffic(1, 144, 96)},
+    "all_gather coalesced": {("all_gather", WORLD): Traffic(1, 36, 24)},
+    "functional gather": {("all_gather", WORLD): Traffic(1, 48, 32)},
 }
 
 
@@ -151,10 +183,29 @@ def test_bytes_of_each_route(ranks, route):
 
 def test_a_smaller_group_counts_with_its_own_size(ranks):
     assert [seen["all_reduce pair"] for seen in ranks] == [
-        {("all_reduce", 2): Traffic(1, 48, 48)},  # 2 * 1/2 * 48
-        {("all_reduce", 2): Traffic(1, 48, 48)},
+        {("all_reduce", (0, 1)): Traffic(1, 48, 48)},  # 2 * 1/2 * 48
+        {("all_reduce", (0, 1)): Traffic(1, 48, 48)},
         {},
     ]
+
+
+def test_bytes_of_each_process_group(ranks):
+    """48 bytes: an all-reduce and a broadcast over all (64 + 32 sent), an all-reduce of two."""
+    both = {WORLD: Traffic(2, 96, 96)}
+    assert [seen["groups"] for seen in ranks] == [both | {(0, 1): Traffic(1, 48, 48)}] * 2 + [both]
+
+
+def test_waiting_counts_as_communication_in_the_phase_that_waits(ranks):
+    """Rank 0 sleeps twice 0.2 s. The others wait for it 0.2 s at once, and the rest of its second sleep at wait()."""
+    late, *punctual = [seen["late"] for seen in ranks]
+    assert late["backward_ms"] == pytest.approx(500, abs=90) and late["communication_ms"] < 90
+    for seen in punctual:
+        assert seen["communication_ms"] == pytest.approx(200 + 100, abs=90)
+        assert seen["backward_ms"] == pytest.approx(100, abs=90)
+    for seen in (late, *punctual):
+        assert seen["optimizer_ms"] == pytest.approx(100, abs=90)
+        split = sum(seen[f"{name}_ms"] for name in ("forward", "backward", "optimizer", "communication", "other"))
+        assert split == pytest.approx(seen["step_ms"])
 
 
 def test_meters_nest_and_stop(ranks):
@@ -244,6 +295,34 @@ def test_step_timer():
     assert 50 <= figures["step_ms"] < 100
     assert figures["tokens_per_s"] == pytest.approx(100_000 / figures["step_ms"])
     assert figures["tokens_per_s_per_gpu"] == pytest.approx(figures["tokens_per_s"] / 2)
+
+
+def test_step_timer_splits_a_step():
+    """Phases inside one another, a forward inside backward as of zeroth-order methods, and one that raises."""
+    model = torch.nn.ReLU()
+    model.register_forward_hook(lambda *_: time.sleep(0.05))
+    timer = StepTimer(torch.device("cpu"), world_size=1)
+    timer.watch(model)
+    timer.start()
+    for _ in range(2):
+        model(torch.ones(1))
+        with timer.phase("backward"):
+            time.sleep(0.03)
+            model(torch.ones(1))
+            with timer.phase("communication"):
+                time.sleep(0.02)
+        with contextlib.suppress(TypeError), timer.phase("optimizer"):
+            model("no tensor")
+        time.sleep(0.01)
+        timer.count(1)
+    figures = timer.read()
+    expected = {"forward": 100, "backward": 30, "communication": 20, "other": 10}
+    for name, ms in expected.items():
+        assert ms <= figures[f"{name}_ms"] < ms + 40, name
+    assert figures["optimizer_ms"] < 40
+    timer.start()
+    timer.count(1)
+    assert "forward_ms" not in timer.read()  # nothing was told in this interval
 
 
 PEAK = """

@@ -3,7 +3,8 @@
 Every Python route to a collective (`torch.distributed`, `deepspeed.comm`, FSDP2, `_coalescing_manager`, functions
 that a library captured at start-up) ends in a method of c10d's `ProcessGroup`. The meter replaces those methods on the
 class, so each collective is counted once, whoever calls it. DTensor's functional collectives call
-`torch.ops._c10d_functional` instead; they are wrapped too. Counting reads shapes only: no synchronisation.
+`torch.ops._c10d_functional` instead; they are wrapped too. Counting reads shapes only: no synchronisation. With a
+timer the calls are timed, and so is `Work.wait`, where the caller of an asynchronous collective waits.
 
 Not seen, because they never pass through Python: the reducer of `DistributedDataParallel`, collectives inside a
 `torch.compile` graph, and DeepSpeed's shared-memory all_reduce for inference on CPU.
@@ -17,7 +18,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed.distributed_c10d import ProcessGroup, _resolve_process_group
+from torch.distributed.distributed_c10d import ProcessGroup, Work, _resolve_process_group, get_process_group_ranks
+
+from ds_memopt.measure.throughput import StepTimer
 
 # method of ProcessGroup -> (collective, position of the argument whose bytes are the payload).
 # The payload is the larger side of all_gather (its output) and reduce_scatter (its input), else one rank's tensor.
@@ -95,13 +98,18 @@ def sent_per_payload_byte(collective: str, group_size: int) -> float:
 class CommunicationMeter:
     """Counts this rank's collectives between `start()` and `stop()`, or inside a `with` block; several meters may run.
 
-    `meter.bytes_sent()` is the wire total of this rank in bytes, `meter.by_collective()` splits it. Counts add up over
-    repeated start/stop pairs until `reset()`. Needs no process group to be initialised.
+    `meter.bytes_sent()` is the wire total of this rank in bytes, `meter.by_collective()` and `meter.by_group()` split
+    it. Counts add up over repeated start/stop pairs until `reset()`. Needs no process group to be initialised.
+
+    timer: gets the time of collectives, and of waiting for them, as its phase "communication".
     """
 
-    def __init__(self) -> None:
-        self._calls: Counter[tuple[str, int]] = Counter()
-        self._payload: Counter[tuple[str, int]] = Counter()
+    def __init__(self, timer: StepTimer | None = None) -> None:
+        self._timer = timer
+        # By collective, and name and size of the process group: to hash a thousand ranks in every call would be slow.
+        self._calls: Counter[tuple[str, tuple[str, int]]] = Counter()
+        self._payload: Counter[tuple[str, tuple[str, int]]] = Counter()
+        self._ranks: dict[tuple[str, int], tuple[int, ...]] = {}
 
     def start(self) -> None:
         """Begin counting. RuntimeError if this meter is running already."""
@@ -145,20 +153,37 @@ class CommunicationMeter:
 
     def by_collective(self) -> dict[str, Traffic]:
         """Traffic of each collective ("all_reduce", "all_gather", ...), over all process groups."""
-        totals: dict[str, Traffic] = {}
-        for (collective, _), one in self.by_collective_and_group_size().items():
-            old = totals.get(collective, Traffic(0, 0, 0))
-            totals[collective] = Traffic(
-                old.calls + one.calls, old.payload_bytes + one.payload_bytes, old.sent_bytes + one.sent_bytes
-            )
-        return totals
+        return _sum_over(self.by_collective_and_group(), lambda collective, _: collective)
 
-    def by_collective_and_group_size(self) -> dict[tuple[str, int], Traffic]:
-        """Traffic of each (collective, number of ranks in its process group)."""
-        return {
-            key: Traffic(calls, self._payload[key], round(self._payload[key] * sent_per_payload_byte(*key)))
-            for key, calls in self._calls.items()
-        }
+    def by_group(self) -> dict[tuple[int, ...], Traffic]:
+        """Traffic of each process group, which its global ranks name, over all collectives."""
+        return _sum_over(self.by_collective_and_group(), lambda _, ranks: ranks)
+
+    def by_collective_and_group(self) -> dict[tuple[str, tuple[int, ...]], Traffic]:
+        """Traffic of each (collective, global ranks of its process group)."""
+        traffic = {}
+        for (collective, place), calls in self._calls.items():
+            ranks, payload = self._ranks[place], self._payload[collective, place]
+            sent = round(payload * sent_per_payload_byte(collective, len(ranks)))
+            traffic[collective, ranks] = Traffic(calls, payload, sent)
+        return traffic
+
+    def _count(self, collective: str, group: ProcessGroup, payload: int) -> None:
+        place = group.group_name, group.size()
+        if place not in self._ranks:
+            self._ranks[place] = tuple(get_process_group_ranks(group))
+        self._calls[collective, place] += 1
+        self._payload[collective, place] += payload
+
+
+def _sum_over(parts: dict[tuple[str, tuple[int, ...]], Traffic], name: Callable[..., Any]) -> dict[Any, Traffic]:
+    totals: dict[Any, Traffic] = {}
+    for key, one in parts.items():
+        old = totals.get(name(*key), Traffic(0, 0, 0))
+        totals[name(*key)] = Traffic(
+            old.calls + one.calls, old.payload_bytes + one.payload_bytes, old.sent_bytes + one.sent_bytes
+        )
+    return totals
 
 
 _running: list[CommunicationMeter] = []
@@ -170,6 +195,7 @@ def _install() -> None:
         # vars(), not getattr(): putting back the bare function would lose the C++ method's binding to `self`.
         if name in vars(ProcessGroup):
             _replace(ProcessGroup, name, vars(ProcessGroup)[name], _counting_method(name, collective, position))
+    _replace(Work, "wait", vars(Work)["wait"], _timed(Work.wait))
     operators = torch.ops._c10d_functional
     for name, (collective, times_group_size) in _FUNCTIONAL.items():
         if hasattr(operators, name):
@@ -188,12 +214,13 @@ def _remove() -> None:
 
 
 def _counting_method(name: str, collective: str, position: int | None) -> Callable:
-    original = getattr(ProcessGroup, name)
+    original = _timed(getattr(ProcessGroup, name))
 
     def method(group: ProcessGroup, *args: Any, **kwargs: Any) -> Any:
         work = original(group, *args, **kwargs)
         payload = 0 if position is None else _bytes((*args, *kwargs.values())[position])
-        _count(collective, group.size(), payload)
+        for meter in _running:
+            meter._count(collective, group, payload)
         return work
 
     return method
@@ -206,20 +233,32 @@ class _CountingOperator:
         self._original, self._collective, self._times_group_size = original, collective, times_group_size
 
     def __call__(self, *args: Any) -> Any:
-        result = self._original(*args)
+        result = _timed(self._original)(*args)
         group = args[-1]  # a name up to torch 2.13, which also takes the group itself
-        size = (_resolve_process_group(group) if isinstance(group, str) else group).size()
-        _count(self._collective, size, _bytes(args[0]) * (size if self._times_group_size else 1))
+        group = _resolve_process_group(group) if isinstance(group, str) else group
+        payload = _bytes(args[0]) * (group.size() if self._times_group_size else 1)
+        for meter in _running:
+            meter._count(self._collective, group, payload)
         return result
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._original, name)
 
 
-def _count(collective: str, group_size: int, payload: int) -> None:
-    for meter in _running:
-        meter._calls[collective, group_size] += 1
-        meter._payload[collective, group_size] += payload
+def _timed(function: Callable) -> Callable:
+    """The same, in the phase "communication" of the timers."""
+
+    def method(*args: Any, **kwargs: Any) -> Any:
+        timers = [meter._timer for meter in _running if meter._timer]
+        for timer in timers:
+            timer.enter("communication")
+        try:
+            return function(*args, **kwargs)
+        finally:
+            for timer in timers:
+                timer.leave("communication")
+
+    return method
 
 
 def _bytes(tensors: Any) -> int:
