@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ import deepspeed.comm as dist
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
+
+from ds_memopt.train.launcher import find_place
 
 Result = TypeVar("Result")
 
@@ -34,22 +35,30 @@ class Ranks:
 
 
 def start_ranks() -> Ranks:
-    """Join the process group that the launcher describes (deepspeed, torchrun, srun through deepspeed); alone if there
-    is no launcher. On CPU the cores are shared out among the local ranks unless OMP_NUM_THREADS says otherwise."""
+    """Join the process group that the launcher describes (deepspeed, torchrun, mpirun, srun); alone if there is none.
+
+    On CPU the cores are shared out among the local ranks unless OMP_NUM_THREADS says otherwise. ValueError if the
+    launcher tells too little, or started more ranks on this machine than it has GPUs.
+    """
     transformers.utils.logging.disable_progress_bar()  # every rank would draw one for each file of weights
     # DeepSpeed 0.19 calls names that torch 2.13 deprecates; the user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*deprecated")
-    if "RANK" not in os.environ:
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    find_place()
+    local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     on_cpu = accelerator.device_name() == "cpu"
     if on_cpu and "OMP_NUM_THREADS" not in os.environ:
         local_ranks = int(
             os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or os.environ["WORLD_SIZE"]
         )
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+        # A launcher may have bound this process to its share already.
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), (os.cpu_count() or 1) // local_ranks)))
     if not on_cpu:
+        if local_rank >= accelerator.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU: it sees {accelerator.device_count()}. Start one process per GPU, "
+                "all of which see all GPUs of their machine (Slurm: --gpus-per-node, not --gpus-per-task)"
+            )
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(verbose=False)
     device = torch.device("cpu" if on_cpu else accelerator.device_name(local_rank))
@@ -85,9 +94,3 @@ def first_rank_of_node_first(work: Callable[[], Result], local_rank: int) -> Res
     """Run `work` on the first rank of each node, then on the others, which find its cache. Errors as `on_all_ranks`."""
     result = on_all_ranks(lambda: work() if local_rank == 0 else None)
     return on_all_ranks(lambda: result if local_rank == 0 else work())
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
