@@ -17,10 +17,13 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("trajectory", type=Path, help="the file that the run wrote")
     command.add_argument("out", type=Path, help="where to write the weights after the last step")
     _add_plan(commands)
+    command = commands.add_parser("report", help="one page, with plots, that lays runs side by side")
+    command.add_argument("run", nargs="+", type=Path, help="the folder of a run or of a sweep")
+    command.add_argument("--output", type=Path, help="folder to write, by default in the sweep or in runs/")
     commands.add_parser("doctor", help="what this machine has for training, and what will not work")
     given = parser.parse_args(arguments)
     try:
-        {"replay": _replay, "plan": _plan, "doctor": _doctor}[given.command](given)
+        {"replay": _replay, "plan": _plan, "report": _report, "doctor": _doctor}[given.command](given)
     except ValueError as error:
         print(f"ds-memopt {given.command}: {error}", file=sys.stderr)
         return 2
@@ -42,6 +45,12 @@ def _plan(given: argparse.Namespace) -> None:
     from ds_memopt.plan.table import run
 
     run(**{name: value for name, value in vars(given).items() if name != "command"})
+
+
+def _report(given: argparse.Namespace) -> None:
+    from ds_memopt.train.report import write_report
+
+    print(write_report(given.run, given.output))
 
 
 def _doctor(given: argparse.Namespace) -> None:

@@ -26,7 +26,6 @@ def summarize(folder: Path) -> dict[str, Any]:
     settings = read_json(folder / "resolved_config.json")
     last = rows[-1]
     accuracies = [row["validation_accuracy"] for row in validated if "validation_accuracy" in row]
-    peak = next(key for key in _PEAKS if key in last)
     return {
         "run": folder.name,
         "optimizer": settings["optimizer"]["type"],
@@ -36,8 +35,8 @@ def summarize(folder: Path) -> dict[str, Any]:
         "accuracy_before": accuracies[0] if accuracies else None,
         "accuracy": accuracies[-1] if accuracies else None,
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in steady(rows)),
-        "peak_gib": max(row[peak] for row in rows),
-        "peak_of": _PEAKS[peak],
+        "peak_gib": max(map(peak_gib, rows)),
+        "peak_of": next(what for key, what in _PEAKS.items() if key in last),
         "optimizer_state_bytes_per_parameter": last["optimizer_state_bytes_per_parameter"],
         "bytes_sent_per_step": last["bytes_sent_per_step"],
     }
@@ -82,6 +81,10 @@ def steps(folder: Path) -> list[dict[str, Any]]:
 def steady(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of `steps` without the first, which includes start-up costs, if there are others."""
     return rows[1:] or rows
+
+
+def peak_gib(row: dict[str, Any]) -> float:
+    return next(row[key] for key in _PEAKS if key in row)
 
 
 def number(value: Any, form: str) -> str:

@@ -62,9 +62,10 @@ def speed(names: Sequence[str], optimizers: Sequence[str], panels: Mapping[str, 
     return figure
 
 
-def stacked(names: Sequence[str], parts: Sequence[Mapping[str, float]], title: str, unit: str) -> Figure:
-    """A bar for each run, of the parts that `parts` has for it, with their sum at its end."""
-    kinds = list(dict.fromkeys(kind for of_run in parts for kind in of_run))
+def stacked(
+    names: Sequence[str], kinds: Sequence[str], parts: Sequence[Mapping[str, float]], title: str, unit: str
+) -> Figure:
+    """A bar for each run, of the parts that `parts` has for it in the order of `kinds`, with their sum at its end."""
     figure = _figure_for(names, legend_lines=(len(kinds) + 3) // 4)
     axes = figure.subplots()
     palette = _kind_colors(kinds)
