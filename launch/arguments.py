@@ -1,4 +1,4 @@
-"""The options that launch/pretrain.py and launch/finetune.py share, and how both run their job."""
+"""The options that the jobs share, launch/pretrain.py, pretrain_fsdp2.py and finetune.py, and how they run."""
 
 from __future__ import annotations
 
@@ -49,6 +49,18 @@ def shared_parser(description: str, job: str, default_config: str, seed_of: str)
 
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # always on; launchers pass it
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
+    return parser
+
+
+def pretrain_parser(description: str, default_config: str) -> argparse.ArgumentParser:
+    parser = shared_parser(description, "pretrain", default_config, "weights, data order and method")
+    what = parser.add_argument_group("model and data")
+    what.add_argument(
+        "--model", default="tiny", help="tiny, llama-39m ... llama-1b, llama2-7b, ... or a local HF folder"
+    )
+    what.add_argument("--data", default="stdlib", help="stdlib, synthetic, or a text/JSONL file or folder")
+    what.add_argument("--tokenizer", help="local Hugging Face tokenizer folder, for text and JSONL data")
+    what.add_argument("--validation_batches", type=int, default=32, help="global batches of held-out text")
     return parser
 
 

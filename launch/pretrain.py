@@ -8,19 +8,11 @@ A larger model, another config:     deepspeed --num_gpus 8 launch/pretrain.py --
 
 import argparse
 
-from arguments import run_job, shared_parser
+from arguments import pretrain_parser, run_job
 
 
 def parse() -> argparse.Namespace:
-    parser = shared_parser(__doc__, "pretrain", "zero2_adam_mini.json", "weights, data order and method")
-    what = parser.add_argument_group("model and data")
-    what.add_argument(
-        "--model", default="tiny", help="tiny, llama-39m ... llama-1b, llama2-7b, ... or a local HF folder"
-    )
-    what.add_argument("--data", default="stdlib", help="stdlib, synthetic, or a text/JSONL file or folder")
-    what.add_argument("--tokenizer", help="local Hugging Face tokenizer folder, for text and JSONL data")
-    what.add_argument("--validation_batches", type=int, default=32, help="global batches of held-out text")
-    return parser.parse_args()
+    return pretrain_parser(__doc__, "zero2_adam_mini.json").parse_args()
 
 
 def main() -> None:

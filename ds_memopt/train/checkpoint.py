@@ -1,9 +1,10 @@
-"""What a run saves: checkpoints (DeepSpeed's files, the facts a resumed run must share, and a `latest` that is always
-whole), and at its end the model as a Hugging Face folder."""
+"""What a run saves: checkpoints (DeepSpeed's or torch.distributed's files, the facts a resumed run must share, and a
+`latest` that is always whole), and at its end the model as a Hugging Face folder."""
 
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import zipfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import deepspeed
 import transformers
 
+from ds_memopt.engines.fsdp2 import entries
 from ds_memopt.train.ranks import Ranks, on_all_ranks
 from ds_memopt.train.record import write_json, write_text
 
@@ -27,7 +29,7 @@ def save(engine: Any, folder: Path, step: int, facts: dict[str, Any], ranks: Ran
     tag = f"step{step}"
     engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
     if ranks.is_main:
-        files = sorted(path.name for path in (folder / tag).glob("*.pt"))
+        files = sorted(path.name for path in (folder / tag).iterdir() if path.suffix in (".pt", ".distcp"))
         write_json(folder / tag / FACTS, {**facts, "step": step, "files": files})
         write_text(folder / "latest", tag)
 
@@ -46,21 +48,23 @@ def load(engine: Any, folder: Path, step: int) -> None:
     loaded, _ = engine.load_checkpoint(str(folder), tag=f"step{step}")
     if loaded is None or engine.global_steps != step:
         raise ValueError(
-            f"DeepSpeed did not restore step {step} from {folder}: it stands at step {engine.global_steps}"
+            f"the engine did not restore step {step} from {folder}: it stands at step {engine.global_steps}"
         )
 
 
 def save_model(engine: Any, folder: Path, tokenizer: str | None, ranks: Ranks) -> None:
     """Write the engine's model as the Hugging Face folder `folder`, in place of what is there. All ranks call.
 
-    The weights are those that the model computes with: bf16 in a bf16 run. tokenizer: the folder of the tokenizer to
-    save beside them, or None. The first rank holds a copy of all weights in CPU memory meanwhile.
+    The weights are those that the model computes with, bf16 in a bf16 run, or under FSDP2 its fp32 masters of them.
+    tokenizer: the folder of the tokenizer to save beside them, or None. The first rank holds a copy of all weights in
+    CPU memory meanwhile.
     """
     weights = {}
     for name, p in engine.module.named_parameters():
         with deepspeed.zero.GatheredParameters([p], enabled=hasattr(p, "ds_id")):
+            whole = p.full_tensor() if hasattr(p, "full_tensor") else p
             if ranks.is_main:
-                weights[name] = p.detach().to("cpu", copy=True)
+                weights[name] = whole.detach().to("cpu", copy=True)
     on_all_ranks(lambda: _write_model(engine.module, weights, folder, tokenizer) if ranks.is_main else None)
 
 
@@ -95,13 +99,21 @@ def _check(folder: Path, facts: dict[str, Any], ranks: Ranks) -> int:
     for name in saved["files"][ranks.rank :: ranks.world_size]:
         path = folder / tag / name
         try:
-            with zipfile.ZipFile(path) as archive:  # what torch.save writes, with a CRC-32 of each tensor
-                damaged = archive.testzip()
-        except (OSError, zipfile.BadZipFile) as error:
+            damaged = _first_damaged(path)
+        except (OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             raise ValueError(f"checkpoint file {path} is missing or damaged ({error}); {_REMEDY}") from error
         if damaged:
             raise ValueError(f"checkpoint file {path} is damaged (checksum of {damaged}); {_REMEDY}")
     return saved["step"]
+
+
+def _first_damaged(path: Path) -> str | None:
+    """The first tensor that differs from its CRC-32, which torch.save writes into its zip files."""
+    for file in entries(path) if path.suffix == ".distcp" else [path]:
+        with zipfile.ZipFile(file) as archive:
+            if damaged := archive.testzip():
+                return damaged
+    return None
 
 
 _REMEDY = "to go back, write the name of an older checkpoint folder into `latest`"

@@ -49,8 +49,15 @@ def pretrain(options: Options) -> None:
 
     ValueError on all ranks, before any training, for bad input. RuntimeError if the loss stops being a number.
     """
+    pretrain_under(make_plan, build_engine, options)
+
+
+def pretrain_under(
+    plan_of: Callable[[Options, Ranks], Plan], build: Callable[[Options, Plan, Ranks], Any], options: Options
+) -> None:
+    """Run the main job under the engine that `build` makes from what `plan_of` settles."""
     ranks = start_ranks()
-    plan = on_all_ranks(lambda: _check_halves(make_plan(options, ranks)))
+    plan = on_all_ranks(lambda: _check_halves(plan_of(options, ranks)))
     corpus: Corpus = first_rank_of_node_first(
         lambda: load_corpus(options.data, options.tokenizer, plan.seq_length, plan.model_config.vocab_size),
         ranks.local_rank,
@@ -80,7 +87,7 @@ def pretrain(options: Options) -> None:
         tokens=range(0, (plan.steps + 1) * tokens_per_step, tokens_per_step),
         validate=lambda engine: {"validation_loss": validation_loss(engine, held_out, ranks.device)},
     )
-    run(build_engine(options, plan, ranks), plan, ranks, work, first_step, options.tokenizer)
+    run(build(options, plan, ranks), plan, ranks, work, first_step, options.tokenizer)
 
 
 def _check_halves(plan: Plan) -> Plan:
@@ -127,16 +134,7 @@ def build_engine(options: RunOptions, plan: Plan, ranks: Ranks) -> Any:
     model = build_model(options.model, plan.model_config, options.seed, ranks.device, partitioned)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if ranks.is_main:
-        size = count_parameters(model)
-        up_to = "up to " if options.job == "finetune" else ""
-        print(
-            f"{options.model}: {size / 1e6:.1f} M parameters, {plan.config['optimizer']['type']}, "
-            f"ZeRO-{zero_stage(plan.config)}, {ranks.world_size} x {ranks.device.type}, {plan.facts['dtype']}; "
-            f"{plan.steps} steps of {plan.facts['global_batch']} x {up_to}{plan.seq_length} tokens "
-            f"({plan.micro_batch} sequences per rank and pass, {plan.accumulation} passes)",
-            flush=True,
-        )
+    announce(model, options, plan, ranks, f"ZeRO-{zero_stage(plan.config)}")
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=parameter_groups(model, plan.config["optimizer"]["params"].get("weight_decay")),
@@ -145,6 +143,20 @@ def build_engine(options: RunOptions, plan: Plan, ranks: Ranks) -> Any:
     )
     del keep_alive
     return engine
+
+
+def announce(model: torch.nn.Module, options: RunOptions, plan: Plan, ranks: Ranks, sharding: str) -> None:
+    """Print, on the first rank, what is about to run."""
+    if not ranks.is_main:
+        return
+    up_to = "up to " if options.job == "finetune" else ""
+    print(
+        f"{options.model}: {count_parameters(model) / 1e6:.1f} M parameters, {plan.config['optimizer']['type']}, "
+        f"{sharding}, {ranks.world_size} x {ranks.device.type}, {plan.facts['dtype']}; "
+        f"{plan.steps} steps of {plan.facts['global_batch']} x {up_to}{plan.seq_length} tokens "
+        f"({plan.micro_batch} sequences per rank and pass, {plan.accumulation} passes)",
+        flush=True,
+    )
 
 
 def validation_loss(engine: Any, batches: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> float:

@@ -1,0 +1,147 @@
+"""FSDP2 behind the words of DeepSpeed's engine that the training loop uses; checkpoints by torch.distributed."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ds_memopt.blocks import partition_into_blocks
+from ds_memopt.optimizers import BAdam, InPlaceOptimizer, MeZO
+
+
+def shard(model: nn.Module, bf16: bool = False) -> None:
+    """Shard a model over all ranks, each layer as a unit. bf16: compute and gather in bf16, and reduce in fp32."""
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for layer in partition_into_blocks(model, (name for name, _ in model.named_parameters())).blocks:
+        fully_shard(model.get_submodule(layer), mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+class Fsdp2Engine:
+    """What the training loop asks of an engine: forward, backward and step, the figures of a step, checkpoints.
+
+    module: a model after `shard`. optimizer: of its parameters; Addax, and IPSGD with clip="two_pass", would need
+    closures. lr_scheduler: steps with the optimizer. accumulation: micro-batches per step. gradient_clipping: largest
+    norm of all gradients, or 0; without meaning for methods that hold no set of gradients.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        lr_scheduler: Any,
+        accumulation: int,
+        gradient_clipping: float,
+    ) -> None:
+        self.module, self.optimizer, self.basic_optimizer = module, optimizer, optimizer
+        self.lr_scheduler, self.accumulation = lr_scheduler, accumulation
+        self.gradient_clipping = gradient_clipping
+        self.global_steps = self.micro_steps = 0
+        self._norm: torch.Tensor | None = None
+
+    def __call__(self, **inputs: Any) -> Any:
+        """The model's output. MeZO runs all forwards of a micro-batch here; then it is the loss of the first alone."""
+        if isinstance(self.optimizer, MeZO) and self.module.training:
+            return SimpleNamespace(loss=self.optimizer.evaluate(lambda: self.module(**inputs).loss))
+        return self.module(**inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if not isinstance(self.optimizer, MeZO):
+            (loss / self.accumulation).backward()
+
+    def step(self) -> None:
+        """After the last micro-batch of a step, update the weights; else nothing."""
+        self.micro_steps += 1
+        if self.micro_steps % self.accumulation:
+            return
+        self._norm = self._clip()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.lr_scheduler.step()
+        self.global_steps += 1
+
+    def _clip(self) -> torch.Tensor | None:
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        if not parameters:  # used up in backward, or never made
+            return None
+        norm = get_total_norm([p.grad for p in parameters]).full_tensor()
+        if self.gradient_clipping:
+            clip_grads_with_norm_(parameters, self.gradient_clipping, norm)
+        return norm
+
+    def train(self) -> None:
+        self.module.train()
+        self.module.reshard()  # the root keeps its weights gathered after a forward, until a backward
+
+    def eval(self) -> None:
+        self.module.eval()
+
+    def get_lr(self) -> list[float]:
+        return [group["lr"] for group in self.optimizer.param_groups]
+
+    def get_global_grad_norm(self) -> torch.Tensor | None:
+        """Of the last step, before clipping."""
+        return self._norm
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        """Save all state as folder/tag. All ranks call. save_latest must be false: `latest` is the caller's."""
+        assert not save_latest
+        path = Path(folder, tag)
+        dcp.save(self._state() | {"progress": self._progress()}, checkpoint_id=path)
+        if isinstance(self.optimizer, InPlaceOptimizer):  # its state is flat parts, which are no DTensors
+            torch.save(self.optimizer.state_dict(), self._own_file(path))
+            dist.barrier()
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict]:
+        """Restore what `save_checkpoint` saved on as many ranks. All ranks call."""
+        path = Path(folder, tag)
+        loaded = {"progress": self._progress()}
+        dcp.load(loaded, checkpoint_id=path)
+        progress = loaded["progress"]
+        self.global_steps = progress["global_steps"]
+        self.micro_steps = self.global_steps * self.accumulation
+        self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
+        if isinstance(self.optimizer, BAdam):
+            self.optimizer.resume_at(progress["position"])
+        state = self._state()
+        dcp.load(state, checkpoint_id=path)
+        self.module.load_state_dict(state["model"])
+        if isinstance(self.optimizer, InPlaceOptimizer):
+            self.optimizer.load_state_dict(torch.load(self._own_file(path), weights_only=True))
+        else:
+            set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"])
+        return str(path), {}
+
+    def _state(self) -> dict[str, Any]:
+        model = {"model": self.module.state_dict()}
+        if isinstance(self.optimizer, InPlaceOptimizer):
+            return model
+        return model | {"optimizer": get_optimizer_state_dict(self.module, self.optimizer)}
+
+    def _progress(self) -> dict[str, Any]:
+        """What must be known before the state's shapes are: BAdam has state of the active block alone."""
+        position = {"position": list(self.optimizer.position)} if isinstance(self.optimizer, BAdam) else {}
+        return {"global_steps": self.global_steps, "lr_scheduler": self.lr_scheduler.state_dict(), **position}
+
+    def _own_file(self, path: Path) -> Path:
+        return path / f"optimizer_rank{dist.get_rank()}.pt"
+
+
+def entries(file: Path) -> Iterator[io.BytesIO]:
+    """What is in a .distcp file of a checkpoint: one file of torch.save after the other."""
+    with file.open("rb") as stream:
+        for place in dcp.FileSystemReader(file.parent).read_metadata().storage_data.values():
+            if place.relative_path == file.name:
+                stream.seek(place.offset)
+                yield io.BytesIO(stream.read(place.length))
