@@ -28,6 +28,7 @@ def shared_parser(description: str, job: str, default_config: str, seed_of: str)
     size.add_argument("--micro_batch", type=int, help="sequences per rank and forward pass")
     size.add_argument("--accumulation", type=int, help="micro-batches per step")
     size.add_argument("--gradient_checkpointing", action="store_true")
+    size.add_argument("--memory_limit_gib", type=float, help="fail beyond it, as on a GPU of this size")
     size.add_argument("--dtype", choices=["fp32", "bf16"], help="default: fp32 on CPU, bf16 on GPU")
 
     rule = parser.add_argument_group("optimizer (default: the DeepSpeed config, else the model's recipe)")

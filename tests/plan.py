@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from tiny import ds_config, initialize, llama, local
 
-from ds_memopt.measure import CommunicationMeter, state_bytes
+from ds_memopt.engines.held import gradient_bytes, held_bytes
+from ds_memopt.measure import CommunicationMeter
 
 SIZES = {"hidden_size": 45, "num_hidden_layers": 3, "num_attention_heads": 15}
 """Of which no parameter divides by the ranks, and not the sum of them."""
@@ -71,26 +70,6 @@ def halves(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
 
 
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """Of all storages that they lie in."""
-    return sum({s.data_ptr(): s.nbytes() for s in (tensor.untyped_storage() for tensor in tensors)}.values())
-
-
-def masters(zero) -> list[torch.Tensor]:
-    for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups"):
-        if hasattr(zero, name):
-            held = getattr(zero, name)
-            return [t for group in held for t in group] if name == "fp32_groups" else list(held)
-    return []
-
-
-def gradients(engine) -> list[torch.Tensor]:
-    """What is held of gradients between backward and step."""
-    averaged = getattr(engine.optimizer, "averaged_gradients", {}).values()
-    whole = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return [*whole, *(gradient for group in averaged for gradient in group)]
-
-
 def measured(method: str, placement: str, dtype: str) -> dict:
     model, zero = llama(**SIZES), PLACEMENTS[placement]
     bf16 = {"bf16": {"enabled": dtype == "bf16"}}
@@ -103,15 +82,15 @@ def measured(method: str, placement: str, dtype: str) -> dict:
         if number == 4:  # states are there, and ZeRO-3 has traced a step
             meter.start()
         engine.backward(engine(**batch).loss)
-        held = bytes_of(gradients(engine))
+        gradients = gradient_bytes(engine, engine.device)
         engine.step()
     meter.stop()
-    stored = [getattr(p, "ds_tensor", p) for p in model.parameters()]
+    held = held_bytes(engine, engine.device)
     result = {
-        "states": state_bytes(engine.optimizer),
-        "masters": bytes_of(masters(engine.optimizer)),
-        "gradients": held,
-        "weights": bytes_of([*stored, *model.buffers()]),
+        "weights": held.pop("weights"),
+        "masters": held.pop("masters"),
+        "gradients": gradients,
+        "states": held,
         "sent": {name: traffic.sent_bytes for name, traffic in meter.by_collective().items()},
         "block": getattr(engine.basic_optimizer, "active_block", None),
     }

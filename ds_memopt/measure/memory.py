@@ -30,12 +30,43 @@ def peak_memory_gib(device: torch.device) -> dict[str, float]:
 
 
 def _peak_resident_bytes() -> int:
-    status = Path("/proc/self/status")
-    if status.exists():  # not ru_maxrss there: it begins with the peak of the process that started this one
-        kib = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
-        return int(kib) * 1024
+    if Path("/proc/self/status").exists():  # not ru_maxrss there: it begins with the peak of the process before
+        return _status_bytes("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(f"{field}:"))) * 1024
+
+
+def resident_gib() -> float:
+    """Memory of this process now, in GiB: before a model is built, what interpreter and libraries take."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        return _peak_resident_bytes() / GIB
+    return int(status.read_text().split()[1]) * resource.getpagesize() / GIB
+
+
+def limit_memory(device: torch.device, gib: float) -> None:
+    """Make allocations fail beyond this much memory, as on a smaller GPU.
+
+    On CUDA: of PyTorch's allocator, which raises OutOfMemoryError. On a CPU with Linux: of what the process maps beyond
+    what it has mapped now, so call it before a model is built; torch raises RuntimeError then. ValueError if the
+    device has less, or if this system has no such limit.
+    """
+    limit = int(gib * GIB)
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        if limit > total:
+            raise ValueError(f"a memory limit of {gib} GiB is more than the {total / GIB:.1f} GiB of this device")
+        torch.cuda.set_per_process_memory_fraction(limit / total, device)
+        return
+    if not Path("/proc/self/status").exists():
+        raise ValueError("a memory limit without a GPU needs Linux: leave it out")
+    mapped = _status_bytes("VmData")
+    resource.setrlimit(resource.RLIMIT_DATA, (mapped + limit, resource.RLIM_INFINITY))
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -44,12 +75,13 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def state_bytes(optimizer: Any) -> dict[str, int]:
+def state_bytes(optimizer: Any, device: torch.device | None = None) -> dict[str, int]:
     """Bytes of optimizer state that this rank holds, by state key, e.g. {"exp_avg": 4096, "step": 4}.
 
     optimizer: a `torch.optim.Optimizer`, or a wrapper that holds one in its attribute `optimizer` (DeepSpeed's ZeRO
     optimizers, accelerate's). Of a DTensor the local shard counts, of an expanded view the memory behind it. Numbers
-    that are not tensors count 0. Master weights and gradients are no optimizer state and are not counted.
+    that are not tensors count 0. Master weights and gradients are no optimizer state and are not counted. device: of
+    whose type tensors must be to count; None: any.
     TypeError if no optimizer with a `state` is found.
     """
     base = optimizer
@@ -60,7 +92,7 @@ def state_bytes(optimizer: Any) -> dict[str, int]:
     total: Counter[str] = Counter()
     for state in base.state.values():
         for key, value in state.items():
-            total[str(key)] += _bytes(value)
+            total[str(key)] += _bytes(value, device)
     return dict(total)
 
 
@@ -81,12 +113,12 @@ def state_bytes_per_parameter(optimizer: Any, num_parameters: int, group: dist.P
     return total.item() / num_parameters
 
 
-def _bytes(value: Any) -> int:
+def _bytes(value: Any, device: torch.device | None) -> int:
     if isinstance(value, dict):
-        return sum(map(_bytes, value.values()))
+        value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return sum(map(_bytes, value))
-    if not isinstance(value, torch.Tensor):
+        return sum(_bytes(part, device) for part in value)
+    if not isinstance(value, torch.Tensor) or (device is not None and value.device.type != device.type):
         return 0
     local = value.to_local() if hasattr(value, "to_local") else value
     return min(local.numel() * local.element_size(), local.untyped_storage().nbytes())

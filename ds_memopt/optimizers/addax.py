@@ -110,6 +110,14 @@ class Addax(UpdatesInBackward, MeZO):
         self._g0, self._terms = g0, [(self.steps, 0, self.alpha * g0)] if observed[-1] else []
         return ranks / samples if samples else 0.0
 
+    @property
+    def passes(self) -> float | None:
+        if self.length_threshold is not None or not (self.zo_batch and self.fo_batch):
+            return None
+        zo = self.zo_batch * len(self.evaluations()) / 3 if self.alpha > 0 else 0
+        fo = self.fo_batch if self.alpha < 1 else 0
+        return (zo + fo) / (self.zo_batch + self.fo_batch)
+
     def update_bucket(self, bucket: Bucket) -> None:
         for part, gradient in bucket:
             self._move(part, partial(self._add_both, part, gradient))

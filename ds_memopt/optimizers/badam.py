@@ -176,6 +176,9 @@ class BAdam(ShardedOptimizer):
         """Where in the rotation training is; it is saved with the state."""
         return Position(self.param_groups[0]["visit"], self.param_groups[0]["visit_step"])
 
+    passes = None
+    """As of MeZO: where backward ends depends on the block."""
+
     @property
     def active_block(self) -> str:
         """The name of the block that trains."""

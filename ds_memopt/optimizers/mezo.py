@@ -144,6 +144,11 @@ class MeZO(InPlaceOptimizer):
             return [Evaluation(j, c) for j in probes for c in (self.epsilon, -self.epsilon)]
         return [Evaluation(0, 0.0), *(Evaluation(j, self.epsilon) for j in probes)]
 
+    @property
+    def passes(self) -> float | None:
+        """Forward and backward passes of a token in a step, where a forward alone is a third; None: they differ."""
+        return len(self.evaluations()) / 3
+
     @contextlib.contextmanager
     def perturbed(self, evaluation: Evaluation) -> Iterator[None]:
         """While this lasts, forwards of the model in this thread run at the evaluation's weights, without dropout."""

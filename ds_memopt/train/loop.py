@@ -6,6 +6,7 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -16,16 +17,27 @@ from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
 
 import ds_memopt
-from ds_memopt.measure import CommunicationMeter, StepTimer, peak_memory_gib, reset_peak_memory, state_bytes
+from ds_memopt.engines.held import gradient_bytes, held_bytes
+from ds_memopt.measure import (
+    GIB,
+    CommunicationMeter,
+    StepTimer,
+    peak_flops,
+    peak_memory_gib,
+    reset_peak_memory,
+    state_bytes,
+    write_to_monitor,
+)
 from ds_memopt.optimizers import takes
 from ds_memopt.train import checkpoint
 from ds_memopt.train.config import zero_stage
 from ds_memopt.train.data import IGNORED_LABEL, Corpus, StepBatches, load_corpus, train_loader, validation_batches
+from ds_memopt.train.flops import model_flops
 from ds_memopt.train.options import Options, RunOptions
 from ds_memopt.train.plan import Plan, make_plan
 from ds_memopt.train.presets import MODEL, build_model, count_parameters, parameter_groups
 from ds_memopt.train.ranks import Ranks, first_rank_of_node_first, on_all_ranks, start_ranks
-from ds_memopt.train.record import MetricsFile, environment, write_json
+from ds_memopt.train.record import MetricsFile, as_text, environment, write_json
 
 
 @dataclass(frozen=True)
@@ -35,6 +47,7 @@ class Work:
     batches: keyword arguments of the model's forward, one micro-batch of this rank after the other.
     tokens[s]: tokens that all ranks see in the first s steps.
     validate: what to measure on held-out data; all ranks call, and have the same result. figures: its keys.
+    seq_length: tokens of every sequence; None if they differ.
     """
 
     batches: Iterable[dict[str, Any]]
@@ -42,6 +55,7 @@ class Work:
     validate: Callable[[Any], dict[str, float]]
     figures: tuple[str, ...] = ("validation_loss",)
     validate_at_start: bool = False
+    seq_length: int | None = None
 
 
 def pretrain(options: Options) -> None:
@@ -56,7 +70,7 @@ def pretrain_under(
     plan_of: Callable[[Options, Ranks], Plan], build: Callable[[Options, Plan, Ranks], Any], options: Options
 ) -> None:
     """Run the main job under the engine that `build` makes from what `plan_of` settles."""
-    ranks = start_ranks()
+    ranks = start_ranks(options.memory_limit_gib)
     plan = on_all_ranks(lambda: _check_halves(plan_of(options, ranks)))
     corpus: Corpus = first_rank_of_node_first(
         lambda: load_corpus(options.data, options.tokenizer, plan.seq_length, plan.model_config.vocab_size),
@@ -86,6 +100,7 @@ def pretrain_under(
         batches=({"input_ids": ids, "labels": ids} for ids in train_loader(corpus.train, batches)),
         tokens=range(0, (plan.steps + 1) * tokens_per_step, tokens_per_step),
         validate=lambda engine: {"validation_loss": validation_loss(engine, held_out, ranks.device)},
+        seq_length=plan.seq_length,
     )
     run(build(options, plan, ranks), plan, ranks, work, first_step, options.tokenizer)
 
@@ -110,10 +125,14 @@ def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, toke
     if first_step:
         checkpoint.load(engine, plan.output_dir / "checkpoints", first_step)
     metrics = None
+    flops = model_flops(engine.module, engine.basic_optimizer, work.seq_length)
+    peak = peak_flops(ranks.device, plan.facts["dtype"])
     if ranks.is_main:
         plan.output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(plan.output_dir / "resolved_config.json", {**plan.facts, "deepspeed": plan.config})
-        write_json(plan.output_dir / "environment.json", environment(ranks.world_size, ranks.device))
+        mfu = flops if isinstance(flops, str) else flops.formula(peak)
+        print(mfu, flush=True)
+        write_json(plan.output_dir / "resolved_config.json", {**plan.facts, "mfu": mfu, "deepspeed": plan.config})
+        write_json(plan.output_dir / "environment.json", environment(ranks))
         metrics = MetricsFile(plan.output_dir, first_step)
     if work.validate_at_start and plan.validation_interval and not first_step:
         row = {"step": 0, "tokens": 0, "loss": None, **work.validate(engine)}
@@ -121,7 +140,8 @@ def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, toke
         if metrics:
             metrics.append(row)
             print(f"before training: {_figures(row)}", flush=True)
-    _train(engine, plan, ranks, work, metrics)
+    mfu = (lambda tokens_per_s: None) if isinstance(flops, str) else partial(flops.utilisation, peak=peak)
+    _train(engine, plan, ranks, work, metrics, mfu)
     if plan.save_interval:
         checkpoint.save_model(engine, plan.output_dir / MODEL, tokenizer, ranks)
 
@@ -174,10 +194,14 @@ def validation_loss(engine: Any, batches: list[tuple[torch.Tensor, torch.Tensor]
     return (total[0] / total[1]).item()
 
 
-def _train(engine: Any, plan: Plan, ranks: Ranks, work: Work, metrics: MetricsFile | None) -> None:
+def _train(
+    engine: Any, plan: Plan, ranks: Ranks, work: Work, metrics: MetricsFile | None, mfu: Callable[[float], float | None]
+) -> None:
     first_step = logged_step = engine.global_steps  # 0, or what the checkpoint says
     parameters = count_parameters(engine.module)
-    meter, timer, batches = CommunicationMeter(), StepTimer(ranks.device, ranks.world_size), iter(work.batches)
+    timer, batches = StepTimer(ranks.device, ranks.world_size), iter(work.batches)
+    timer.watch(engine.module)
+    meter = CommunicationMeter(timer)
     reset_peak_memory(ranks.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     on_terminal = ranks.is_main and sys.stderr.isatty()
@@ -188,24 +212,29 @@ def _train(engine: Any, plan: Plan, ranks: Ranks, work: Work, metrics: MetricsFi
         torch.manual_seed((plan.facts["seed"] * plan.steps + step) * ranks.world_size + ranks.rank)
         lr, method = engine.get_lr()[0], engine.basic_optimizer
         active_block = {"active_block": method.active_block} if hasattr(method, "active_block") else {}
+        validate, save = plan.is_due(step, plan.validation_interval), plan.is_due(step, plan.save_interval)
+        due = validate or save or plan.is_due(step, plan.logging_interval)
         with meter:
-            for _ in range(plan.accumulation):
+            for micro_step in range(plan.accumulation):
                 batch = {
                     name: value.to(ranks.device) if isinstance(value, torch.Tensor) else value
                     for name, value in next(batches).items()
                 }
                 loss = engine(**batch, use_cache=False).loss
-                engine.backward(loss)
-                engine.step()
+                with timer.phase("backward"):
+                    engine.backward(loss)
+                if due and micro_step == plan.accumulation - 1:
+                    gradients = gradient_bytes(engine, ranks.device)
+                with timer.phase("optimizer"):
+                    engine.step()
                 loss_sum += loss.detach()
         timer.count(work.tokens[step] - work.tokens[step - 1])
         bar.update()
-
-        validate, save = plan.is_due(step, plan.validation_interval), plan.is_due(step, plan.save_interval)
-        if not (validate or save or plan.is_due(step, plan.logging_interval)):
+        if not due:
             continue
         steps = step - logged_step
         speed = timer.read()
+        held = held_bytes(engine, ranks.device) | {"gradients": gradients}
         sums = torch.stack([loss_sum, loss_sum.new_tensor(sum(state_bytes(engine.optimizer).values()))])
         dist.all_reduce(sums)
         memory = peak_memory_gib(ranks.device)
@@ -221,13 +250,19 @@ def _train(engine: Any, plan: Plan, ranks: Ranks, work: Work, metrics: MetricsFi
             **({"update_kept": method.update_kept} if hasattr(method, "update_kept") else {}),
             "grad_norm": _finite(engine.get_global_grad_norm()),
             **speed,
+            "mfu": mfu(speed["tokens_per_s_per_gpu"]),
             **dict(zip(memory, peaks.tolist(), strict=True)),
+            "held_gib": {name: size / GIB for name, size in held.items()},
             "bytes_sent_per_step": meter.bytes_sent() // steps,
+            "sent_by_collective": {name: one.sent_bytes // steps for name, one in meter.by_collective().items()},
+            "sent_by_group": {as_text(group): one.sent_bytes // steps for group, one in meter.by_group().items()},
             "optimizer_state_bytes_per_parameter": sums[1].item() / parameters,
         }
         _refuse_no_number(row)
         if metrics:
             metrics.append(row)
+            if hasattr(engine, "monitor"):  # of DeepSpeed
+                write_to_monitor(engine.monitor, row, step * plan.facts["global_batch"])
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed['tokens_per_s']:.0f} tokens/s")
             if validate:
                 bar.write(_progress(row, plan.steps))

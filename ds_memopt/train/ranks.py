@@ -15,6 +15,7 @@ import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 
+from ds_memopt.measure import limit_memory, resident_gib
 from ds_memopt.train.launcher import find_place
 
 Result = TypeVar("Result")
@@ -22,23 +23,26 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands. device: the accelerator of this rank, or the CPU."""
+    """Where this process stands. device: the accelerator of this rank, or the CPU. process_gib: on a CPU, what
+    interpreter and libraries take, in GiB."""
 
     rank: int
     local_rank: int
     world_size: int
     device: torch.device
+    process_gib: float | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
 
-def start_ranks() -> Ranks:
+def start_ranks(memory_limit_gib: float | None = None) -> Ranks:
     """Join the process group that the launcher describes (deepspeed, torchrun, mpirun, srun); alone if there is none.
 
-    On CPU the cores are shared out among the local ranks unless OMP_NUM_THREADS says otherwise. ValueError if the
-    launcher tells too little, or started more ranks on this machine than it has GPUs.
+    On CPU the cores are shared out among the local ranks unless OMP_NUM_THREADS says otherwise. memory_limit_gib: more
+    memory each rank shall not get, see `measure.limit_memory`. ValueError if the launcher tells too little, started
+    more ranks on this machine than it has GPUs, or if there is no such limit.
     """
     transformers.utils.logging.disable_progress_bar()  # every rank would draw one for each file of weights
     # DeepSpeed 0.19 calls names that torch 2.13 deprecates; the user can do nothing about it.
@@ -62,7 +66,9 @@ def start_ranks() -> Ranks:
         accelerator.set_device(local_rank)
     deepspeed.init_distributed(verbose=False)
     device = torch.device("cpu" if on_cpu else accelerator.device_name(local_rank))
-    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    if memory_limit_gib is not None:
+        on_all_ranks(lambda: limit_memory(device, memory_limit_gib))
+    return Ranks(dist.get_rank(), local_rank, dist.get_world_size(), device, resident_gib() if on_cpu else None)
 
 
 def stop_ranks() -> None:

@@ -7,11 +7,14 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ds_memopt.train.ranks import Ranks
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("ds_memopt", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
@@ -69,12 +72,21 @@ class MetricsFile:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
-def environment(world_size: int, device: torch.device) -> dict[str, Any]:
+def as_text(ranks: Iterable[int]) -> str:
+    """Ranks of a process group: "0-3", or "0,2" where they do not follow each other."""
+    ranks = sorted(ranks)
+    if ranks == list(range(ranks[0], ranks[-1] + 1)) and len(ranks) > 1:
+        return f"{ranks[0]}-{ranks[-1]}"
+    return ",".join(map(str, ranks))
+
+
+def environment(ranks: Ranks) -> dict[str, Any]:
     """What is needed to run this again: command, versions, device, commit of this source (None if unknown)."""
-    on_gpu = device.type == "cuda"
+    device, on_gpu = ranks.device, ranks.device.type == "cuda"
     return {
         "command": [sys.executable, *sys.argv],
-        "world_size": world_size,
+        "world_size": ranks.world_size,
+        "process_gib": ranks.process_gib,
         "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
         "device_type": device.type,
         "cpu_cores": os.cpu_count(),

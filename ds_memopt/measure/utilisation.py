@@ -1,0 +1,70 @@
+"""Model FLOPs utilisation: the share of a GPU's peak that the model's own arithmetic makes use of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+# Dense bf16 and fp16 with sums in fp32, from NVIDIA's data sheets. By whole names: a MIG slice has another one.
+PEAK_FLOPS = {
+    **dict.fromkeys(
+        (
+            "NVIDIA A100-SXM4-40GB",
+            "NVIDIA A100-SXM4-80GB",
+            "NVIDIA A100-PCIE-40GB",
+            "NVIDIA A100 80GB PCIe",
+            "NVIDIA A800-SXM4-80GB",
+            "NVIDIA A800 80GB PCIe",
+        ),
+        312e12,
+    ),
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H800", "NVIDIA H200"), 989.4e12),
+    "NVIDIA H100 PCIe": 756e12,
+}
+
+
+def peak_flops(device: torch.device, dtype: str) -> float | None:
+    """Peak FLOP/s of matrix products on this device; None for one that is not known, and for fp32.
+
+    dtype: "bf16", "fp16" or "fp32", that the model computes in.
+    """
+    if device.type != "cuda" or dtype not in ("bf16", "fp16"):
+        return None
+    return PEAK_FLOPS.get(torch.cuda.get_device_name(device))
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """The arithmetic of a decoder-only transformer for a token of training (PaLM, arXiv 2204.02311, appendix B).
+
+    parameters: N, those that multiply: all but an input embedding that is not the output's as well. layers: L. heads: H
+    of attention. head_dim: Q. seq_length: T, tokens. passes: forward and backward passes of a token in a step, where a
+    forward alone is a third; recomputation of activations counts nothing.
+    """
+
+    parameters: int
+    layers: int
+    heads: int
+    head_dim: int
+    seq_length: int
+    passes: float = 1.0
+
+    @property
+    def per_token(self) -> float:
+        """FLOP for a token."""
+        attention = 12 * self.layers * self.heads * self.head_dim * self.seq_length
+        return self.passes * (6 * self.parameters + attention)
+
+    def utilisation(self, tokens_per_s_per_gpu: float, peak: float | None) -> float | None:
+        """MFU, from 0 to 1; None if the device's peak FLOP/s is not known."""
+        return None if peak is None else tokens_per_s_per_gpu * self.per_token / peak
+
+    def formula(self, peak: float | None) -> str:
+        """How MFU is computed, with its numbers."""
+        against = "unknown, so MFU is null" if peak is None else f"{peak / 1e12:.1f} TFLOP/s"
+        return (
+            f"MFU = tokens/s of a GPU x {self.passes:.3g} x (6 N + 12 L H Q T) / peak; N = {self.parameters:,}, "
+            f"L = {self.layers}, H = {self.heads}, Q = {self.head_dim}, T = {self.seq_length}: "
+            f"{self.per_token / 1e9:.4g} GFLOP a token; peak of the device: {against}"
+        )
