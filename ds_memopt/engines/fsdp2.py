@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from deepspeed.monitor.monitor import MonitorMaster
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -33,7 +34,7 @@ class Fsdp2Engine:
 
     module: a model after `shard`. optimizer: of its parameters; Addax, and IPSGD with clip="two_pass", would need
     closures. lr_scheduler: steps with the optimizer. accumulation: micro-batches per step. gradient_clipping: largest
-    norm of all gradients, or 0; without meaning for methods that hold no set of gradients.
+    norm of all gradients, or 0; without meaning for methods that hold no set of gradients. monitor: DeepSpeed's.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Fsdp2Engine:
         lr_scheduler: Any,
         accumulation: int,
         gradient_clipping: float,
+        monitor: MonitorMaster,
     ) -> None:
         self.module, self.optimizer, self.basic_optimizer = module, optimizer, optimizer
         self.lr_scheduler, self.accumulation = lr_scheduler, accumulation
-        self.gradient_clipping = gradient_clipping
+        self.gradient_clipping, self.monitor = gradient_clipping, monitor
         self.global_steps = self.micro_steps = 0
         self._norm: torch.Tensor | None = None
 
@@ -127,6 +129,9 @@ class Fsdp2Engine:
         model = {"model": self.module.state_dict()}
         if isinstance(self.optimizer, InPlaceOptimizer):
             return model
+        if isinstance(self.optimizer, BAdam) and not self.optimizer.state:
+            # At the start of a visit. What asks for the state makes one of its own by a step, which would count.
+            self.optimizer.resume_at(self.optimizer.position)
         return model | {"optimizer": get_optimizer_state_dict(self.module, self.optimizer)}
 
     def _progress(self) -> dict[str, Any]:

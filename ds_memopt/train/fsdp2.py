@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
 
 from ds_memopt.engines.fsdp2 import Fsdp2Engine, shard
 from ds_memopt.optimizers import METHODS, InPlaceOptimizer
@@ -21,7 +23,7 @@ logger = logging.getLogger("ds_memopt")
 
 HEARD = {
     "optimizer", "gradient_clipping", "bf16", "train_batch_size", "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
+    "gradient_accumulation_steps", "tensorboard", "wandb", "comet", "csv_monitor",
 }  # fmt: skip
 """Keys of a DeepSpeed config that mean something here; of "zero_optimization" nothing does."""
 WITHOUT_MEANING = {"zero_optimization", "steps_per_print", "wall_clock_breakdown"}
@@ -86,4 +88,5 @@ def build_fsdp2(options: Options, plan: Plan, ranks: Ranks) -> Any:
     clipping = plan.config["gradient_clipping"]
     if in_place and clipping and ranks.is_main:
         logger.warning("%s never has all gradients at once: gradient_clipping=%s is not applied.", name, clipping)
-    return Fsdp2Engine(model, optimizer, plan.lr_schedule(optimizer), plan.accumulation, clipping)
+    monitor = MonitorMaster(get_monitor_config(plan.config))
+    return Fsdp2Engine(model, optimizer, plan.lr_schedule(optimizer), plan.accumulation, clipping, monitor)
