@@ -66,7 +66,7 @@ def stacked(
     names: Sequence[str], kinds: Sequence[str], parts: Sequence[Mapping[str, float]], title: str, unit: str
 ) -> Figure:
     """A bar for each run, of the parts that `parts` has for it in the order of `kinds`, with their sum at its end."""
-    figure = _figure_for(names, legend_lines=(len(kinds) + 3) // 4)
+    figure = _figure_for(names, legend_lines=(len(kinds) + 4) // 5)
     axes = figure.subplots()
     palette = _kind_colors(kinds)
     sums = [sum(of_run.values()) for of_run in parts]
@@ -90,7 +90,7 @@ def stacked(
     axes.set_title(title)
     axes.set_xlabel(unit)
     _name_rows(axes, names, max(sums))
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     return figure
 
 
@@ -157,7 +157,7 @@ def _name_rows(axes: Axes, names: Sequence[str], largest: float) -> None:
     axes.set_yticks(range(len(names)), [_wrapped(name) for name in names], fontsize=8)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_xlim(0, 1.18 * largest or 1)
-    axes.xaxis.set_major_formatter(lambda value, _: _number(value))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,g}")
     axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
@@ -190,7 +190,8 @@ def _wrapped(name: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:,.{digits}f}" if value >= 0.1 else f"{value:.2g}"
 
 
 def _millions(rows: Sequence[Mapping[str, Any]]) -> list[float]:

@@ -18,6 +18,9 @@ _TIMES = ("forward", "backward", "optimizer", "communication", "other")
 _FIRST, _LAST = [PROCESS, "weights", "masters", "gradients"], [REST, UNDIVIDED]  # of the parts of a bar
 _ONE_BAR = "no parts recorded, so it is drawn as one bar"
 _TOO_LARGE = "the parts add up to more than the peak, so it is drawn as one bar"
+_OF_PEAKS = "The peak is that of the rank with the largest; its parts, but the rest, are rank 0's in that interval."
+_OF_SENT = "By collective, in the last logged interval."
+_OF_TIMES = "Of rank 0, in the logged interval with the median step time."
 _LARGEST = " (max)"
 _RESERVED = "peak reserved by PyTorch, GiB"
 _NO_PROCESS = f'the process was not measured before the model, so it is part of "{REST}"'
@@ -82,11 +85,10 @@ def all_sections(runs: Sequence[Run], failures: Sequence[Failure]) -> Iterator[S
         yield _sweep([r for r in runs if r.sweep == sweep], [f for f in failures if f.sweep == sweep], sweep.name, name)
     if runs:
         yield _speed(runs)
-        peaks = " / ".join(sorted({run.summary["peak_of"] for run in runs}))
-        yield _stacked(runs, f"Peak memory of a rank ({peaks})", "memory.png", "GiB", ".3f", _memory)
+        yield _peaks(runs)
         yield _sent(runs)
         yield _losses(runs)
-        yield _stacked(runs, "Time of a step", "step_time.png", "ms", ".1f", _times)
+        yield _stacked(runs, "Time of a step", _OF_TIMES, "step_time.png", "ms", ".1f", _times)
         yield _versions(runs)
 
 
@@ -113,7 +115,7 @@ def _figures(runs: Sequence[Run]) -> Section:
     formulas = defaultdict(list)
     for run in runs:
         if run.settings.get("mfu"):
-            formulas[f"MFU = {run.settings['mfu']}"].append(run.name)
+            formulas[run.settings["mfu"]].append(run.name)
     notes = _notes(formulas, runs)
     if largest:
         notes.append(f"{_LARGEST.strip()}: the largest micro-batch of its sweep, optimizer and ZeRO stage that ran.")
@@ -211,10 +213,10 @@ def _sent(runs: Sequence[Run]) -> Section:
             sent = {UNDIVIDED: run.summary["bytes_sent_per_step"]}
         return {collective: count / size for collective, count in sent.items()}
 
-    section = _stacked(runs, "Sent per rank and step", "sent.png", unit, ".2f", parts)
+    section = _stacked(runs, "Sent per rank and step", _OF_SENT, "sent.png", unit, ".2f", parts)
     by_group = [run.rows[-1].get("sent_by_group") or {} for run in runs]
     for group in dict.fromkeys(group for of_run in by_group for group in of_run):
-        section.header.append(f"of it among ranks {group}")
+        section.header.append(f"of it in group {group}")
         for row, of_run in zip(section.rows, by_group, strict=True):
             row.append(f"{of_run[group] / size:.2f}" if group in of_run else "-")
     return section
@@ -223,6 +225,7 @@ def _sent(runs: Sequence[Run]) -> Section:
 def _stacked(
     runs: Sequence[Run],
     title: str,
+    sentence: str,
     image_name: str,
     unit: str,
     form: str,
@@ -236,6 +239,7 @@ def _stacked(
     kinds = [kind for kind in (*_FIRST, *between, *_LAST) if kind in kinds]
     section = Section(
         title,
+        [sentence],
         notes=_notes(notes, runs),
         header=[f"run ({unit})", *kinds, "sum"],
         rows=[
@@ -249,6 +253,11 @@ def _stacked(
     else:
         section.notes.append("No plot: all figures are 0.")
     return section
+
+
+def _peaks(runs: Sequence[Run]) -> Section:
+    of = " / ".join(sorted({run.summary["peak_of"] for run in runs}))
+    return _stacked(runs, f"Peak memory of a rank ({of})", _OF_PEAKS, "memory.png", "GiB", ".3f", _memory)
 
 
 def _memory(run: Run, notes: dict[str, list[str]]) -> dict[str, float]:
@@ -296,10 +305,18 @@ def _versions(runs: Sequence[Run]) -> Section:
 
 
 def _notes(remarks: Mapping[str, list[str]], runs: Sequence[Run]) -> list[str]:
-    """A line for each remark, with the names of the runs that it is about, if not all."""
-    return [
-        f"{'All runs' if len(names) == len(runs) else ', '.join(names)}: {remark}." for remark, names in remarks.items()
-    ]
+    """A line for each remark, with the names of the runs that it is about, or of the others if these are fewer."""
+    lines = []
+    for remark, names in remarks.items():
+        others = [run.name for run in runs if run.name not in names]
+        if not others:
+            whom = "All runs"
+        elif len(others) < len(names):
+            whom = f"All runs but {', '.join(others)}"
+        else:
+            whom = ", ".join(names)
+        lines.append(f"{whom}: {remark}.")
+    return lines
 
 
 def _rank(runs: Sequence[Run]) -> str:
