@@ -86,7 +86,7 @@ def make_run(folder: Path, optimizer: str = "AdamW", stage: int = 2, batch: int 
     settings = {"optimizer": {"type": optimizer}, "zero_stage": stage, "micro_batch": batch, "mfu": "MFU = a < b & c"}
     (folder / "resolved_config.json").write_text(json.dumps(settings))
     environment = {"command": ["python", "train.py", "--data", "a b"], "world_size": 2, "device": "H100 <80GB>",
-                   "device_type": "cuda", "packages": {"torch": "2.13.0"}, "git_commit": None}  # fmt: skip
+                   "device_type": "cuda", "packages": {"torch": "2.13.0"}, "git_commit": "9" * 40}  # fmt: skip
     (folder / "environment.json").write_text(json.dumps(environment))
     return folder
 
@@ -137,7 +137,7 @@ def swept(tmp_path_factory) -> SimpleNamespace:
     make_run(folder / "AdamW-zero2-batch1", batch=1, speed=1000)
     make_run(folder / "AdamW-zero2-batch2", batch=2, speed=1600)
     make_run(folder / "AdamW-zero3-batch1", stage=3, batch=1, speed=900, sent_by_collective=None, held_gib=None)
-    make_run(folder / "AdamMini-zero2-batch1", "AdamMini", batch=1, speed=1200)
+    make_run(folder / "AdamMini-zero2-batch1", "AdamMini", batch=1, speed=1200, sent_by_group={"0-1": 29 * MIB})
     make_run(folder / "AdamMini-zero2-batch2", "AdamMini", batch=2, speed=2396.25)
     path = write_report([folder])
     return SimpleNamespace(folder=folder, path=path, page=Page(path))
@@ -209,17 +209,21 @@ def test_parts_add_up_and_what_is_missing_is_said(swept):
     sent = swept.page.tables["Sent per rank and step"]
     assert list(sent["AdamW-zero2-batch1"].values()) == ["10.00", "20.00", "-", "30.00", "30.00"]
     assert list(sent["AdamW-zero3-batch1"].values()) == ["-", "-", "30.00", "30.00", "30.00"]
+    assert [row["of it in group 0-1"] for row in sent.values()] == ["30.00", "30.00", "30.00", "29.00", "30.00"]
     assert swept.page.text.count("AdamW-zero3-batch1: no parts recorded, so it is drawn as one bar.") == 2
     assert list(swept.page.tables["Time of a step"]["AdamW-zero2-batch1"].values()) == [
         "30.0", "40.0", "20.0", "10.0", "3.0", "103.0"
     ]  # fmt: skip
 
 
-def test_the_page_needs_nothing_else(swept):
+def test_versions_are_told_and_the_page_needs_nothing_else(swept):
     assert "http:" not in swept.path.read_text() and "https:" not in swept.path.read_text()
     for tag, attributes in swept.page.tags:
         assert tag not in ("script", "link", "iframe")
         assert attributes.get("src", "data:").startswith("data:") and attributes.get("href", "#").startswith("#")
+    expected = {"torch": "2.13.0", "deepspeed": "-", "Python": "-", "GPUs": "2", "commit": "9" * 12}
+    versions = swept.page.tables["Versions"]["AdamW-zero2-batch1"]
+    assert {name: versions[name] for name in expected} == expected
     assert "<80GB>" not in swept.path.read_text() and "H100 <80GB>" in swept.page.text
 
 
@@ -242,6 +246,7 @@ def test_bars_begin_at_zero_and_kinds_keep_their_colours():
     assert axes.get_xlim()[0] == 0 and axes.get_xlim()[1] > 10
     widths = {row: sum(bar.get_width() for bar in axes.patches if round(bar.get_y() + 0.35) == row) for row in (0, 1)}
     assert widths == {0: 10.0, 1: 1.5}
+    assert [bars[0].get_x() for bars in axes.containers] == [0, 1, 3, 6]  # one begins where the one before it ends
     assert [text.get_text() for text in axes.texts] == ["10.0", "1.50"]
 
     def color(axes, kind):

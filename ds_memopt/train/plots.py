@@ -73,7 +73,7 @@ def stacked(
     begins = [0.0] * len(names)
     for kind in kinds:
         widths = [of_run.get(kind, 0.0) for of_run in parts]
-        seen = max(widths) > 0.002 * max(sums)  # what cannot be seen needs no entry in the legend
+        seen = max(widths) > 0.0005 * max(sums)  # what cannot be seen needs no entry in the legend
         bars = axes.barh(
             range(len(names)),
             widths,

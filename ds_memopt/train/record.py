@@ -10,11 +10,12 @@ import sys
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ds_memopt.train.ranks import Ranks
+if TYPE_CHECKING:  # it imports deepspeed, which takes seconds, and which reading needs not
+    from ds_memopt.train.ranks import Ranks
 
 METRICS = "metrics.jsonl"
 PACKAGES = ("ds_memopt", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")

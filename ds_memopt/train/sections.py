@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_memopt.measure.memory import GIB
 from ds_memopt.train import plots
 from ds_memopt.train.compare import MIB, figures, number, peak_gib, steady
 from ds_memopt.train.plots import PROCESS, REST, UNDIVIDED
 
+GIB = 1024 * MIB
 _TIMES = ("forward", "backward", "optimizer", "communication", "other")
 _FIRST, _LAST = [PROCESS, "weights", "masters", "gradients"], [REST, UNDIVIDED]  # of the parts of a bar
 _ONE_BAR = "no parts recorded, so it is drawn as one bar"
@@ -299,7 +299,7 @@ def _versions(runs: Sequence[Run]) -> Section:
             seen.get("cuda") or "-",
             seen.get("device") or "-",
             f"0 ({ranks} on CPU)" if on_cpu else number(ranks, ""),
-            seen.get("git_commit") or "-",
+            (seen.get("git_commit") or "-")[:12],
         ])  # fmt: skip
     return Section("Versions", header=["run", "Python", *packages, "CUDA", "device", "GPUs", "commit"], rows=rows)
 
