@@ -42,6 +42,7 @@ _COLORS = {
     "broadcast": "#cc6677",
 }
 _MORE_COLORS = ("#117733", "#999933", "#88ccee", "#aa4499", "#882255", "#661100", "#6699cc", "#b8860b")
+_OPTIMIZERS = ("AdamW", "AdamMini", "GWT", "BAdam", "MeZO", "IPSGD", "Addax")  # others take the colours that are left
 _MARKERS, _LINES = "os^Dv", ("-", "--", ":", "-.")
 
 
@@ -165,7 +166,9 @@ def _name_rows(axes: Axes, names: Sequence[str], largest: float) -> None:
 
 
 def _optimizer_colors(optimizers: Sequence[str]) -> dict[str, str]:
-    return {name: f"C{index % 10}" for index, name in enumerate(dict.fromkeys(optimizers))}
+    others = (name for name in dict.fromkeys(optimizers) if name not in _OPTIMIZERS)
+    places = {name: place for place, name in enumerate((*_OPTIMIZERS, *others))}
+    return {name: f"C{places[name] % 10}" for name in dict.fromkeys(optimizers)}
 
 
 def _line_styles(optimizers: Sequence[str]) -> list[dict[str, Any]]:
