@@ -207,14 +207,14 @@ def test_parts_add_up_and_what_is_missing_is_said(swept):
     older = memory["AdamW-zero3-batch1"]
     assert older == {**dict.fromkeys([*known, REST], "-"), UNDIVIDED: "4.000", "sum": "4.000"}
     sent = swept.page.tables["Sent per rank and step"]
-    assert list(sent["AdamW-zero2-batch1"].values()) == ["10.0000", "20.0000", "-", "30.0000", "30.0000"]
-    assert list(sent["AdamW-zero3-batch1"].values()) == ["-", "-", "30.0000", "30.0000", "30.0000"]
+    assert list(sent["AdamW-zero2-batch1"].values()) == ["10", "20", "-", "30", "30"]
+    assert list(sent["AdamW-zero3-batch1"].values()) == ["-", "-", "30", "30", "30"]
     assert [row["of it in group 0-1"] for row in sent.values()] == [
-        "30.0000",
-        "30.0000",
-        "30.0000",
-        "29.0000",
-        "30.0000",
+        "30",
+        "30",
+        "30",
+        "29",
+        "30",
     ]
     assert swept.page.text.count("AdamW-zero3-batch1: no parts recorded, so it is drawn as one bar.") == 2
     assert list(swept.page.tables["Time of a step"]["AdamW-zero2-batch1"].values()) == [

@@ -213,12 +213,12 @@ def _sent(runs: Sequence[Run]) -> Section:
             sent = {UNDIVIDED: run.summary["bytes_sent_per_step"]}
         return {collective: count / size for collective, count in sent.items()}
 
-    section = _stacked(runs, "Sent per rank and step", _OF_SENT, "sent.png", unit, ".4f", parts)
+    section = _stacked(runs, "Sent per rank and step", _OF_SENT, "sent.png", unit, ".4g", parts)
     by_group = [run.rows[-1].get("sent_by_group") or {} for run in runs]
     for group in dict.fromkeys(group for of_run in by_group for group in of_run):
         section.header.append(f"of it in group {group}")
         for row, of_run in zip(section.rows, by_group, strict=True):
-            row.append(f"{of_run[group] / size:.4f}" if group in of_run else "-")
+            row.append(f"{of_run[group] / size:.4g}" if group in of_run else "-")
     return section
 
 
