@@ -344,6 +344,9 @@ def test_a_report_replaces_a_report_and_nothing_else(failed, tmp_path):
 def test_where_a_report_goes_by_itself(failed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert write_report([failed]) == failed / "report" / "index.html"
+    monkeypatch.chdir(failed)
+    assert "Sweep sweep" in Page(write_report([Path(".")])).text
+    monkeypatch.chdir(tmp_path)
     more = write_lines(tmp_path / "more", [case("GWT", 2, 1, "failed")])
     assert write_report([failed, more]) == tmp_path / "runs/report-1/index.html"
     assert write_report([failed, more]) == tmp_path / "runs/report-2/index.html"

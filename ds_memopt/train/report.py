@@ -43,7 +43,8 @@ def write_report(given: list[Path], output: Path | None = None) -> Path:
     ... A former report there is replaced. ValueError for a folder that is neither a run nor a sweep, for a damaged line
     of a sweep, if no run can be read, and if `output` holds something else than a report.
     """
-    cases = list({case.folder.resolve(): case for folder in given for case in _cases(folder)}.values())
+    given = [folder.resolve() for folder in given]
+    cases = list({case.folder: case for folder in given for case in _cases(folder)}.values())
     output = (output or _default_output(given)).resolve()
     _check_output(output)
     runs, failures = _read(cases)
@@ -54,7 +55,7 @@ def write_report(given: list[Path], output: Path | None = None) -> Path:
     images = {part.image_name: part.image for part in parts if part.image}
     page = template.render(
         generator=GENERATOR,
-        title=", ".join(folder.resolve().name for folder in given[:3]) + (", ..." if len(given) > 3 else ""),
+        title=", ".join(folder.name for folder in given[:3]) + (", ..." if len(given) > 3 else ""),
         sections=parts,
         failures=failures,
         runs=runs,
@@ -73,7 +74,7 @@ def _cases(folder: Path) -> list[_Case]:
                 f"{folder} is neither the folder of a run nor that of a sweep: it has no {METRICS} and no {RESULTS}; "
                 "name the --output_dir of a run or of a sweep"
             )
-        return [_Case(folder, None, {"case": folder.resolve().name, "status": "ok"})]
+        return [_Case(folder, None, {"case": folder.name, "status": "ok"})]
     lines: dict[str, dict[str, Any]] = {}
     for position, text in enumerate((folder / RESULTS).read_text(errors="replace").splitlines(), start=1):
         line = _parse(text)
@@ -128,11 +129,9 @@ def _read_run(case: _Case, name: str) -> Run:
 def _names(cases: list[_Case]) -> list[str]:
     """Cases by their own names; those that share one, by their paths as far as they differ."""
     count = Counter(case.line["case"] for case in cases)
-    folders = [case.folder.resolve() for case in cases]
-    above = os.path.commonpath([folder.parent for folder in folders])
+    above = os.path.commonpath([case.folder.parent for case in cases])
     return [
-        case.line["case"] if count[case.line["case"]] == 1 else os.path.relpath(folder, above)
-        for case, folder in zip(cases, folders, strict=True)
+        case.line["case"] if count[case.line["case"]] == 1 else os.path.relpath(case.folder, above) for case in cases
     ]
 
 
