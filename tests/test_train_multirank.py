@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 # Nothing but the sizes differs from the defaults.
 SIZE = dict(steps=6, seq_length=16, micro_batch=4, accumulation=2, validation_batches=1)
 EVERY = dict(logging_interval=1, validation_interval=3, save_interval=2)
+SPLIT = ("forward_ms", "backward_ms", "optimizer_ms", "communication_ms", "other_ms")
 COMPARED = ("step", "tokens", "loss", "validation_loss", "lr", "grad_norm")
 
 
@@ -96,6 +97,11 @@ def whole(folders) -> dict[int | str, Path]:
         "recomputed": _options(folders / "recomputed", 3, gradient_checkpointing=True, save_interval=0),
         "bf16": _options(folders / "bf16", 2, dtype="bf16", data="synthetic", accumulation=1),
     }
+    config = json.loads((ROOT / "ds_configs/zero3_mezo.json").read_text())
+    config["csv_monitor"] = {"enabled": True, "output_path": str(folders / "monitor"), "job_name": "mezo"}
+    (folders / "monitored.json").write_text(json.dumps(config))
+    monitored = {"deepspeed_config": str(folders / "monitored.json"), "save_interval": 0}
+    runs["MeZO"] = _options(folders / "mezo", 3, accumulation=1, **monitored)
     for refused in run_ranks(_pretrain_all, 2, list(runs.values())):
         assert refused == [None] * len(runs)
     return {name: Path(options.output_dir) for name, options in runs.items()}
@@ -106,7 +112,8 @@ def test_launcher_run_leaves_its_records(launched):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert set(rows[0]) == {
         "step", "tokens", "loss", "validation_loss", "lr", "grad_norm", "step_ms", "tokens_per_s",
-        "tokens_per_s_per_gpu", "peak_rss_gib", "bytes_sent_per_step", "optimizer_state_bytes_per_parameter",
+        "tokens_per_s_per_gpu", "peak_rss_gib", "bytes_sent_per_step", "optimizer_state_bytes_per_parameter", *SPLIT,
+        "mfu", "held_gib", "sent_by_collective", "sent_by_group",
     }  # fmt: skip
     assert [row["validation_loss"] is None for row in rows] == [True, True, False, True, True, False]
     assert rows[0]["loss"] == pytest.approx(5.55, abs=0.1)  # ln 256: every byte equally likely
@@ -117,6 +124,51 @@ def test_launcher_run_leaves_its_records(launched):
     assert resolved["deepspeed"]["optimizer"]["type"] == "AdamMini" and "auto" not in json.dumps(resolved)
     environment = json.loads((launched / "environment.json").read_text())
     assert environment["world_size"] == 2 and "pretrain.py" in environment["command"][1]
+    assert 0.1 < environment["process_gib"] < rows[0]["peak_rss_gib"]
+
+
+def test_every_run_says_where_time_bytes_and_memory_go(launched, whole):
+    weights = 4 * 4_852_992 / 1024**3
+    for folder in (launched, whole[3], whole["MeZO"]):
+        for row in read_metrics(folder):
+            assert sum(row[name] for name in SPLIT) == pytest.approx(row["step_ms"])
+            assert min(row[name] for name in SPLIT) >= 0 and row["communication_ms"] > 0
+            assert row["forward_ms"] + row["backward_ms"] > 0.3 * row["step_ms"]
+            for parts in (row["sent_by_collective"], row["sent_by_group"]):
+                assert sum(parts.values()) == pytest.approx(row["bytes_sent_per_step"], abs=5)  # each is rounded
+            assert list(row["sent_by_group"]) == ["0-1"] and row["mfu"] is None
+    held = read_metrics(launched)[-1]["held_gib"]
+    assert held["weights"] == pytest.approx(weights, rel=0.01)  # and the rotary buffer
+    for kind in ("masters", "gradients", "exp_avg"):  # halves, and padding
+        assert held[kind] == pytest.approx(weights / 2, rel=0.01), kind
+    held = read_metrics(whole["MeZO"])[-1]["held_gib"]
+    assert held["weights"] == pytest.approx(weights / 2, rel=0.01) and held["masters"] == held["gradients"] == 0
+    for folder, passes in ((launched, "1"), (whole["MeZO"], "0.667")):
+        formula = json.loads((folder / "resolved_config.json").read_text())["mfu"]
+        assert formula.startswith(
+            f"MFU = tokens/s of a GPU x {passes} x (6 N + 12 L H Q T) / peak; N = 4,787,456, L = 6"
+        )
+        assert formula.endswith("peak of the device: unknown, so MFU is null")
+
+
+def test_mezo_spends_its_time_in_forward_passes_also_in_backward(whole):
+    for row in read_metrics(whole["MeZO"]):
+        assert row["forward_ms"] > 4 * row["backward_ms"]
+
+
+def test_figures_reach_deepspeeds_monitor(folders, whole):
+    """A CSV file for each figure: the samples seen, and what metrics.jsonl has."""
+    rows = read_metrics(whole["MeZO"])
+    for name, values in {
+        "step_ms": [row["step_ms"] for row in rows],
+        "held_gib_weights": [row["held_gib"]["weights"] for row in rows],
+        "validation_loss": [row["validation_loss"] for row in rows if row["validation_loss"] is not None],
+    }.items():
+        path = folders / "monitor" / "mezo" / f"ds_memopt_{name}.csv"
+        written = [line.split(",") for line in path.read_text().splitlines()[1:]]
+        assert [float(value) for _, value in written] == pytest.approx(values), name
+    assert [int(samples) for samples, _ in written] == [3 * 8, 6 * 8]
+    assert not list((folders / "monitor" / "mezo").glob("*mfu*"))  # it is null here
 
 
 def test_state_and_traffic_are_what_the_formula_says(launched, whole):

@@ -53,8 +53,9 @@ def limit_memory(device: torch.device, gib: float) -> None:
     """Make allocations fail beyond this much memory, as on a smaller GPU.
 
     On CUDA: of PyTorch's allocator, which raises OutOfMemoryError. On a CPU with Linux: of what the process maps beyond
-    what it has mapped now, so call it before a model is built; torch raises RuntimeError then. ValueError if the
-    device has less, or if this system has no such limit.
+    what it has mapped now, so call it before a model is built; torch raises RuntimeError then. Processes that it starts
+    inherit the limit: compile DeepSpeed's operators before. ValueError if the device has less, or if this system has no
+    such limit.
     """
     limit = int(gib * GIB)
     if device.type == "cuda":

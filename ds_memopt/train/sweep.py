@@ -1,0 +1,255 @@
+"""Many short runs, one for each optimizer, ZeRO stage and micro-batch: what is fastest, and what fits."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from ds_memopt.optimizers import takes
+from ds_memopt.train.compare import steady, steps, summarize
+from ds_memopt.train.config import load_config, override_optimizer
+from ds_memopt.train.record import read_json, write_json, write_text
+from ds_memopt.train.report import RESULTS
+
+SETTINGS = "sweep.json"  # what all cases of a sweep share
+OK, OUT_OF_MEMORY, FAILED, TIMEOUT = "ok", "out of memory", "failed", "timeout"
+_NO_MEMORY = re.compile(r"out of memory|can't allocate memory|bad_alloc|MemoryError")
+_ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run. optimizer: a type of DeepSpeed's JSON or of ours, or a ds_config whose optimizer block is taken."""
+
+    optimizer: str
+    zero_stage: int
+    micro_batch: int
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.optimizer).stem}-zero{self.zero_stage}-batch{self.micro_batch}"
+
+
+def ds_config(optimizer: str, zero_stage: int, configs: Path) -> dict[str, Any]:
+    """The config of AdamW at this stage, in the folder `configs`, with another optimizer block."""
+    config = load_config(configs / f"zero{zero_stage}_adamw.json")
+    if optimizer.endswith(".json"):
+        return config | {"optimizer": load_config(optimizer)["optimizer"]}
+    config = override_optimizer(config, optimizer)
+    if takes(optimizer, "length_threshold"):  # sequences of one length are not told apart by it
+        config["optimizer"]["params"]["length_threshold"] = None
+    return config
+
+
+def largest_that_fits(fits: Callable[[int], bool], smallest: int, largest: int) -> int | None:
+    """The largest size from smallest to largest that fits, by doubling and then bisection; None if none does."""
+    good, size = None, smallest
+    while fits(size):
+        good = size
+        if good == largest:
+            return good
+        size = min(2 * good, largest)
+    bad = size
+    while good is not None and bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fits(middle) else (good, middle)
+    return good
+
+
+class Sweep:
+    """Runs cases, each in a process group of its own, and keeps a line for each in folder/results.jsonl.
+
+    settings: what all cases share; `--resume` needs the same. command: (case, its folder) -> the command that runs it,
+    and whose job writes metrics.jsonl there. timeout: seconds that a case may take. tell: shows a line of text.
+
+    A line: the case, "status" ("ok", "out of memory", "failed" or "timeout"), "reason", "folder", "command", "seconds",
+    and of a case that is ok its figures: medians over the logged intervals without the first. ValueError if the folder
+    holds a sweep and resume is false, or one with other settings.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        settings: dict[str, Any],
+        command: Callable[[Case, Path], list[str]],
+        timeout: float,
+        resume: bool,
+        tell: Callable[[str], None],
+    ) -> None:
+        self._folder, self._settings, self._command = folder, settings, command
+        self._timeout, self._tell = timeout, tell
+        self.results: dict[str, dict[str, Any]] = {}
+        if (folder / SETTINGS).exists():
+            if not resume:
+                raise ValueError(f"{folder} already holds a sweep: continue it with --resume, or choose another folder")
+            self._check_settings(read_json(folder / SETTINGS))
+            self._read_results()
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS, settings)
+
+    def _check_settings(self, earlier: dict[str, Any]) -> None:
+        changed = [
+            f"{key} was {earlier.get(key)}, is {value}"
+            for key, value in self._settings.items()
+            if earlier.get(key) != value
+        ]
+        if changed:
+            raise ValueError(f"--resume needs the settings of the sweep in {self._folder}: {'; '.join(changed)}")
+
+    def _read_results(self) -> None:
+        path = self._folder / RESULTS
+        for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is damaged ({error}): remove it") from error
+            self.results[row["case"]] = row
+
+    def run(self, case: Case) -> dict[str, Any]:
+        """The line of a case, which is run unless an earlier one was ok or out of memory."""
+        row = self.results.get(case.name)
+        if row is None or row["status"] not in (OK, OUT_OF_MEMORY):
+            row = self._run(case)
+            self.results[case.name] = row
+            write_text(self._folder / RESULTS, "".join(json.dumps(one) + "\n" for one in self.results.values()))
+            self._tell(describe(row))
+        return row
+
+    def _run(self, case: Case) -> dict[str, Any]:
+        folder = self._folder / case.name
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that did not finish
+        folder.mkdir()
+        command = self._command(case, folder)
+        began = time.monotonic()
+        status, reason = _execute(command, folder / "log.txt", self._timeout)
+        row = {
+            "case": case.name,
+            **asdict(case),
+            "gpus": self._settings["gpus"],
+            "status": status,
+            "reason": reason,
+            "folder": case.name,
+            "command": command,
+            "seconds": round(time.monotonic() - began, 1),
+        }
+        return row | (_figures(folder) if status == OK else {})
+
+    def largest_micro_batch(self, optimizer: str, zero_stage: int, largest: int) -> None:
+        """Find it, by running cases. A case that fails for another reason than memory ends the search."""
+
+        def fits(size: int) -> bool:
+            row = self.run(Case(optimizer, zero_stage, size))
+            if row["status"] not in (OK, OUT_OF_MEMORY):
+                raise _SearchEnded
+            return row["status"] == OK
+
+        smallest = 2 if takes(_type(optimizer), "zo_batch") else 1  # a row for each half
+        with contextlib.suppress(_SearchEnded):
+            largest_that_fits(fits, smallest, largest)
+
+
+class _SearchEnded(Exception):
+    pass
+
+
+def run_all(
+    sweep: Sweep, optimizers: list[str], stages: list[int], micro_batches: list[int] | None, largest: int
+) -> Iterator[None]:
+    """Run every combination; yields after each optimizer and stage. micro_batches: None to find the largest."""
+    for optimizer in optimizers:
+        for stage in stages:
+            if micro_batches is None:
+                sweep.largest_micro_batch(optimizer, stage, largest)
+            for size in micro_batches or ():
+                sweep.run(Case(optimizer, stage, size))
+            yield
+
+
+def _type(optimizer: str) -> str:
+    return load_config(optimizer)["optimizer"]["type"] if optimizer.endswith(".json") else optimizer
+
+
+def _execute(command: list[str], log: Path, timeout: float) -> tuple[str, str | None]:
+    """Run it to its end, with all processes that it starts; returns status and reason."""
+    with open(log, "w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        return TIMEOUT, f"not finished after {timeout:.0f} s"
+    finally:  # also if this process is interrupted, and of ranks that outlive their launcher
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if code == 0:
+        return OK, None
+    return _why(log.read_text(errors="replace").splitlines(), code)
+
+
+def _why(lines: list[str], code: int) -> tuple[str, str]:
+    """Status and reason of a run that failed: the line that says it best."""
+    for line in lines:
+        if _NO_MEMORY.search(line):
+            return OUT_OF_MEMORY, line.strip()
+    errors = [match[1] for line in lines if (match := _ERROR.match(line))]
+    last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
+    return FAILED, f"{errors[0] if errors else last.strip()} (exit status {code})"
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    """Of a finished run, over the ranks together but where the name says otherwise."""
+    rows, summary = steady(steps(folder)), summarize(folder)
+
+    def median(key: str) -> float | None:
+        values = [row[key] for row in rows if row[key] is not None]
+        return statistics.median(values) if values else None
+
+    figures = {key: median(key) for key in ("tokens_per_s", "tokens_per_s_per_gpu", "step_ms", "mfu")}
+    speeds = [row["tokens_per_s"] for row in rows]
+    figures["tokens_per_s_range"] = [min(speeds), max(speeds)]
+    kept = ("peak_gib", "peak_of", "bytes_sent_per_step", "optimizer_state_bytes_per_parameter")
+    return figures | {key: summary[key] for key in kept}
+
+
+def describe(row: dict[str, Any]) -> str:
+    """A line for the terminal."""
+    if row["status"] != OK:
+        return f"{row['case']}: {row['status']} after {row['seconds']:.0f} s: {row['reason']}"
+    return f"{row['case']}: {row['tokens_per_s']:.0f} tokens/s, peak {row['peak_gib']:.2f} GiB"
+
+
+def summary(results: dict[str, dict[str, Any]]) -> str:
+    """The fastest case of each optimizer and stage, beside the fastest of AdamW at any stage, as text."""
+    best: dict[tuple[str, int], dict[str, Any]] = {}
+    for row in results.values():
+        place = row["optimizer"], row["zero_stage"]
+        if row["status"] == OK and row["tokens_per_s"] > best.get(place, {"tokens_per_s": 0})["tokens_per_s"]:
+            best[place] = row
+    of_adamw = [row["tokens_per_s"] for (optimizer, _), row in best.items() if optimizer == "AdamW"]
+    lines = []
+    for (optimizer, stage), row in best.items():
+        gain = f", {row['tokens_per_s'] / max(of_adamw):.2f} x the fastest AdamW" if of_adamw else ""
+        lines.append(
+            f"{Path(optimizer).stem} at ZeRO-{stage}: {row['tokens_per_s']:.0f} tokens/s with micro-batches of "
+            f"{row['micro_batch']}{gain}"
+        )
+    return "\n".join(lines) or "no case was ok: see the reasons above"
+
+
+def progress(combinations: Iterator[None], total: int) -> None:
+    """Run them, with a progress line that tells the time left."""
+    for _ in tqdm(combinations, total=total, unit="optimizer x stage"):
+        pass

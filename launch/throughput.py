@@ -1,0 +1,108 @@
+"""Measure tokens/s, memory and traffic of optimizers under ZeRO stages and micro-batches, each case in processes of its
+own, and find the largest micro-batch that fits. Then `ds-memopt report FOLDER` makes a page of it.
+
+python launch/throughput.py --model llama2-7b --seq_length 4096 --optimizer AdamW AdamMini --stage 2 3 \\
+    --gradient_checkpointing                                              # all GPUs of this machine
+python launch/throughput.py --seq_length 128 --micro_batch 4 16          # 2 CPU ranks where there is no GPU
+
+A case that fails is a line with its reason; --resume goes on after an interruption, and tries failed cases again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+
+from arguments import CONFIGS
+
+LAUNCH = Path(__file__).resolve().parent
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_argument_group("what to sweep")
+    what.add_argument(
+        "--optimizer",
+        nargs="+",
+        default=["AdamW", "AdamMini"],
+        help="types, or ds_configs with an optimizer block, for other hyper-parameters",
+    )
+    what.add_argument("--stage", nargs="+", type=int, choices=range(4), default=[2])
+    what.add_argument("--micro_batch", nargs="+", default=["auto"], help='sizes, or "auto" to find the largest')
+    what.add_argument("--largest_micro_batch", type=int, default=128, help='where "auto" ends')
+    case = parser.add_argument_group("every case")
+    case.add_argument("--model", default="tiny", help="as in launch/pretrain.py")
+    case.add_argument("--gpus", type=int, help="default: all of this machine; 2 CPU ranks where it has none")
+    case.add_argument("--seq_length", type=int, help="tokens; default: the model's recipe")
+    case.add_argument("--dtype", choices=["fp32", "bf16"], help="default: fp32 on CPU, bf16 on GPU")
+    case.add_argument("--data", default="synthetic", help="as in launch/pretrain.py")
+    case.add_argument("--gradient_checkpointing", action="store_true")
+    case.add_argument("--memory_limit_gib", type=float, help="of each rank, as if its GPU were smaller")
+    case.add_argument("--warm_up", type=int, default=5, help="steps that are not measured")
+    case.add_argument("--measure", type=int, default=20, help="steps after them")
+    case.add_argument("--timeout", type=float, default=1800, help="seconds until a case is given up")
+    parser.add_argument("--output_dir", type=Path, help="default: the first free of runs/throughput-1, -2, ...")
+    parser.add_argument("--resume", action="store_true", help="keep what --output_dir has and run the rest")
+    return parser.parse_args()
+
+
+def main() -> int:
+    arguments = parse()
+    import torch
+    from tqdm import tqdm
+
+    from ds_memopt.train import sweep
+
+    gpus = arguments.gpus or torch.cuda.device_count() or 2
+    shared = {"model": arguments.model, "data": arguments.data, "seq_length": arguments.seq_length}
+    shared |= {"dtype": arguments.dtype, "memory_limit_gib": arguments.memory_limit_gib}
+    flags = ["--gradient_checkpointing"] if arguments.gradient_checkpointing else []
+    steps = {"logging_interval": arguments.warm_up, "steps": arguments.warm_up + arguments.measure}
+    options = {name: value for name, value in (shared | steps).items() if value is not None}
+
+    def command(case: sweep.Case, folder: Path) -> list[str]:
+        config = folder / "ds_config.json"
+        config.write_text(json.dumps(sweep.ds_config(case.optimizer, case.zero_stage, CONFIGS), indent=2))
+        words = [f"{Path(sys.executable).parent}/deepspeed", "--num_gpus", gpus, "--master_port", _free_port()]
+        words += [LAUNCH / "pretrain.py", "--deepspeed_config", config, "--output_dir", folder]
+        words += ["--micro_batch", case.micro_batch, "--accumulation", 1]
+        words += ["--validation_interval", 0, "--save_interval", 0, *flags]
+        return [str(word) for word in words] + [str(w) for name, value in options.items() for w in (f"--{name}", value)]
+
+    try:
+        sizes = None if arguments.micro_batch == ["auto"] else [int(size) for size in arguments.micro_batch]
+        for optimizer in arguments.optimizer:
+            sweep.ds_config(optimizer, arguments.stage[0], CONFIGS)  # a trial: a wrong file must fail now
+        settings = shared | steps | {"gpus": gpus, "gradient_checkpointing": arguments.gradient_checkpointing}
+        folder = arguments.output_dir or _first_free()
+        cases = sweep.Sweep(folder, settings, command, arguments.timeout, arguments.resume, tqdm.write)
+    except ValueError as error:
+        sys.exit(f"ValueError: {error}")
+    total = len(arguments.optimizer) * len(arguments.stage)
+    sweep.progress(
+        sweep.run_all(cases, arguments.optimizer, arguments.stage, sizes, arguments.largest_micro_batch), total
+    )
+    print(sweep.summary(cases.results))
+    print(f"{folder}/{sweep.RESULTS} has all figures; a page: ds-memopt report {folder}")
+    return 0 if any(row["status"] == sweep.OK for row in cases.results.values()) else 1
+
+
+def _first_free() -> Path:
+    number = 1
+    while os.path.exists(f"runs/throughput-{number}"):
+        number += 1
+    return Path(f"runs/throughput-{number}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

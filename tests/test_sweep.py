@@ -1,0 +1,135 @@
+"""The sweep over optimizers, stages and micro-batches: real runs on one CPU rank, and what comes of those that fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ds_memopt.train.record import read_metrics
+from ds_memopt.train.sweep import Case, Sweep, describe, ds_config, largest_that_fits, summary
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize("smallest", [1, 2])
+def test_search_finds_the_largest_of_all_limits(smallest):
+    for limit in range(70):
+        tried = []
+
+        def fits(size, limit=limit, tried=tried):
+            tried.append(size)
+            return size <= limit
+
+        expected = min(limit, 64) if limit >= smallest else None
+        assert largest_that_fits(fits, smallest, 64) == expected
+        assert len(tried) == len(set(tried)) <= 12 and max(tried) <= 64
+
+
+def _sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    sizes = ["--gpus", "1", "--seq_length", "512", "--warm_up", "1", "--measure", "2", "--memory_limit_gib", "0.55"]
+    command = [sys.executable, str(ROOT / "launch/throughput.py"), "--output_dir", str(folder), *sizes, *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def _rows(folder: Path) -> dict[str, dict]:
+    return {row["case"]: row for row in map(json.loads, (folder / "results.jsonl").read_text().splitlines())}
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """One case that is ok, one beyond the memory limit, one whose optimizer refuses its options."""
+    folder = tmp_path_factory.mktemp("sweep")
+    wrong = json.loads((ROOT / "ds_configs/zero3_gwt.json").read_text())
+    wrong["optimizer"]["params"]["level"] = 9
+    (folder / "wrong.json").write_text(json.dumps(wrong))
+    optimizers = ["--optimizer", "AdamMini", str(folder / "wrong.json")]
+    done = _sweep(folder / "out", *optimizers, "--stage", "3", "--micro_batch", "auto", "--largest_micro_batch", "8")
+    return folder, done
+
+
+def test_sweep_keeps_a_line_for_every_case(swept):
+    folder, done = swept
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = _rows(folder / "out")
+    by_status = {status: [row for row in rows.values() if row["status"] == status] for status in ("ok", "failed")}
+    fitting = [row["micro_batch"] for row in by_status["ok"]]
+    too_large = [row["micro_batch"] for row in rows.values() if row["status"] == "out of memory"]
+    assert 1 in fitting and min(too_large) == max(fitting) + 1
+    for row in by_status["ok"]:
+        run = folder / "out" / row["folder"]
+        measured = [one["tokens_per_s"] for one in read_metrics(run)[1:]]
+        assert row["tokens_per_s_range"] == [min(measured), max(measured)]
+        assert min(measured) <= row["tokens_per_s"] <= max(measured)
+        assert row["optimizer_state_bytes_per_parameter"] == pytest.approx(4.01, abs=0.01)
+    for row in rows.values():
+        assert row["command"][1:3] == ["--num_gpus", "1"] and row["seconds"] > 1
+        if row["status"] == "out of memory":
+            assert "can't allocate memory" in row["reason"]
+    assert [row["case"] for row in by_status["failed"]] == ["wrong-zero3-batch1"]  # it ends the search
+    assert "level=9 is out of range" in by_status["failed"][0]["reason"]
+    assert "AdamMini at ZeRO-3: " in done.stdout and "ds-memopt report" in done.stdout
+
+
+def test_resumed_sweep_runs_only_what_failed(swept):
+    folder, _ = swept
+    before = _rows(folder / "out")
+    optimizers = ["--optimizer", "AdamMini", str(folder / "wrong.json"), "--stage", "3"]
+    refused = _sweep(folder / "out", *optimizers)
+    assert refused.returncode == 1 and "already holds a sweep: continue it with --resume" in refused.stderr
+    refused = _sweep(folder / "out", *optimizers, "--resume", "--seq_length", "65")
+    assert "seq_length was 512, is 65" in refused.stderr and _rows(folder / "out") == before
+
+    done = _sweep(folder / "out", *optimizers, "--resume", "--largest_micro_batch", "8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = _rows(folder / "out")
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"wrong-zero3-batch1"}  # tried again: its port and seconds differ
+
+
+def test_a_case_that_hangs_is_killed_with_all_its_processes(tmp_path):
+    hang = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(1234.5)'])"
+    sweep = Sweep(tmp_path / "out", {"gpus": 1}, lambda *_: [sys.executable, "-c", hang], 2, False, lambda line: None)
+    row = sweep.run(Case("AdamW", 0, 1))
+    assert (row["status"], row["reason"]) == ("timeout", "not finished after 2 s")
+    time.sleep(0.2)
+    running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
+    assert not any(b"1234.5" in command for command in running)
+    assert describe(row) == f"AdamW-zero0-batch1: timeout after {row['seconds']:.0f} s: not finished after 2 s"
+
+
+def test_damaged_results_are_named(tmp_path):
+    (tmp_path / "sweep.json").write_text('{"gpus": 1}')
+    (tmp_path / "results.jsonl").write_text('{"case": "a", "status": "ok"}\n{"case"')
+    with pytest.raises(ValueError, match=r"results.jsonl, line 2, is damaged .* remove it"):
+        Sweep(tmp_path, {"gpus": 1}, lambda *_: [], 1, True, print)
+
+
+def test_config_of_a_case_has_the_optimizer_at_the_stage():
+    config = ds_config("Addax", 3, ROOT / "ds_configs")
+    assert config["zero_optimization"]["stage"] == 3
+    assert config["optimizer"] == {
+        "type": "Addax",
+        "params": {"lr": "auto", "weight_decay": "auto", "length_threshold": None},
+    }
+    config = ds_config(str(ROOT / "ds_configs/zero2_gwt_level3.json"), 1, ROOT / "ds_configs")
+    assert config["optimizer"]["params"]["level"] == 3 and config["zero_optimization"]["stage"] == 1
+
+
+def test_summary_compares_with_the_fastest_adamw():
+    rows = [("AdamW", 2, 1, 100.0), ("AdamW", 3, 2, 120.0), ("AdamMini", 2, 1, 110.0), ("AdamMini", 2, 4, 180.0)]
+    keys = ("optimizer", "zero_stage", "micro_batch", "tokens_per_s")
+    results = {str(row): dict(zip(keys, row, strict=True), status="ok") for row in rows}
+    results["oom"] = {"optimizer": "AdamW", "zero_stage": 2, "micro_batch": 2, "status": "out of memory"}
+    assert summary(results).splitlines() == [
+        "AdamW at ZeRO-2: 100 tokens/s with micro-batches of 1, 0.83 x the fastest AdamW",
+        "AdamW at ZeRO-3: 120 tokens/s with micro-batches of 2, 1.00 x the fastest AdamW",
+        "AdamMini at ZeRO-2: 180 tokens/s with micro-batches of 4, 1.50 x the fastest AdamW",
+    ]
