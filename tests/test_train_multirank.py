@@ -133,7 +133,7 @@ def test_every_run_says_where_time_bytes_and_memory_go(launched, whole):
         for row in read_metrics(folder):
             assert sum(row[name] for name in SPLIT) == pytest.approx(row["step_ms"])
             assert min(row[name] for name in SPLIT) >= 0 and row["communication_ms"] > 0
-            assert row["forward_ms"] + row["backward_ms"] > 0.3 * row["step_ms"]
+            assert row["forward_ms"] > 5 and row["forward_ms"] + row["backward_ms"] > 20
             for parts in (row["sent_by_collective"], row["sent_by_group"]):
                 assert sum(parts.values()) == pytest.approx(row["bytes_sent_per_step"], abs=5)  # each is rounded
             assert list(row["sent_by_group"]) == ["0-1"] and row["mfu"] is None
