@@ -1,4 +1,4 @@
-"""What the communication meter costs: `python -m ds_memopt.measure.overhead`.
+"""What counting bytes and timing the phases of a step costs: `python -m ds_memopt.measure.overhead`.
 
 Two runs of a step differ by more than 1 % from noise alone, so the ratio is built from three steadier figures: the time
 that counting adds to one collective (a tight loop with and without the meter), the collectives of one step (counted),
@@ -16,12 +16,15 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from ds_memopt.measure.communication import CommunicationMeter
+from ds_memopt.measure.throughput import StepTimer
 
 RANKS = 2
+CPU = torch.device("cpu")
 
 
-def added_us_per_call(calls: int = 5_000, repeats: int = 15) -> float:
-    """Microseconds that a running meter adds to one all_reduce: the median over `repeats` pairs of loops."""
+def added_us_per_call(timed: bool, calls: int = 5_000, repeats: int = 15) -> float:
+    """Microseconds that a running meter adds to one all_reduce: the median over `repeats` pairs of loops. timed: the
+    meter has a timer."""
     tensor = torch.ones(1)
     alone = dist.new_subgroups(1)[0]  # nothing to wait for: the call itself is what is timed
 
@@ -35,7 +38,7 @@ def added_us_per_call(calls: int = 5_000, repeats: int = 15) -> float:
     differences = []
     for _ in range(repeats):
         without = loop()
-        with CommunicationMeter():
+        with CommunicationMeter(StepTimer(CPU, RANKS) if timed else None):
             differences.append(loop() - without)
     return 1e6 * statistics.median(differences) / calls
 
@@ -63,12 +66,15 @@ def step_ms_and_calls(steps: int = 20) -> tuple[float, float]:
 def _rank(rank: int, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=RANKS)
-    added_us = added_us_per_call()
     step_ms, calls = step_ms_and_calls()
-    if rank == 0:
-        percent = 100 * added_us * calls / (1000 * step_ms)
-        print(f"the meter adds {added_us:.2f} us to a collective; a step has {calls:.0f} and takes {step_ms:.0f} ms")
-        print(f"overhead of the meter: {percent:.3f} % of a step (target: below 1 %)")
+    for timed, what in ((False, "counting"), (True, "counting and timing")):
+        added_us = added_us_per_call(timed)
+        if rank == 0:
+            percent = 100 * added_us * calls / (1000 * step_ms)
+            print(
+                f"{what} adds {added_us:.2f} us to a collective; a step has {calls:.0f} and takes {step_ms:.0f} ms: "
+                f"{percent:.3f} % of it (target: below 1 %)"
+            )
     dist.destroy_process_group()
 
 
