@@ -1,7 +1,6 @@
 # What the scripts for GPU machines and clusters share. Source it with the script's arguments, in the repository's root:
 #     . launch/commands.sh "$@"
-# It takes --dry_run out of the arguments, puts the others into the array `options`, and unless --dry_run is given sets
-# up and activates .venv.
+# It takes --dry_run out of the arguments, and puts the others into the array `options`.
 
 dry_run=false
 options=()
@@ -9,7 +8,7 @@ for option in "$@"; do
     if [ "$option" = --dry_run ]; then dry_run=true; else options+=("$option"); fi
 done
 
-# Print a command so that it can be pasted into a shell, and run it unless --dry_run is given.
+# Print a command so that it can be pasted into a shell, and unless --dry_run is given run it in .venv.
 run() {
     local word line=
     for word in "$@"; do
@@ -17,7 +16,10 @@ run() {
         line+=" $word"
     done
     echo "${line# }"
-    if [ "$dry_run" = false ]; then "$@"; fi
+    if [ "$dry_run" = false ]; then
+        . launch/setup.sh train
+        "$@"
+    fi
 }
 
 # Stop, before anything is set up, unless this machine has so many GPUs. A dry run needs none.
@@ -34,8 +36,4 @@ need_gpus() {
             "--dry_run to see the commands alone." >&2
         exit 1
     fi
-}
-
-set_up() {
-    if [ "$dry_run" = false ]; then . launch/setup.sh train; fi
 }

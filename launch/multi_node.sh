@@ -37,7 +37,6 @@ slots=$(sed -n '/^#/!s/.*slots=\([0-9]*\).*/\1/p' "$hostfile" | sort -u)
 master_addr=${MASTER_ADDR:-${hosts%%,*}}
 master_port=${MASTER_PORT:-29500}
 
-set_up
 case $launcher in
     pdsh)
         run deepspeed --hostfile "$hostfile" --master_addr "$master_addr" --master_port "$master_port" --force_multi \

@@ -1,0 +1,388 @@
+"""What starts the ranks: mpirun, torchrun and srun for real or by their variables, and the scripts for clusters.
+
+tests/test_train_multirank.py has the deepspeed launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.launcher import runner
+from safetensors.torch import load_file
+from spawn import CONTEXT, free_port, run_ranks
+from torch.distributed.run import get_args_parser
+
+from ds_memopt import cli
+from ds_memopt.train.fsdp2 import pretrain_fsdp2
+from ds_memopt.train.launcher import MPI_SIZES, PLACE, find_place, first_node, tasks_per_node
+from ds_memopt.train.loop import pretrain
+from ds_memopt.train.options import Options
+from ds_memopt.train.ranks import start_ranks
+from ds_memopt.train.record import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+SIZE = dict(steps=3, seq_length=16, micro_batch=4, accumulation=2, validation_batches=1)
+EVERY = dict(logging_interval=1, validation_interval=2, save_interval=2)
+COMPARED = ("step", "tokens", "loss", "validation_loss", "lr", "grad_norm")
+MPIRUN = [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", "2"]
+
+
+def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
+    outside = {name: value for name, value in os.environ.items() if name not in {*PLACE, *MPI_SIZES}}
+    outside |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=outside | environment, check=False
+    )
+
+
+def job(script: str, folder: Path) -> list[str]:
+    """The job of both launchers, at ZeRO-3 or its equal."""
+    sizes = [word for name, value in {**SIZE, **EVERY}.items() for word in (f"--{name}", str(value))]
+    config = str(ROOT / "ds_configs/zero3_adam_mini.json")
+    return [str(ROOT / script), "--deepspeed_config", config, "--output_dir", str(folder), *sizes]
+
+
+def agree(ours: dict, theirs: dict, limit: float) -> None:
+    """limit: of the relative difference of what was computed; 0 is bit for bit."""
+    for key in COMPARED:
+        assert ours[key] == theirs[key] or ours[key] == pytest.approx(theirs[key], rel=limit, abs=0), key
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def by_mpirun(folders) -> Path:
+    done = run([*MPIRUN, sys.executable, *job("launch/pretrain.py", folders / "mpi")], MASTER_PORT=str(free_port()))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folders / "mpi"
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(folders) -> Path:
+    torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
+    done = run([*torchrun, *job("launch/pretrain_fsdp2.py", folders / "fsdp2")])
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "AdamMini, FSDP2, 2 x cpu" in done.stdout
+    return folders / "fsdp2"
+
+
+def test_mpirun_starts_one_run_of_two_ranks(by_mpirun):
+    assert [row["step"] for row in read_metrics(by_mpirun)] == [1, 2, 3]
+    assert json.loads((by_mpirun / "environment.json").read_text())["world_size"] == 2
+
+
+def test_fsdp2_under_torchrun_repeats_zero_3_under_mpirun(by_torchrun, by_mpirun):
+    """The same weights, data order and updates: what differs is the rounding of sums (another seed: by 1e-2)."""
+    for ours, theirs in zip(read_metrics(by_torchrun), read_metrics(by_mpirun), strict=True):
+        assert ours.keys() == theirs.keys()
+        agree(ours, theirs, 2e-6)
+        assert ours["optimizer_state_bytes_per_parameter"] == pytest.approx(4.01, abs=0.01)
+    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (by_torchrun, by_mpirun))
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6  # a step moves a weight by up to 2e-4
+    resolved = json.loads((by_torchrun / "resolved_config.json").read_text())
+    assert resolved["zero_stage"] == "FSDP2" and "zero_optimization" not in resolved["deepspeed"]
+
+
+def test_a_rank_that_fails_under_mpirun_ends_the_others():
+    """And each knows its place: mpirun tells by variables of its own."""
+    program = (
+        "import os, time; from ds_memopt.train.launcher import find_place; find_place();"
+        "print(*(os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_PORT')),"
+        "flush=True); time.sleep(120 if os.environ['RANK'] == '0' else 1); raise RuntimeError('out of luck')"
+    )
+    began = time.monotonic()
+    done = run([*MPIRUN, sys.executable, "-c", program], MASTER_PORT="12345")
+    assert done.returncode != 0 and "out of luck" in done.stderr
+    assert time.monotonic() - began < 60
+    assert sorted(re.findall(r"^[\d ]+$", done.stdout, re.MULTILINE)) == ["0 0 2 2 12345", "1 1 2 2 12345"]
+
+
+def _place_by(variables: dict[str, str], results) -> None:
+    for name in (*PLACE, *MPI_SIZES):
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+    ranks = start_ranks()
+    total = torch.tensor([1 + ranks.rank])
+    torch.distributed.all_reduce(total)
+    results.put((ranks.rank, ranks.local_rank, ranks.world_size, os.environ["LOCAL_WORLD_SIZE"], total.item()))
+    torch.distributed.destroy_process_group()
+
+
+def test_srun_starts_one_run_of_all_tasks():
+    """The variables are those that srun of Slurm 22.05 gave three tasks on two nodes."""
+    step = {
+        "SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1", "SLURM_STEP_NODELIST": "localhost,other",
+        "SLURM_JOB_ID": "4", "SLURM_NTASKS": "3", "MASTER_PORT": str(free_port()),
+    }  # fmt: skip
+    results = CONTEXT.Queue()
+    places = [("0", "0", "0"), ("1", "1", "0"), ("2", "0", "1")]
+    tasks = [
+        CONTEXT.Process(
+            target=_place_by,
+            args=(step | {"SLURM_PROCID": rank, "SLURM_LOCALID": local, "SLURM_NODEID": node}, results),
+        )
+        for rank, local, node in places
+    ]
+    for task in tasks:
+        task.start()
+    seen = sorted(results.get(timeout=100) for _ in tasks)
+    for task in tasks:
+        task.join()
+    assert seen == [(0, 0, 3, "2", 6), (1, 1, 3, "2", 6), (2, 0, 3, "1", 6)]
+
+
+def test_slurms_short_forms():
+    assert tasks_per_node("2(x3),1") == [2, 2, 2, 1] and tasks_per_node("8") == [8]
+    assert first_node("gpu[03-06,09],big1") == "gpu03" and first_node("a,b") == "a" and first_node("n7") == "n7"
+    assert first_node("rack[1-2]gpu[04-07]") == "rack1gpu04"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun started 2 processes, but without mpi4py .* pip install mpi4py"),
+        ({"PMI_SIZE": "16"}, "mpirun started 16 processes, but without mpi4py"),
+        ({"SLURM_NTASKS": "16", "SLURM_PROCID": "0"}, "a single process in a Slurm job of 16 tasks: .* srun"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK is 1, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set"),
+    ],
+)
+def test_no_process_runs_alone_where_a_launcher_is(variables, message, monkeypatch):
+    for name in (*PLACE, *MPI_SIZES):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=message):
+        find_place()
+
+
+def _config(folder: Path, method: str, **params) -> str:
+    config = json.loads((ROOT / f"ds_configs/zero3_{method}.json").read_text())
+    config["optimizer"]["params"] |= params
+    path = folder / f"{method}{len(params)}.json"
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def _try_all(runs: list[tuple], from_step_2: list[tuple[Path, Path]]) -> list[str]:
+    """The message of each run, of those with resume=True from step 2 of another run."""
+    torch.set_num_threads(1)
+    messages = []
+    for pretrain_with, options in runs:
+        source = dict(from_step_2).get(Path(options.output_dir))
+        if source and torch.distributed.get_rank() == 0:
+            shutil.copytree(source, options.output_dir)
+            (Path(options.output_dir) / "checkpoints/latest").write_text("step2")
+            if "damaged" in options.output_dir:
+                file = Path(options.output_dir) / "checkpoints/step2/__1_0.distcp"
+                with file.open("r+b") as stream:
+                    stream.seek(file.stat().st_size // 2)
+                    stream.write(b"damaged!")
+        torch.distributed.barrier()
+        try:
+            pretrain_with(options)
+            messages.append("")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+@pytest.fixture(scope="module")
+def under_both(folders, by_torchrun) -> dict[str, str]:
+    """Runs under FSDP2 and ZeRO-3 in one process pair, and what was refused, by folder."""
+    configs = {
+        "AdamW": _config(folders, "adamw", torch_adam=True),
+        "BAdam": _config(folders, "badam", switch_every=1),
+        "MeZO": _config(folders, "mezo"),
+    }
+    sizes = SIZE | EVERY
+    jobs, copies = {}, []
+    for method, config in configs.items():
+        for name, pretrain_with in (("zero3", pretrain), ("fsdp2", pretrain_fsdp2)):
+            jobs[f"{method} {name}"] = (pretrain_with, dict(deepspeed_config=config))
+        jobs[f"{method} resumed"] = (pretrain_fsdp2, dict(deepspeed_config=config, resume=True))
+        copies.append((folders / f"{method} resumed", folders / f"{method} fsdp2"))
+    adam_mini = str(ROOT / "ds_configs/zero3_adam_mini.json")
+    for name in ("resumed", "damaged"):
+        jobs[name] = (pretrain_fsdp2, dict(deepspeed_config=adam_mini, resume=True))
+        copies.append((folders / name, by_torchrun))
+    jobs["bf16, checkpointing"] = (
+        pretrain_fsdp2, dict(deepspeed_config=adam_mini, dtype="bf16", gradient_checkpointing=True),
+    )  # fmt: skip
+    offload = str(ROOT / "ds_configs/zero3_offload_adam_mini.json")
+    jobs["offload"] = (pretrain_fsdp2, dict(deepspeed_config=offload))
+    addax = _config(folders, "addax", length_threshold=None)
+    jobs["Addax"] = (pretrain_fsdp2, dict(deepspeed_config=addax, micro_batch=10, accumulation=1))
+    ipsgd = _config(folders, "ipsgd", clip="two_pass")
+    jobs["two_pass"] = (pretrain_fsdp2, dict(deepspeed_config=ipsgd, accumulation=1))
+    jobs["Lion"] = (pretrain_fsdp2, dict(deepspeed_config=adam_mini, optimizer="Lion"))
+    runs = [
+        (with_, Options(output_dir=str(folders / name), **sizes | options)) for name, (with_, options) in jobs.items()
+    ]
+    first, second = run_ranks(_try_all, 2, runs, copies)
+    assert first == second
+    return dict(zip(jobs, first, strict=True))
+
+
+@pytest.mark.parametrize(("method", "limit"), [("AdamW", 2e-6), ("BAdam", 2e-6), ("MeZO", 0.0)])
+def test_methods_under_fsdp2_repeat_zero_3(under_both, folders, method, limit):
+    assert under_both[f"{method} fsdp2"] == under_both[f"{method} zero3"] == ""
+    ours, theirs = (read_metrics(folders / f"{method} {name}") for name in ("fsdp2", "zero3"))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.get("active_block") == other.get("active_block")
+        agree(one, other, limit)
+
+
+@pytest.mark.parametrize("run", ["", "AdamW ", "BAdam ", "MeZO "])
+def test_fsdp2_resumes_bit_for_bit(under_both, folders, run):
+    """BAdam stands between two visits there, where it has no state yet."""
+    assert under_both[f"{run}resumed"] == ""
+    resumed, whole = folders / f"{run}resumed", folders / f"{run}fsdp2"
+    ours, theirs = ([[row[key] for key in COMPARED] for row in read_metrics(path)] for path in (resumed, whole))
+    assert ours == theirs
+    assert (resumed / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_fsdp2_in_bf16_with_checkpointing(under_both, folders, by_torchrun):
+    """bf16 has 3 digits; the masters are saved."""
+    assert under_both["bf16, checkpointing"] == ""
+    for bf16, fp32 in zip(read_metrics(folders / "bf16, checkpointing"), read_metrics(by_torchrun), strict=True):
+        assert bf16["loss"] == pytest.approx(fp32["loss"], rel=3e-3) and bf16["loss"] != fp32["loss"]
+    weights = load_file(folders / "bf16, checkpointing/model/model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("damaged", r"__1_0.distcp is (missing or )?damaged .* write the name of an older checkpoint folder"),
+        ("offload", "offload_optimizer, .*offload_param.* is DeepSpeed's, and FSDP2 would not hear it"),
+        ("Addax", "Addax has its batches divided by DeepSpeed's engine: run launch/pretrain.py"),
+        ("two_pass", 'IPSGD with clip="two_pass" runs each batch twice'),
+        ("Lion", "optimizer Lion runs inside DeepSpeed alone: choose AdamW or AdamMini"),
+    ],
+)
+def test_what_fsdp2_cannot_do_is_refused(under_both, run, message):
+    assert re.search(message, under_both[run]), under_both[run]
+
+
+def dry_run(script: str, *arguments: str, **environment: str) -> list[list[str]]:
+    """The words of each command that a script would run."""
+    done = run(["bash", f"launch/{script}", *arguments, "--dry_run"], **environment)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def job_options(words: list[str], monkeypatch) -> dict:
+    """What the script in a command makes of the options that follow it, by its own parser."""
+    number = next(number for number, word in enumerate(words) if word.endswith(".py"))
+    monkeypatch.setattr(sys, "argv", words[number:])
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    return vars(runpy.run_path(ROOT / words[number])["parse"]())
+
+
+def test_a800_2x_sweeps_and_reports(monkeypatch, capsys):
+    sweep, report = dry_run("a800_2x.sh")
+    options = job_options(sweep, monkeypatch)
+    assert sweep[:2] == ["python", "launch/throughput.py"]
+    assert options["model"] == "llama2-7b" and options["gpus"] == 2 and options["seq_length"] == 4096
+    assert options["optimizer"] == ["AdamW", "AdamMini"] and options["stage"] == [2, 3]
+    assert options["micro_batch"] == ["auto"] and options["gradient_checkpointing"] and options["resume"]
+    assert report == ["ds-memopt", "report", "runs/a800_2x"] and str(options["output_dir"]) == report[-1]
+    assert cli.main(["report", "nowhere"]) == 2 and "nowhere" in capsys.readouterr().err  # the command is there
+    sweep, report = dry_run("a800_2x.sh", "--optimizer", "GWT", GPUS="4", OUTPUT_DIR="runs/b c")
+    options = job_options(sweep, monkeypatch)
+    assert options["gpus"] == 4 and options["optimizer"] == ["GWT"] and report[-1] == "runs/b c"
+
+
+def test_h100_8x_pretrains(monkeypatch):
+    ((*words,),) = dry_run("h100_8x.sh", "--steps", "20")
+    launcher = runner.parse_args(words[1:])
+    assert words[0] == "deepspeed" and launcher.num_gpus == 8 and launcher.user_script == "launch/pretrain.py"
+    options = job_options(words, monkeypatch)
+    assert options["model"] == "llama2-7b" and options["data"] == "synthetic" and options["steps"] == 20
+    assert (ROOT / options["deepspeed_config"]).is_file()
+    ((*words,),) = dry_run("h100_8x.sh", DATA="texts", TOKENIZER="llama", GPUS="4")
+    options = job_options(words, monkeypatch)
+    assert runner.parse_args(words[1:]).num_gpus == 4 and (options["data"], options["tokenizer"]) == ("texts", "llama")
+
+
+@pytest.mark.parametrize("script", ["a800_2x.sh", "h100_8x.sh"])
+def test_too_few_gpus_are_told_before_anything_starts(script):
+    done = run(["bash", f"launch/{script}"], CUDA_VISIBLE_DEVICES="0")
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.search(rf"{script}: this needs [28] GPUs, and this machine has 1. Set GPUS", done.stderr)
+
+
+HOSTS = ("--hostfile", "launch/hostfile.example")
+
+
+def test_multi_node_by_pdsh(monkeypatch):
+    ((*words,),) = dry_run("multi_node.sh", "--launcher", "pdsh", *HOSTS, "--model", "llama2-7b")
+    launcher = runner.parse_args(words[1:])
+    assert launcher.launcher == "pdsh" and launcher.hostfile == HOSTS[1] and launcher.master_addr == "node01"
+    assert runner.fetch_hostfile(ROOT / launcher.hostfile) == {"node01": 8, "node02": 8}
+    assert job_options(words, monkeypatch)["model"] == "llama2-7b"
+
+
+def test_multi_node_by_openmpi(monkeypatch):
+    ((*words,),) = dry_run("multi_node.sh", "--launcher", "openmpi", *HOSTS, "--lr", "1e-4", INTERFACE="ib0")
+    assert words[:3] == ["env", "MASTER_ADDR=node01", "MASTER_PORT=29500"]
+    launcher = runner.parse_args(words[4:])
+    hosts = runner.fetch_hostfile(ROOT / launcher.hostfile)
+    command = runner.OpenMPIRunner(launcher, "", hosts).get_cmd({}, hosts)
+    assert command[:3] == ["mpirun", "-n", "16"] and "btl_tcp_if_include ib0" in " ".join(command)
+    assert job_options(command, monkeypatch)["lr"] == 1e-4
+
+
+def test_multi_node_by_torchrun(monkeypatch, tmp_path):
+    ((*words,),) = dry_run("multi_node.sh", "--launcher", "torchrun", *HOSTS, "--data", "my texts")
+    assert words[:-1] == ["pdsh", "-S", "-R", "ssh", "-w", "node01,node02"]
+    place, torchrun = words[-1].split(" && ")
+    assert place == f"cd {shlex.quote(str(ROOT))}"
+    words = shlex.split(torchrun)
+    launcher = get_args_parser().parse_args(words[1:])
+    assert launcher.nnodes == "2" and launcher.nproc_per_node == "8" and launcher.rdzv_endpoint == "node01:29500"
+    assert launcher.training_script == "launch/pretrain_fsdp2.py"
+    assert job_options(words, monkeypatch)["data"] == "my texts"
+    (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
+    done = run(
+        ["bash", "launch/multi_node.sh", "--launcher", "torchrun", "--hostfile", str(tmp_path / "hosts"), "--dry_run"]
+    )
+    assert done.returncode == 1 and "torchrun needs as many slots on all machines" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--launcher", "ssh", *HOSTS], "--launcher 'ssh' is none of pdsh, openmpi and torchrun"),
+        (["--launcher", "pdsh"], "--hostfile '' is no file"),
+        (["--hostfile"], "--hostfile needs a value"),
+    ],
+)
+def test_multi_node_needs_to_know_where_and_how(arguments, message):
+    done = run(["bash", "launch/multi_node.sh", *arguments, "--dry_run"])
+    assert done.returncode == 1 and message in done.stderr
+
+
+def test_slurm_starts_one_task_per_gpu(monkeypatch):
+    ((*words,),) = dry_run("slurm.sbatch", "--model", "llama2-7b", JOB="launch/pretrain_fsdp2.py")
+    assert words[0] == "srun" and words[words.index("python") + 1] == "launch/pretrain_fsdp2.py"
+    assert job_options(words, monkeypatch)["model"] == "llama2-7b"
+    asked = dict(re.findall(r"^#SBATCH --([\w-]+)=(\w+)$", (ROOT / "launch/slurm.sbatch").read_text(), re.MULTILINE))
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]
