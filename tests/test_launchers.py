@@ -317,7 +317,7 @@ def test_h100_8x_pretrains(monkeypatch):
     options = job_options(words, monkeypatch)
     assert options["model"] == "llama2-7b" and options["data"] == "synthetic" and options["steps"] == 20
     assert (ROOT / options["deepspeed_config"]).is_file()
-    ((*words,),) = dry_run("h100_8x.sh", DATA="texts", TOKENIZER="llama", GPUS="4")
+    ((*words,),) = dry_run("h100_8x.sh", "--data", "texts", "--tokenizer", "llama", GPUS="4")
     options = job_options(words, monkeypatch)
     assert runner.parse_args(words[1:]).num_gpus == 4 and (options["data"], options["tokenizer"]) == ("texts", "llama")
 
@@ -378,6 +378,18 @@ def test_multi_node_by_torchrun(monkeypatch, tmp_path):
 def test_multi_node_needs_to_know_where_and_how(arguments, message):
     done = run(["bash", "launch/multi_node.sh", *arguments, "--dry_run"])
     assert done.returncode == 1 and message in done.stderr
+
+
+def test_the_readmes_commands_are_accepted(monkeypatch):
+    section = (ROOT / "README.md").read_text().split("## On a cluster")[1]
+    commands = [shlex.split(line, comments=True) for line in section.split("```")[1].splitlines()[1:]]
+    assert len(commands) == 6
+    for command in commands:
+        if scripts := [word for word in command if word.endswith((".sh", ".sbatch"))]:
+            words = ["launch/hostfile.example" if word == "FILE" else word for word in command]
+            script = scripts[0]
+            command = dry_run(script.removeprefix("launch/"), *words[words.index(script) + 1 :])[0]
+        assert job_options(command, monkeypatch)["model"] in ("tiny", "llama-1b", "llama2-7b")
 
 
 def test_slurm_starts_one_task_per_gpu(monkeypatch):
