@@ -38,6 +38,9 @@ def _add_plan(commands) -> None:
     command.add_argument("--seq_length", type=int, required=True, help="tokens per sequence")
     command.add_argument("--optimizer", default="all", help="all (default), or some: AdamW,GWT")
     command.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="of weights and gradients")
+    command.add_argument("--tflops", type=float, help="that a GPU keeps, to tell how much faster a step is")
+    command.add_argument("--bandwidth", help="that a GPU sends in a second, such as 200GB; with --tflops")
+    command.add_argument("--by_kind", action="store_true", help="list each state and all traffic, in bytes")
     command.add_argument("--output", type=Path, help="write the ds_config that is recommended to this file")
 
 

@@ -197,7 +197,7 @@ def test_activations_shrink_with_checkpointing_and_without_backward():
 
 def test_the_micro_batch_is_the_largest_that_fits():
     memory, length = 400_000_000, 128
-    rows = table.plan("tiny", 4, memory, length, ["AdamW", "BAdam"])
+    rows = table.plan("tiny", 4, memory, length, ["AdamW", "BAdam"]).rows
     needs = measure_activations(find_model("tiny")[0], length, torch.bfloat16)
     assert [(row.method, row.stage) for row in rows] == [(m, stage) for m in ("AdamW", "BAdam") for stage in range(4)]
     for row in (row for row in rows if row.micro_batch):
@@ -210,6 +210,33 @@ def test_the_micro_batch_is_the_largest_that_fits():
     assert {row.stage for row in rows if row.micro_batch} == {0, 1, 2, 3}
     # A bucket for more elements than the model has would be 1 GB for nothing.
     assert all(row.zero["reduce_bucket_size"] == 4_852_992 for row in rows)
+
+
+def test_gains_are_those_of_the_formula():
+    """ZeRO-2 sends (2 + 1) / 2 of the gradients' bytes on two ranks, MeZO half of the weights', at the same speed."""
+    planned = table.plan("tiny", 2, 300_000_000, 128, ["AdamW", "AdamMini", "BAdam", "MeZO"])
+    assert planned.plain > 3 * planned.checkpointed > 0 and planned.logits == 128 * 256 * 4
+    rows = {(row.method, row.stage): row for row in planned.rows}
+    adamw, mini, mezo = rows["AdamW", 2], rows["AdamMini", 2], rows["MeZO", 2]
+    assert adamw.flops == 128 * (6 * 4_787_456 + 12 * 6 * 8 * 32 * 128)
+    assert adamw.sent_for_a_sequence == adamw.sent / adamw.checkpointed > mini.sent_for_a_sequence
+    assert rows["BAdam", 2].seconds(1, 1e9) is None  # its passes depend on the block
+    plain = adamw.flops / 1e12 + adamw.sent / adamw.micro_batch / 1e9
+    again = adamw.flops / 1e12 * 4 / 3 + adamw.sent / adamw.checkpointed / 1e9
+    assert adamw.seconds(1, 1e9) == min(plain, again)
+    assert mezo.seconds(1, 1e9) == pytest.approx(mezo.flops / 1e12 * 2 / 3 + mezo.sent / mezo.checkpointed / 1e9)
+    least = min(row.sent_for_a_sequence for row in planned.rows if row.method == "AdamW")
+    text = table.as_text(planned.rows, 1, 10**9).splitlines()
+    assert text[0].split()[-2:] == ["gain", "faster"]
+    for line, row in zip(text[1:], planned.rows, strict=True):
+        gain, faster = line.split()[-2:]
+        assert gain == (f"{least / row.sent_for_a_sequence:.2f}" if row.sent else "inf")
+        assert (faster == "-") == (row.method == "BAdam")
+    kinds = table.details([mini]).splitlines()
+    assert kinds[0] == "AdamMini at ZeRO-2, bytes of a rank"
+    told = {name.strip(): int(size.replace(",", "")) for name, size in (line.rsplit(None, 1) for line in kinds[1:])}
+    assert told["state exp_avg"] == told["masters"] == mini.prediction.masters
+    assert told["of that for shared blocks"] == mini.prediction.seams
 
 
 def test_the_command_writes_a_config_that_trains(tmp_path, capsys):
@@ -228,8 +255,10 @@ def test_the_command_writes_a_config_that_trains(tmp_path, capsys):
     [
         ({"--model": "nowhere"}, "model 'nowhere' is neither a preset nor a local folder"),
         ({"--gpus": "0"}, "gpus=0 is out of range"),
-        ({"--gpu_memory": "80"}, "gpu_memory='80' is no amount of memory. Write a number and GB or GiB"),
+        ({"--gpu_memory": "80"}, "'80' is no amount of memory. Write a number and GB or GiB"),
         ({"--seq_length": "-1"}, "seq_length=-1 is out of range"),
+        ({"--tflops": "100"}, "tflops and bandwidth tell together how fast a step is. Give both or none."),
+        ({"--tflops": "0", "--bandwidth": "1GB"}, "tflops=0.0 is out of range: it must be a number > 0"),
         ({"--optimizer": "AdamMini,Lion"}, "optimizer='Lion' is out of range: it must be all or some of AdamW"),
         ({"--gpu_memory": "1MB", "--output": "never.json"}, "nothing fits, so never.json is not written"),
     ],

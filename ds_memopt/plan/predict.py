@@ -56,6 +56,7 @@ class Prediction:
         weights, gradients on their way. step: at most needed besides by the engine in the step; not by the rule itself.
     sent: in one step, by collective, as `ds_memopt.measure.CommunicationMeter` counts them.
     seams: of these, what completes blocks that ranks share.
+    passes: forward and backward passes of a token in a step, where a forward alone is a third; None: they differ.
     """
 
     weights: int
@@ -66,6 +67,7 @@ class Prediction:
     step: int
     sent: Mapping[str, int]
     seams: int
+    passes: float | None
 
     @property
     def held(self) -> int:
@@ -164,7 +166,9 @@ class _Planned:
         count = self.place.count
         sent = {name: round(size * sent_per_payload_byte(name, count)) for name, size in self.payload.items()}
         seams = round(seams * sent_per_payload_byte("all_reduce", count))
-        return Prediction(states=states, seams=seams, sent={k: v for k, v in sent.items() if v}, **sizes)
+        passes = getattr(self.optimizer, "passes", 1.0)
+        sent = {name: size for name, size in sent.items() if size}
+        return Prediction(states=states, seams=seams, sent=sent, passes=passes, **sizes)
 
 
 class _FirstOrder(_Planned):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from ds_memopt.measure import GIB
 from ds_memopt.optimizers import METHODS, InPlaceOptimizer, takes
 from ds_memopt.optimizers.base import check_range
+from ds_memopt.train.flops import model_flops
 from ds_memopt.train.presets import find_model
 
 from .activations import Activations, measure_activations
@@ -31,9 +32,16 @@ BY_NEARNESS = ("AdamW", "AdamMini", "GWT", "BAdam", "IPSGD", "Addax", "MeZO")
 
 HEADING = """\
 {model}, {gpus} GPUs of {gpu_memory}, sequences of {seq_length} tokens, {dtype}. GiB of each GPU.
+A sequence's activations: {plain:.2f}, with checkpointing {checkpointed:.2f}; its fp32 logits alone {logits:.2f}.
 besides: buckets, gathered weights, gradients on their way. batch, checkp.: the largest micro-batch that fits, without
 and with activation checkpointing; "-" where none does. BAdam: while its largest block trains.
+gain: how many times fewer bytes a sequence costs on the wire, in the largest micro-batch, than with AdamW at the stage
+where that sends least.
 """
+FASTER = """\
+faster: a step for a sequence, than AdamW's where that is fastest, if GPUs keep {tflops:g} TFLOP/s, send {bandwidth} a \
+second, and
+wait. How far a step gets is not compared: MeZO needs many more."""
 
 UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 2**20}
 
@@ -42,7 +50,8 @@ UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 2**20}
 class Row:
     """A method at a stage. zero: what is planned of zero_optimization; the rest has DeepSpeed's defaults.
 
-    micro_batch: sequences that fit, 0 if none does; checkpointed: with checkpointing.
+    micro_batch: sequences that fit, 0 if none does; checkpointed: with checkpointing. flops: of a forward and a
+        backward of one sequence, None if the formula does not hold for the model.
     """
 
     method: str
@@ -51,6 +60,7 @@ class Row:
     prediction: Prediction
     micro_batch: int
     checkpointed: int
+    flops: float | None
 
     @property
     def batch(self) -> int:
@@ -62,6 +72,36 @@ class Row:
         """Bytes that a rank sends in a step."""
         return sum(self.prediction.sent.values())
 
+    @property
+    def sent_for_a_sequence(self) -> float | None:
+        """Bytes, in the largest micro-batch that fits; None if none does."""
+        batch = max(self.micro_batch, self.checkpointed)
+        return self.sent / batch if batch else None
+
+    def seconds(self, tflops: float, bandwidth: float) -> float | None:
+        """For a sequence, with or without checkpointing, whichever is faster, if the GPU keeps this speed in matrix
+        products, sends this many bytes a second, and never does both at once. None where passes are not known or
+        nothing fits."""
+        passes = self.prediction.passes
+        if self.flops is None or passes is None:
+            return None
+        backward = passes >= 1  # else there is nothing to run forward again for
+        ways = ((self.micro_batch, passes), (self.checkpointed, passes + backward / 3))
+        return min(
+            (self.flops * times / (tflops * 1e12) + self.sent / batch / bandwidth for batch, times in ways if batch),
+            default=None,
+        )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """All rows, and bytes of one sequence: activations without and with checkpointing, and its logits in fp32."""
+
+    rows: list[Row]
+    plain: int
+    checkpointed: int
+    logits: int
+
 
 def plan(
     model: str | PretrainedConfig,
@@ -70,7 +110,7 @@ def plan(
     seq_length: int,
     methods: Iterable[str] = BY_NEARNESS,
     dtype: str = "bf16",
-) -> list[Row]:
+) -> Planned:
     """Every method at every stage, with the options that a method has by default.
 
     model: a preset, a folder with a Hugging Face config.json, or such a configuration. gpus: ranks. gpu_memory: bytes
@@ -93,6 +133,7 @@ def plan(
     }
     with no_init_weights(), torch.device("meta"):
         built = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=DTYPES[dtype])
+    flops = model_flops(built, None, seq_length)
     bucket = min(USUAL_BUCKET, sum(p.numel() for p in built.parameters()))
     zero = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": bucket}
     rows = []
@@ -102,8 +143,10 @@ def plan(
             fits = [
                 _largest(prediction, _needed(method, needs, kind), gpu_memory) for kind in ("plain", "checkpointed")
             ]
-            rows.append(Row(method, stage, zero, prediction, *fits))
-    return rows
+            per_sequence = None if isinstance(flops, str) else flops.per_token * seq_length
+            rows.append(Row(method, stage, zero, prediction, *fits, per_sequence))
+    logits = 4 * seq_length * config.get_text_config().vocab_size
+    return Planned(rows, needs["plain"].first, needs["checkpointed"].first, logits)
 
 
 def _needed(method: str, needs: dict[str, Activations], kind: str) -> Activations:
@@ -139,18 +182,49 @@ def recommend(rows: Sequence[Row]) -> Row | None:
     return None
 
 
-def as_text(rows: Sequence[Row]) -> str:
-    """A table, in GiB of each rank; what fits is marked with its largest micro-batch."""
-    head = ("method", "ZeRO", "weights", "masters", "gradients", "states", "besides", "sent a step", "batch", "checkp.")
-    lines = [head]
-    for row in rows:
+def as_text(rows: Sequence[Row], tflops: float | None = None, bandwidth: int | None = None) -> str:
+    """A table, in GiB of each rank; what fits is marked with its largest micro-batch.
+
+    tflops, bandwidth: what a GPU keeps and sends (bytes) in a second; adds how much faster a sequence is trained.
+    """
+    head = ["method", "ZeRO", "weights", "masters", "gradients", "states", "besides", "sent a step", "batch", "checkp."]
+    gains = {"gain": _gains(rows, lambda row: row.sent_for_a_sequence)}
+    if tflops and bandwidth:
+        gains["faster"] = _gains(rows, lambda row: row.seconds(tflops, bandwidth))
+    lines = [(*head, *gains)]
+    for number, row in enumerate(rows):
         p = row.prediction
         besides = max(p.backward, p.step)
         sizes = (p.weights, p.masters, p.gradients, sum(p.states.values()), besides, row.sent)
         fits = (str(size) if size else "-" for size in (row.micro_batch, row.checkpointed))
-        lines.append((row.method, str(row.stage), *(f"{size / GIB:.2f}" for size in sizes), *fits))
+        ratios = (column[number] for column in gains.values())
+        lines.append((row.method, str(row.stage), *(f"{size / GIB:.2f}" for size in sizes), *fits, *ratios))
     widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
     return "\n".join("".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def _gains(rows: Sequence[Row], cost: Callable[[Row], float | None]) -> list[str]:
+    """AdamW's least cost over each row's; "-" where one of them is not known."""
+    costs = [cost(row) for row in rows]
+    of_adamw = [c for row, c in zip(rows, costs, strict=True) if row.method == "AdamW" and c is not None]
+    if not of_adamw:
+        return ["-"] * len(rows)
+    return ["-" if c is None else f"{min(of_adamw) / c:.2f}" if c else "inf" for c in costs]
+
+
+def details(rows: Sequence[Row]) -> str:
+    """Each row by kind: a line for every state, what completes shared blocks, and what a pass and the step need."""
+    lines = []
+    for row in rows:
+        p = row.prediction
+        lines.append(f"{row.method} at ZeRO-{row.stage}, bytes of a rank")
+        kinds = {"weights and buffers": p.weights, "masters": p.masters, "gradients": p.gradients}
+        kinds |= {f"state {name}": size for name, size in p.states.items()}
+        kinds |= {"besides, forward and backward": p.backward, "besides, step": p.step}
+        kinds |= {f"sent, {name}": size for name, size in p.sent.items()}
+        kinds |= {"of that for shared blocks": p.seams}
+        lines += [f"{name:>32} {size:>18,}" for name, size in kinds.items()]
+    return "\n".join(lines)
 
 
 def ds_config(row: Row, dtype: str = "bf16") -> dict[str, Any]:
@@ -175,18 +249,36 @@ def bytes_of(text: str) -> int:
     """Bytes of "80GB" (10^9), "80GiB" (1024^3), "512MB". ValueError for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|GiB|MB|MiB)", text.strip())
     if not match or not float(match[1]):
-        raise ValueError(f"gpu_memory={text!r} is no amount of memory. Write a number and GB or GiB, such as 80GB.")
+        raise ValueError(f"{text!r} is no amount of memory. Write a number and GB or GiB, such as 80GB.")
     return int(float(match[1]) * UNITS[match[2]])
 
 
 def run(
-    model: str, gpus: int, gpu_memory: str, seq_length: int, optimizer: str, dtype: str, output: Path | None
+    model: str,
+    gpus: int,
+    gpu_memory: str,
+    seq_length: int,
+    optimizer: str,
+    dtype: str,
+    tflops: float | None,
+    bandwidth: str | None,
+    by_kind: bool,
+    output: Path | None,
 ) -> None:
     """Print the table and a recommendation; write its ds_config. Raises ValueError as `plan` does."""
+    if (tflops is None) != (bandwidth is None):
+        raise ValueError("tflops and bandwidth tell together how fast a step is. Give both or none.")
+    if tflops is not None:
+        check_range("tflops", tflops, tflops > 0, "a number > 0", "Half of the data sheet's is usual.")
     methods = BY_NEARNESS if optimizer == "all" else tuple(optimizer.split(","))
-    rows = plan(model, gpus, bytes_of(gpu_memory), seq_length, methods, dtype)
-    print(HEADING.format(model=model, gpus=gpus, gpu_memory=gpu_memory, seq_length=seq_length, dtype=dtype))
-    print(as_text(rows))
+    planned = plan(model, gpus, bytes_of(gpu_memory), seq_length, methods, dtype)
+    rows, sizes = planned.rows, {name: getattr(planned, name) / GIB for name in ("plain", "checkpointed", "logits")}
+    print(HEADING.format(model=model, gpus=gpus, gpu_memory=gpu_memory, seq_length=seq_length, dtype=dtype, **sizes))
+    print(as_text(rows, tflops, bandwidth and bytes_of(bandwidth)))
+    if bandwidth:
+        print(FASTER.format(tflops=tflops, bandwidth=bandwidth))
+    if by_kind:
+        print(f"\n{details(rows)}")
     best = recommend(rows)
     if best is None:
         print("\nNothing fits. Use more GPUs or shorter sequences, or offload to the CPU, which is not planned here.")
