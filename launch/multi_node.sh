@@ -53,9 +53,11 @@ case $launcher in
     torchrun)
         [ "$(wc -w <<<"$slots")" -eq 1 ] || usage "torchrun needs as many slots on all machines, $hostfile has: $slots."
         machines=$(tr ',' '\n' <<<"$hosts" | wc -l)
-        on_each=$(printf '%q ' .venv/bin/torchrun --nnodes "$machines" --nproc_per_node "$slots" --rdzv_backend c10d \
-            --rdzv_endpoint "$master_addr:$master_port" "${JOB:-launch/pretrain_fsdp2.py}" "${job_options[@]}")
-        run pdsh -S -R ssh -w "$hosts" "cd $(printf '%q' "$PWD") && $on_each"
+        # pdsh puts the number of the machine in the place of %n.
+        on_each=$(printf '%q ' .venv/bin/torchrun --nnodes "$machines" --node_rank %n --nproc_per_node "$slots" \
+            --master_addr "$master_addr" --master_port "$master_port" "${JOB:-launch/pretrain_fsdp2.py}" \
+            "${job_options[@]}")
+        run pdsh -S -R ssh -w "$hosts" "cd $(printf '%q' "$PWD") && ${on_each% }"
         ;;
     *)
         usage "--launcher '$launcher' is none of pdsh, openmpi and torchrun."

@@ -355,9 +355,10 @@ def test_multi_node_by_torchrun(monkeypatch, tmp_path):
     assert words[:-1] == ["pdsh", "-S", "-R", "ssh", "-w", "node01,node02"]
     place, torchrun = words[-1].split(" && ")
     assert place == f"cd {shlex.quote(str(ROOT))}"
-    words = shlex.split(torchrun)
+    words = shlex.split(torchrun.replace("%n", "1"))  # as pdsh does on the second machine
     launcher = get_args_parser().parse_args(words[1:])
-    assert launcher.nnodes == "2" and launcher.nproc_per_node == "8" and launcher.rdzv_endpoint == "node01:29500"
+    assert (launcher.nnodes, launcher.node_rank, launcher.nproc_per_node) == ("2", 1, "8")
+    assert (launcher.master_addr, launcher.master_port) == ("node01", 29500)
     assert launcher.training_script == "launch/pretrain_fsdp2.py"
     assert job_options(words, monkeypatch)["data"] == "my texts"
     (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
