@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
+import signal
 import sys
 from pathlib import Path
 
@@ -64,10 +64,10 @@ def main() -> int:
     steps = {"logging_interval": arguments.warm_up, "steps": arguments.warm_up + arguments.measure}
     options = {name: value for name, value in (shared | steps).items() if value is not None}
 
-    def command(case: sweep.Case, folder: Path) -> list[str]:
+    def command(case: sweep.Case, folder: Path, port: str) -> list[str]:
         config = folder / "ds_config.json"
         config.write_text(json.dumps(sweep.ds_config(case.optimizer, case.zero_stage, CONFIGS), indent=2))
-        words = [f"{Path(sys.executable).parent}/deepspeed", "--num_gpus", gpus, "--master_port", _free_port()]
+        words = [f"{Path(sys.executable).parent}/deepspeed", "--num_gpus", gpus, "--master_port", port]
         words += [LAUNCH / "pretrain.py", "--deepspeed_config", config, "--output_dir", folder]
         words += ["--micro_batch", case.micro_batch, "--accumulation", 1]
         words += ["--validation_interval", 0, "--save_interval", 0, *flags]
@@ -82,6 +82,7 @@ def main() -> int:
         cases = sweep.Sweep(folder, settings, command, arguments.timeout, arguments.resume, tqdm.write)
     except ValueError as error:
         sys.exit(f"ValueError: {error}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the case that runs is ended too
     total = len(arguments.optimizer) * len(arguments.stage)
     sweep.progress(
         sweep.run_all(cases, arguments.optimizer, arguments.stage, sizes, arguments.largest_micro_batch), total
@@ -96,12 +97,6 @@ def _first_free() -> Path:
     while os.path.exists(f"runs/throughput-{number}"):
         number += 1
     return Path(f"runs/throughput-{number}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def test_search_finds_the_largest_of_all_limits(smallest):
 
 def _sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     sizes = ["--gpus", "1", "--seq_length", "512", "--warm_up", "1", "--measure", "2", "--memory_limit_gib", "0.55"]
+    sizes += ["--timeout", "120"]
     command = [sys.executable, str(ROOT / "launch/throughput.py"), "--output_dir", str(folder), *sizes, *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -95,14 +96,14 @@ def test_resumed_sweep_runs_only_what_failed(swept):
 
 
 def test_a_case_that_hangs_is_killed_with_all_its_processes(tmp_path):
-    hang = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(1234.5)'])"
+    hang = "print('begun', flush=True); import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(1234.5)'])"
     sweep = Sweep(tmp_path / "out", {"gpus": 1}, lambda *_: [sys.executable, "-c", hang], 2, False, lambda line: None)
     row = sweep.run(Case("AdamW", 0, 1))
-    assert (row["status"], row["reason"]) == ("timeout", "not finished after 2 s")
+    assert (row["status"], row["reason"]) == ("timeout", "not finished after 2 s; its last line: begun")
     time.sleep(0.2)
     running = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not any(b"1234.5" in command for command in running)
-    assert describe(row) == f"AdamW-zero0-batch1: timeout after {row['seconds']:.0f} s: not finished after 2 s"
+    assert describe(row) == f"AdamW-zero0-batch1: timeout after {row['seconds']:.0f} s: {row['reason']}"
 
 
 def test_damaged_results_are_named(tmp_path):

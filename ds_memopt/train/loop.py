@@ -291,6 +291,7 @@ def _progress(row: dict[str, Any], steps: int) -> str:
     return (
         f"step {row['step']}/{steps}: loss {row['loss']:.4f}, {_figures(row)}, "
         f"{row['step_ms']:.0f} ms a step, {row['tokens_per_s']:.0f} tokens/s"
+        + ("" if row["mfu"] is None else f", MFU {row['mfu']:.1%}")
     )
 
 

@@ -75,8 +75,12 @@ def stop_ranks() -> None:
     """Leave the process group, and remove the shared memory that DeepSpeed's CPU all_reduce leaves behind: 66 MiB."""
     if dist.is_initialized():
         dist.destroy_process_group()
-    place = "_".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"))
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{place}"):
+    remove_shared_memory(*(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")))
+
+
+def remove_shared_memory(address: str, port: str, rank: str) -> None:
+    """What DeepSpeed's CPU all_reduce leaves behind; "*" stands for any."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{address}_{port}_{rank}"):
         buffer.unlink(missing_ok=True)
 
 

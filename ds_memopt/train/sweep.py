@@ -21,6 +21,8 @@ from tqdm import tqdm
 from ds_memopt.optimizers import takes
 from ds_memopt.train.compare import steady, steps, summarize
 from ds_memopt.train.config import load_config, override_optimizer
+from ds_memopt.train.launcher import free_port
+from ds_memopt.train.ranks import remove_shared_memory
 from ds_memopt.train.record import read_json, write_json, write_text
 from ds_memopt.train.report import RESULTS
 
@@ -72,8 +74,8 @@ def largest_that_fits(fits: Callable[[int], bool], smallest: int, largest: int) 
 class Sweep:
     """Runs cases, each in a process group of its own, and keeps a line for each in folder/results.jsonl.
 
-    settings: what all cases share; `--resume` needs the same. command: (case, its folder) -> the command that runs it,
-    and whose job writes metrics.jsonl there. timeout: seconds that a case may take. tell: shows a line of text.
+    settings: what all cases share; `--resume` needs the same. command: (case, its folder, a free port) -> the command
+    that runs it, and whose job writes metrics.jsonl there. timeout: seconds that a case may take. tell: shows a line.
 
     A line: the case, "status" ("ok", "out of memory", "failed" or "timeout"), "reason", "folder", "command", "seconds",
     and of a case that is ok its figures: medians over the logged intervals without the first. ValueError if the folder
@@ -84,7 +86,7 @@ class Sweep:
         self,
         folder: Path,
         settings: dict[str, Any],
-        command: Callable[[Case, Path], list[str]],
+        command: Callable[[Case, Path, str], list[str]],
         timeout: float,
         resume: bool,
         tell: Callable[[str], None],
@@ -132,9 +134,13 @@ class Sweep:
         folder = self._folder / case.name
         shutil.rmtree(folder, ignore_errors=True)  # of a run that did not finish
         folder.mkdir()
-        command = self._command(case, folder)
+        port = free_port()
+        command = self._command(case, folder, port)
         began = time.monotonic()
-        status, reason = _execute(command, folder / "log.txt", self._timeout)
+        try:
+            status, reason = _execute(command, folder / "log.txt", self._timeout)
+        finally:
+            remove_shared_memory("*", port, "*")  # of ranks that were killed
         row = {
             "case": case.name,
             **asdict(case),
@@ -189,14 +195,22 @@ def _execute(command: list[str], log: Path, timeout: float) -> tuple[str, str | 
     try:
         code = process.wait(timeout)
     except subprocess.TimeoutExpired:
-        return TIMEOUT, f"not finished after {timeout:.0f} s"
+        return TIMEOUT, f"not finished after {timeout:.0f} s; its last line: {_last(_lines(log))}"
     finally:  # also if this process is interrupted, and of ranks that outlive their launcher
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     if code == 0:
         return OK, None
-    return _why(log.read_text(errors="replace").splitlines(), code)
+    return _why(_lines(log), code)
+
+
+def _lines(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines()
+
+
+def _last(lines: list[str]) -> str:
+    return next((line.strip() for line in reversed(lines) if line.strip()), "it printed nothing")
 
 
 def _why(lines: list[str], code: int) -> tuple[str, str]:
@@ -205,8 +219,7 @@ def _why(lines: list[str], code: int) -> tuple[str, str]:
         if _NO_MEMORY.search(line):
             return OUT_OF_MEMORY, line.strip()
     errors = [match[1] for line in lines if (match := _ERROR.match(line))]
-    last = next((line for line in reversed(lines) if line.strip()), "it printed nothing")
-    return FAILED, f"{errors[0] if errors else last.strip()} (exit status {code})"
+    return FAILED, f"{errors[0] if errors else _last(lines)} (exit status {code})"
 
 
 def _figures(folder: Path) -> dict[str, Any]:
