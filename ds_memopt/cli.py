@@ -36,7 +36,7 @@ def _add_plan(commands) -> None:
     command.add_argument("--gpus", type=int, required=True, help="ranks of the run")
     command.add_argument("--gpu_memory", required=True, help="of each, such as 80GB (10^9 bytes) or 75GiB")
     command.add_argument("--seq_length", type=int, required=True, help="tokens per sequence")
-    command.add_argument("--optimizer", default="all", help="all (default), or some: AdamW,GWT")
+    command.add_argument("--optimizer", default="all", help="all (default), or some: AdamW,GWT,my_ds_config.json")
     command.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="of weights and gradients")
     command.add_argument("--tflops", type=float, help="that a GPU keeps, to tell how much faster a step is")
     command.add_argument("--bandwidth", help="that a GPU sends in a second, such as 200GB; with --tflops")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from dataclasses import replace
 from itertools import chain
 
@@ -13,7 +14,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from plan import FEW, METHODS, PLACEMENTS, SIZES, everything, param_groups, type_of
 from spawn import run_ranks
 from tiny import llama
-from transformers import GPT2Config
+from transformers import GPT2Config, LlamaForCausalLM
 
 import ds_memopt.plan
 from ds_memopt.cli import main
@@ -239,15 +240,25 @@ def test_gains_are_those_of_the_formula():
     assert told["of that for shared blocks"] == mini.prediction.seams
 
 
+def built_tiny():
+    return LlamaForCausalLM(find_model("tiny")[0])
+
+
 def test_the_command_writes_a_config_that_trains(tmp_path, capsys):
     file = tmp_path / "ds_config.json"
     arguments = ["plan", "--model", "tiny", "--gpus", "2", "--gpu_memory", "16GB", "--seq_length", "128"]
-    assert main([*arguments, "--optimizer", "GWT,MeZO", "--output", str(file)]) == 0
+    level_3 = tmp_path / "level_3.json"
+    level_3.write_text(json.dumps({"optimizer": {"type": "GWT", "params": {"lr": "auto", "level": 3}}}))
+    assert main([*arguments, "--optimizer", f"{level_3},MeZO", "--output", str(file), "--by_kind"]) == 0
     printed = capsys.readouterr().out
-    assert "Recommended: GWT at ZeRO-0" in printed and printed.count("MeZO") == 4
+    assert "Recommended: level_3 at ZeRO-0" in printed and printed.count("MeZO") == 8
+    assert "level_3 at ZeRO-2, bytes of a rank" in printed
+    expected = predict(built_tiny(), "GWT", {"level": 3}, stage=1, ranks=2, zero={"reduce_bucket_size": 4_852_992})
+    assert f"state exp_avg {expected.states['exp_avg']:>18,}" in printed
     config = load_config(str(file))
     assert config["zero_optimization"]["reduce_bucket_size"] == 4_852_992
     assert config["optimizer"]["type"] == "GWT" and config["train_micro_batch_size_per_gpu"] > 100
+    assert config["optimizer"]["params"]["level"] == 3 and config["optimizer"]["params"]["lr"] == "auto"
 
 
 @pytest.mark.parametrize(
@@ -259,7 +270,11 @@ def test_the_command_writes_a_config_that_trains(tmp_path, capsys):
         ({"--seq_length": "-1"}, "seq_length=-1 is out of range"),
         ({"--tflops": "100"}, "tflops and bandwidth tell together how fast a step is. Give both or none."),
         ({"--tflops": "0", "--bandwidth": "1GB"}, "tflops=0.0 is out of range: it must be a number > 0"),
-        ({"--optimizer": "AdamMini,Lion"}, "optimizer='Lion' is out of range: it must be all or some of AdamW"),
+        (
+            {"--optimizer": "AdamMini,Lion"},
+            "optimizer='Lion' is out of range: it must be all, ds_configs, or some of",
+        ),
+        ({"--optimizer": "nowhere.json"}, "cannot read the DeepSpeed config nowhere.json"),
         ({"--gpu_memory": "1MB", "--output": "never.json"}, "nothing fits, so never.json is not written"),
     ],
 )

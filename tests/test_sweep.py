@@ -96,7 +96,8 @@ def test_resumed_sweep_runs_only_what_failed(swept):
 
 
 def test_a_case_that_hangs_is_killed_with_all_its_processes(tmp_path):
-    hang = "print('begun', flush=True); import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(1234.5)'])"
+    sleep = "import time; time.sleep(1234.5)"
+    hang = f"print('begun', flush=True); import subprocess, sys; subprocess.run([sys.executable, '-c', {sleep!r}])"
     sweep = Sweep(tmp_path / "out", {"gpus": 1}, lambda *_: [sys.executable, "-c", hang], 2, False, lambda line: None)
     row = sweep.run(Case("AdamW", 0, 1))
     assert (row["status"], row["reason"]) == ("timeout", "not finished after 2 s; its last line: begun")

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 from ds_memopt.measure import GIB
 from ds_memopt.optimizers import METHODS, InPlaceOptimizer, takes
 from ds_memopt.optimizers.base import check_range
+from ds_memopt.train.config import AUTO, load_config
 from ds_memopt.train.flops import model_flops
 from ds_memopt.train.presets import find_model
 
@@ -48,13 +49,16 @@ UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 2**20}
 
 @dataclass(frozen=True)
 class Row:
-    """A method at a stage. zero: what is planned of zero_optimization; the rest has DeepSpeed's defaults.
+    """A method at a stage. options: its hyper-parameters that are not the default ones. name: of both.
+    zero: what is planned of zero_optimization; the rest has DeepSpeed's defaults.
 
     micro_batch: sequences that fit, 0 if none does; checkpointed: with checkpointing. flops: of a forward and a
         backward of one sequence, None if the formula does not hold for the model.
     """
 
+    name: str
     method: str
+    options: Mapping[str, Any]
     stage: int
     zero: Mapping[str, Any]
     prediction: Prediction
@@ -111,8 +115,9 @@ def plan(
     methods: Iterable[str] = BY_NEARNESS,
     dtype: str = "bf16",
 ) -> Planned:
-    """Every method at every stage, with the options that a method has by default.
+    """Every method at every stage.
 
+    methods: types, with the options that they have by default, or paths of ds_configs whose optimizer block is taken.
     model: a preset, a folder with a Hugging Face config.json, or such a configuration. gpus: ranks. gpu_memory: bytes
         of each that a run may use. seq_length: tokens of each sequence.
 
@@ -120,8 +125,7 @@ def plan(
     """
     for name, value in (("gpus", gpus), ("gpu_memory", gpu_memory), ("seq_length", seq_length)):
         check_range(name, value, isinstance(value, int) and value >= 1, "an integer >= 1", "Give what you have.")
-    for method in methods:
-        check_range("optimizer", method, method in RULES, f"all or some of {', '.join(RULES)}", "Write it so.")
+    named = [(name, *_optimizer(name)) for name in methods]
     config = find_model(model)[0] if isinstance(model, str) else model
     needs = {
         name: measure_activations(config, seq_length, DTYPES[dtype], **options)
@@ -137,16 +141,25 @@ def plan(
     bucket = min(USUAL_BUCKET, sum(p.numel() for p in built.parameters()))
     zero = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": bucket}
     rows = []
-    for method in methods:
+    for name, method, options in named:
         for stage in STAGES:
-            prediction = predict(built, method, stage=stage, ranks=gpus, dtype=dtype, zero=zero)
+            prediction = predict(built, method, options, stage=stage, ranks=gpus, dtype=dtype, zero=zero)
             fits = [
                 _largest(prediction, _needed(method, needs, kind), gpu_memory) for kind in ("plain", "checkpointed")
             ]
             per_sequence = None if isinstance(flops, str) else flops.per_token * seq_length
-            rows.append(Row(method, stage, zero, prediction, *fits, per_sequence))
+            rows.append(Row(Path(name).stem, method, options, stage, zero, prediction, *fits, per_sequence))
     logits = 4 * seq_length * config.get_text_config().vocab_size
     return Planned(rows, needs["plain"].first, needs["checkpointed"].first, logits)
+
+
+def _optimizer(name: str) -> tuple[str, dict[str, Any]]:
+    """Type and options of what the user named."""
+    block = load_config(name).get("optimizer", {}) if name.endswith(".json") else {"type": name}
+    method = block.get("type")
+    limit = f"all, ds_configs, or some of {', '.join(RULES)}"
+    check_range("optimizer", method, method in RULES, limit, "Write it so.")
+    return method, {key: value for key, value in block.get("params", {}).items() if value != AUTO}
 
 
 def _needed(method: str, needs: dict[str, Activations], kind: str) -> Activations:
@@ -198,7 +211,7 @@ def as_text(rows: Sequence[Row], tflops: float | None = None, bandwidth: int | N
         sizes = (p.weights, p.masters, p.gradients, sum(p.states.values()), besides, row.sent)
         fits = (str(size) if size else "-" for size in (row.micro_batch, row.checkpointed))
         ratios = (column[number] for column in gains.values())
-        lines.append((row.method, str(row.stage), *(f"{size / GIB:.2f}" for size in sizes), *fits, *ratios))
+        lines.append((row.name, str(row.stage), *(f"{size / GIB:.2f}" for size in sizes), *fits, *ratios))
     widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
     return "\n".join("".join(map(str.rjust, line, widths)) for line in lines)
 
@@ -217,7 +230,7 @@ def details(rows: Sequence[Row]) -> str:
     lines = []
     for row in rows:
         p = row.prediction
-        lines.append(f"{row.method} at ZeRO-{row.stage}, bytes of a rank")
+        lines.append(f"{row.name} at ZeRO-{row.stage}, bytes of a rank")
         kinds = {"weights and buffers": p.weights, "masters": p.masters, "gradients": p.gradients}
         kinds |= {f"state {name}": size for name, size in p.states.items()}
         kinds |= {"besides, forward and backward": p.backward, "besides, step": p.step}
@@ -238,7 +251,7 @@ def ds_config(row: Row, dtype: str = "bf16") -> dict[str, Any]:
         "gradient_clipping": 0.0 if in_place else 1.0,
         "optimizer": {
             "type": row.method,
-            "params": {key: "auto" for key in adam if row.method == "AdamW" or takes(row.method, key)},
+            "params": {key: AUTO for key in adam if row.method == "AdamW" or takes(row.method, key)} | row.options,
         },
         "bf16": {"enabled": dtype == "bf16"},
         "zero_optimization": {"stage": row.stage, **row.zero},
@@ -286,7 +299,7 @@ def run(
             raise ValueError(f"nothing fits, so {output} is not written. Use more GPUs or shorter sequences.")
         return
     checkpointing = "" if best.micro_batch else " with activation checkpointing"
-    print(f"\nRecommended: {best.method} at ZeRO-{best.stage}, micro-batches of {best.batch}{checkpointing}.")
+    print(f"\nRecommended: {best.name} at ZeRO-{best.stage}, micro-batches of {best.batch}{checkpointing}.")
     print("Of the methods that fit it is the nearest to AdamW, and at this stage it sends least for each sequence.")
     if output:
         output.write_text(json.dumps(ds_config(best, dtype), indent=2) + "\n")
