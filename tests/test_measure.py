@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 
 from ds_memopt.measure import (
+    PHASES,
     CommunicationMeter,
     StepTimer,
     Traffic,
@@ -204,7 +205,7 @@ def test_waiting_counts_as_communication_in_the_phase_that_waits(ranks):
         assert seen["backward_ms"] == pytest.approx(100, abs=90)
     for seen in (late, *punctual):
         assert seen["optimizer_ms"] == pytest.approx(100, abs=90)
-        split = sum(seen[f"{name}_ms"] for name in ("forward", "backward", "optimizer", "communication", "other"))
+        split = sum(seen[f"{name}_ms"] for name in (*PHASES, "other"))
         assert split == pytest.approx(seen["step_ms"])
 
 
@@ -323,6 +324,26 @@ def test_step_timer_splits_a_step():
     timer.start()
     timer.count(1)
     assert "forward_ms" not in timer.read()  # nothing was told in this interval
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_step_timer_on_a_gpu_splits_the_time_of_its_stream():
+    """The host is done at once; what another stream does meanwhile belongs to no phase."""
+    device, side = torch.device("cuda"), torch.cuda.Stream()
+    a = torch.randn(8192, 8192, device=device)
+    timer = StepTimer(device, world_size=1)
+    for _ in range(2):  # the first warms up
+        timer.start()
+        with timer.phase("forward"):
+            a @ a
+        with timer.phase("backward"):
+            [a @ a for _ in range(10)]
+        with torch.cuda.stream(side), timer.phase("communication"):
+            a @ a
+        timer.count(1)
+        figures = timer.read()
+    assert figures["communication_ms"] == 0 and 0 < figures["forward_ms"] < figures["backward_ms"] / 4
+    assert sum(figures[f"{name}_ms"] for name in (*PHASES, "other")) == pytest.approx(figures["step_ms"])
 
 
 PEAK = """

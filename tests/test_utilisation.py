@@ -92,6 +92,21 @@ def test_experts_and_sequences_of_different_lengths_are_null():
     assert "differ in length" in model_flops(llama(), None, None)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_memory_limit_on_a_gpu():
+    device = torch.device("cuda")
+    try:
+        limit_memory(device, 0.5)
+        held = torch.empty(400 * 2**20, dtype=torch.int8, device=device)
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(200 * 2**20, dtype=torch.int8, device=device)
+        del held
+        with pytest.raises(ValueError, match="a memory limit of 1000000 GiB is more than the .* GiB of this device"):
+            limit_memory(device, 1_000_000)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 LIMITED = """
 import torch
 from ds_memopt.measure import limit_memory
