@@ -11,7 +11,7 @@ from tiny import llama
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 from ds_memopt import IPSGD, Addax, BAdam, MeZO
-from ds_memopt.measure import ModelFlops, peak_flops
+from ds_memopt.measure import ModelFlops, limit_memory, peak_flops
 from ds_memopt.train.flops import model_flops
 
 
