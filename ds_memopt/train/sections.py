@@ -153,11 +153,12 @@ def _sweep(runs: Sequence[Run], failures: Sequence[Failure], name: str, image_na
             f"{next_one.line['micro_batch']}: {next_one.status}" if next_one else "-",
         ])  # fmt: skip
     ran = {setting: of_batch for setting, of_batch in speeds.items() if of_batch}
+    several = any(len(of_batch) > 1 for of_batch in ran.values())
     return Section(
         f"Sweep {name}",
         [f"{len(runs)} of {len(runs) + len(failures)} cases ran.", *_gains(speeds)],
         image_name=image_name,
-        image=plots.png(plots.speed_by_batch(ran)) if ran else None,
+        image=plots.png(plots.speed_by_batch(ran)) if several else None,
         header=["", "largest micro-batch that ran", "tokens/s there", "best tokens/s", "at micro-batch",
                 "next that did not run"],
         rows=rows,
