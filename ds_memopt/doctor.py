@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.utils import cpp_extension
 
 
 class Finding(NamedTuple):
@@ -24,7 +27,7 @@ class Finding(NamedTuple):
 def examine() -> Iterator[Finding]:
     """Look at one thing after the other. Changes nothing; compiles one small function, which takes some seconds."""
     for look in (
-        _python, _torch, _gpus, _deepspeed, _compiler, _compilation, _headers, _libraries, _mpi, _pdsh,
+        _python, _torch, _gpus, _deepspeed, _compiler, _compilation, _headers, _operators, _libraries, _mpi, _pdsh,
     ):  # fmt: skip
         yield look()
 
@@ -110,6 +113,29 @@ def _headers() -> Finding:
         return Finding("Python's headers", header)
     without = "DeepSpeed's operators and Triton's kernels cannot be built: install them (Debian: python3-dev)."
     return Finding("Python's headers", f"no {header}", without)
+
+
+def _operators() -> Finding:
+    """torch takes the file `lock` in an operator's folder for a compilation that goes on, and waits for its end."""
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    names = sorted({path.stem for path in folder.glob("**/*.so")})
+    found = f"{', '.join(names) or 'none'} compiled in {folder}, the others when they are first used"
+    for lock in folder.glob("**/lock"):
+        if not _is_open(lock):
+            without = f"A compilation that was killed left {lock}, for which the next one waits for ever: remove it."
+            return Finding("DeepSpeed's operators", found, without)
+    return Finding("DeepSpeed's operators", found)
+
+
+def _is_open(file: Path) -> bool:
+    """Whether a process that this one may look at holds the file open. Where that cannot be told, yes."""
+    if not Path("/proc/self/fd").exists():
+        return True
+    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # it is gone, or another user's
+            if descriptor.samefile(file):
+                return True
+    return False
 
 
 def _libraries() -> Finding:

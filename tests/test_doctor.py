@@ -33,7 +33,7 @@ def findings(**environment: str) -> dict[str, str]:
 def test_a_machine_that_runs_these_tests_has_what_they_need():
     found = findings()
     assert found["torch"].startswith(torch.__version__) and found["DeepSpeed"] == deepspeed.__version__
-    for name in ("Python", "torch", "DeepSpeed", "C++ compiler", "Libraries"):
+    for name in ("Python", "torch", "DeepSpeed", "C++ compiler", "DeepSpeed's operators", "Libraries"):
         assert f"{name} without" not in found
     assert ("GPUs without" in found) == (not torch.cuda.is_available())
     amiss = sum("without" in name for name in found)
@@ -47,6 +47,20 @@ def test_what_is_not_there_is_told(tmp_path):
     assert "cannot build its operators" in found["C++ compiler without"]
     assert "MeZO and Addax make their noise without it" in found["torch.compile without"]
     assert "install mpirun" in found["MPI without"] and "starts no other machine" in found["pdsh without"]
+
+
+def test_a_lock_that_nobody_holds_is_told(tmp_path, monkeypatch):
+    """DeepSpeed would wait for ever; while a process compiles, it is right to."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / "cpu_adam").mkdir()
+    (tmp_path / "cpu_adam" / "cpu_adam.so").touch()
+    assert doctor._operators() == (
+        "DeepSpeed's operators", f"cpu_adam compiled in {tmp_path}, the others when they are first used", ""
+    )  # fmt: skip
+    lock = tmp_path / "cpu_adam" / "lock"
+    with lock.open("w"):
+        assert not doctor._operators().without
+    assert doctor._operators().without.startswith(f"A compilation that was killed left {lock}, for which")
 
 
 def test_a_deepspeed_that_is_not_there_or_another_is_told(monkeypatch):
