@@ -13,6 +13,7 @@ import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
 from tiny import batches, distance, full_parameters, llama, train_plain
 from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -302,6 +303,18 @@ def test_resumes_bit_for_bit_in_and_between_visits(base, tmp_path):
         assert (loaded.position, loaded.active_block) == (divmod(steps, K), optimizer.active_block)
         train_plain(resumed, loaded, data[steps:])
         assert differing(full_parameters(resumed), full_parameters(whole)) == set()
+
+
+def test_torchs_distributed_state_dict_makes_no_step_at_the_start_of_a_visit():
+    """It lets an optimizer without state make one, which with switch_every=1 would skip a block."""
+    model = build()
+    optimizer = optimizer_of(model, switch_every=1)
+    train_plain(model, optimizer, batches(1))
+    before = optimizer.position
+    state = get_optimizer_state_dict(model, optimizer)
+    assert optimizer.position == before == (1, 0)
+    moments = [value for one in state["state"].values() for key, value in one.items() if key == "exp_avg"]
+    assert len(moments) == 9 and not any(map(torch.any, moments))  # of the second layer, and it has not trained
 
 
 def test_state_of_other_options_is_refused():

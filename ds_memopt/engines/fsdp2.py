@@ -129,9 +129,6 @@ class Fsdp2Engine:
         model = {"model": self.module.state_dict()}
         if isinstance(self.optimizer, InPlaceOptimizer):
             return model
-        if isinstance(self.optimizer, BAdam) and not self.optimizer.state:
-            # At the start of a visit. What asks for the state makes one of its own by a step, which would count.
-            self.optimizer.resume_at(self.optimizer.position)
         return model | {"optimizer": get_optimizer_state_dict(self.module, self.optimizer)}
 
     def _progress(self) -> dict[str, Any]:

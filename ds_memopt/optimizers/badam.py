@@ -249,6 +249,7 @@ class BAdam(ShardedOptimizer):
         self._stepped = True
         if not self._bound and self.finish_step():
             self.next_block()
+            self._make_state()
         return loss
 
     def update(
@@ -282,6 +283,10 @@ class BAdam(ShardedOptimizer):
         if self._bound:
             raise ValueError("resume_at is for plain PyTorch and FSDP2. With DeepSpeed call engine.load_checkpoint.")
         self.go_to(position)
+        self._make_state()
+
+    def _make_state(self) -> None:
+        """Zeros for the active block. An optimizer without state torch's get_optimizer_state_dict lets make a step."""
         tensors = self._placement.named_tensors(self.param_groups)
         plans = self._plan(*zip(*tensors, strict=True))
         for number, (tensor, _) in enumerate(tensors):
