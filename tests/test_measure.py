@@ -94,18 +94,20 @@ def _communicate() -> dict:
     seen["two meters"] = [outer.bytes_sent(), inner.bytes_sent()]
     dist.all_reduce(f32)  # nobody listens
     seen["after stop"] = [outer.calls(), inner.calls()]
-    seen["groups"] = _two_groups(f32, pair)
+    seen["groups"] = _three_groups(f32, pair)
     seen["late"] = _wait_for_a_late_rank(f32)
     seen["fsdp2"] = _fsdp2_step()
     return seen
 
 
-def _two_groups(tensor, pair) -> dict:
+def _three_groups(tensor, pair) -> dict:
+    other_pair = dist.new_group([0, 2])
     with CommunicationMeter() as meter:
         dist.all_reduce(tensor)
         dist.broadcast(tensor, 0)
-        if dist.get_rank() < 2:
-            dist.all_reduce(tensor, group=pair)
+        for ranks, group in ((0, 1), pair), ((0, 2), other_pair):
+            if dist.get_rank() in ranks:
+                dist.all_reduce(tensor, group=group)
     return meter.by_group()
 
 
@@ -191,9 +193,10 @@ def test_a_smaller_group_counts_with_its_own_size(ranks):
 
 
 def test_bytes_of_each_process_group(ranks):
-    """48 bytes: an all-reduce and a broadcast over all (64 + 32 sent), an all-reduce of two."""
-    both = {WORLD: Traffic(2, 96, 96)}
-    assert [seen["groups"] for seen in ranks] == [both | {(0, 1): Traffic(1, 48, 48)}] * 2 + [both]
+    """48 bytes: an all-reduce and a broadcast over all (64 + 32 sent), an all-reduce of each of two pairs."""
+    for rank, seen in enumerate(ranks):
+        pairs = {pair: Traffic(1, 48, 48) for pair in ((0, 1), (0, 2)) if rank in pair}
+        assert seen["groups"] == {WORLD: Traffic(2, 96, 96)} | pairs
 
 
 def test_waiting_counts_as_communication_in_the_phase_that_waits(ranks):
@@ -324,6 +327,15 @@ def test_step_timer_splits_a_step():
     timer.start()
     timer.count(1)
     assert "forward_ms" not in timer.read()  # nothing was told in this interval
+
+    timer.start()
+    timer.enter("forward")
+    timer.enter("backward")  # of a thread that takes turns with the one in forward
+    timer.leave("forward")
+    time.sleep(0.05)
+    timer.leave("backward")
+    timer.count(1)
+    assert timer.read()["backward_ms"] >= 50
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
