@@ -46,9 +46,13 @@ def run_ranks(function, world_size: int, *args, timeout_s: float = 400):
                 time.sleep(0.05)
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"{function.__name__} on {world_size} ranks was not done after {timeout_s} s")
+            # A rank that crashes leaves no message, and the others one that it is gone: say who began.
+            crashed = [f"rank {number} ended by signal {-rank.exitcode}; " for number, rank in enumerate(ranks)
+                       if (rank.exitcode or 0) < 0]  # fmt: skip
             failed = sorted(Path(folder).glob("*.failed"))
             if failed:
-                raise RuntimeError(f"{function.__name__}, rank {failed[0].stem}:\n{failed[0].read_text()}")
+                message = f"{function.__name__}, {''.join(crashed)}rank {failed[0].stem}:\n{failed[0].read_text()}"
+                raise RuntimeError(message)
         finally:
             for rank in ranks:
                 rank.join(20 if not any(Path(folder).glob("*.failed")) else 0)
@@ -58,7 +62,9 @@ def run_ranks(function, world_size: int, *args, timeout_s: float = 400):
             for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
                 buffer.unlink()
         if missing := [rank for rank in range(world_size) if not Path(folder, f"{rank}.result").exists()]:
-            raise RuntimeError(f"{function.__name__}: ranks {missing} of {world_size} died without a result")
+            raise RuntimeError(
+                f"{function.__name__}: {''.join(crashed)}ranks {missing} of {world_size} died without a result"
+            )
         return [torch.load(Path(folder, f"{rank}.result"), weights_only=False) for rank in range(world_size)]
 
 
