@@ -16,6 +16,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 optimizer=${OPTIMIZER:-AdamW}
 case $optimizer in
     MeZO) lr=${LR:-6e-5} steps=${STEPS:-800} ;; # two forward passes a step, and many small steps
+    IPSGD) lr=${LR:-1e-1} steps=${STEPS:-300} ;; # no momentum: large steps, and more of them than AdamW's
     *) lr=${LR:-3e-4} steps=${STEPS:-100} ;;
 esac
 
