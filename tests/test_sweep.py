@@ -83,16 +83,23 @@ def test_resumed_sweep_runs_only_what_failed(swept):
     folder, _ = swept
     before = _rows(folder / "out")
     optimizers = ["--optimizer", "AdamMini", str(folder / "wrong.json"), "--stage", "3"]
-    refused = _sweep(folder / "out", *optimizers)
-    assert refused.returncode == 1 and "already holds a sweep: continue it with --resume" in refused.stderr
-    refused = _sweep(folder / "out", *optimizers, "--resume", "--seq_length", "65")
-    assert "seq_length was 512, is 65" in refused.stderr and _rows(folder / "out") == before
-
     done = _sweep(folder / "out", *optimizers, "--resume", "--largest_micro_batch", "8")
     assert done.returncode == 0, done.stderr[-3000:]
     after = _rows(folder / "out")
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed == {"wrong-zero3-batch1"}  # tried again: its port and seconds differ
+
+
+def test_a_sweep_is_continued_with_its_own_settings_only(tmp_path):
+    def again(settings: dict, resume: bool) -> Sweep:
+        return Sweep(tmp_path / "out", settings, lambda *_: [], 1, resume, print)
+
+    again({"gpus": 1, "seq_length": 64}, False)
+    with pytest.raises(ValueError, match="out already holds a sweep: continue it with --resume"):
+        again({"gpus": 1, "seq_length": 64}, False)
+    with pytest.raises(ValueError, match="--resume needs the settings of the sweep in .*out: seq_length was 64, is 65"):
+        again({"gpus": 1, "seq_length": 65}, True)
+    again({"gpus": 1, "seq_length": 64}, True)
 
 
 def test_a_case_that_hangs_is_killed_with_all_its_processes(tmp_path):
