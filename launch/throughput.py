@@ -50,14 +50,30 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(arguments: argparse.Namespace, gpus: int) -> list[int] | None:
+    """The micro-batches, None to find the largest. ValueError for a number out of range."""
+    for name in ("warm_up", "measure", "largest_micro_batch", "timeout", "memory_limit_gib", "gpus"):
+        value = gpus if name == "gpus" else getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name} {value} is out of range: it must be more than 0")
+    if arguments.micro_batch == ["auto"]:
+        return None
+    for size in arguments.micro_batch:
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f'--micro_batch {size} is neither a size of at least 1 nor, alone, "auto"')
+    return [int(size) for size in arguments.micro_batch]
+
+
 def main() -> int:
     arguments = parse()
     import torch
     from tqdm import tqdm
 
     from ds_memopt.train import sweep
+    from ds_memopt.train.plan import check_optimizer_type
+    from ds_memopt.train.presets import find_model
 
-    gpus = arguments.gpus or torch.cuda.device_count() or 2
+    gpus = (torch.cuda.device_count() or 2) if arguments.gpus is None else arguments.gpus
     shared = {"model": arguments.model, "data": arguments.data, "seq_length": arguments.seq_length}
     shared |= {"dtype": arguments.dtype, "memory_limit_gib": arguments.memory_limit_gib}
     flags = ["--gradient_checkpointing"] if arguments.gradient_checkpointing else []
@@ -74,9 +90,10 @@ def main() -> int:
         return [str(word) for word in words] + [str(w) for name, value in options.items() for w in (f"--{name}", value)]
 
     try:
-        sizes = None if arguments.micro_batch == ["auto"] else [int(size) for size in arguments.micro_batch]
-        for optimizer in arguments.optimizer:
-            sweep.ds_config(optimizer, arguments.stage[0], CONFIGS)  # a trial: a wrong file must fail now
+        sizes = check(arguments, gpus)
+        for optimizer in arguments.optimizer:  # a trial: a wrong one must fail now
+            check_optimizer_type(sweep.ds_config(optimizer, arguments.stage[0], CONFIGS)["optimizer"]["type"])
+        find_model(arguments.model)
         settings = shared | steps | {"gpus": gpus, "gradient_checkpointing": arguments.gradient_checkpointing}
         folder = arguments.output_dir or _first_free()
         cases = sweep.Sweep(folder, settings, command, arguments.timeout, arguments.resume, tqdm.write)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -88,6 +89,28 @@ def test_resumed_sweep_runs_only_what_failed(swept):
     after = _rows(folder / "out")
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed == {"wrong-zero3-batch1"}  # tried again: its port and seconds differ
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--optimizer", "AdamMini", "Adamini"], "optimizer type 'Adamini' is unknown; known are AdamMini, "),
+        (["--micro_batch", "2", "auto"], '--micro_batch auto is neither a size of at least 1 nor, alone, "auto"'),
+        (["--micro_batch", "0"], "--micro_batch 0 is neither a size of at least 1"),
+        (["--warm_up", "0"], "--warm_up 0 is out of range: it must be more than 0"),
+        (["--gpus", "0"], "--gpus 0 is out of range: it must be more than 0"),
+        (["--memory_limit_gib", "-1"], "--memory_limit_gib -1.0 is out of range: it must be more than 0"),
+        (["--model", "llama-8b"], "model 'llama-8b' is neither a preset nor a local folder"),
+        (["--optimizer", "nowhere.json"], "cannot read the DeepSpeed config nowhere.json: No such file"),
+    ],
+)
+def test_user_errors_come_before_any_case(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--output_dir", str(tmp_path / "out"), *arguments])
+    throughput = runpy.run_path(str(ROOT / "launch/throughput.py"))
+    with pytest.raises(SystemExit) as stopped:
+        throughput["main"]()
+    assert message in str(stopped.value) and not (tmp_path / "out").exists()
 
 
 def test_a_sweep_is_continued_with_its_own_settings_only(tmp_path):

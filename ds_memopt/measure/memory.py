@@ -54,10 +54,12 @@ def limit_memory(device: torch.device, gib: float) -> None:
 
     On CUDA: of PyTorch's allocator, which raises OutOfMemoryError. On a CPU with Linux: of what the process maps beyond
     what it has mapped now, so call it before a model is built; torch raises RuntimeError then. Processes that it starts
-    inherit the limit: compile DeepSpeed's operators before. ValueError if the device has less, or if this system has no
-    such limit.
+    inherit the limit: compile DeepSpeed's operators before. ValueError if the device has less, if the limit is not
+    above 0, or if this system has none.
     """
     limit = int(gib * GIB)
+    if limit <= 0:
+        raise ValueError(f"a memory limit of {gib} GiB leaves nothing: it must be more than 0")
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
         if limit > total:

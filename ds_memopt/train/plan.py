@@ -164,12 +164,7 @@ def _with_command_line(raw: dict[str, Any], options: RunOptions) -> dict[str, An
         raise ValueError(f"{options.deepspeed_config} has no optimizer.type: add that block or pass --optimizer")
     if raw.get("scheduler") and (options.schedule or options.warmup_steps is not None):
         raise ValueError("--schedule and --warmup_steps have no effect beside the DeepSpeed config's scheduler block")
-    name = raw["optimizer"]["type"]
-    if not (name in METHODS or name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name)):
-        raise ValueError(
-            f"optimizer type {name!r} is unknown; known are {', '.join([*METHODS, *DEEPSPEED_OPTIMIZERS])} "
-            "and the classes of torch.optim"
-        )
+    check_optimizer_type(raw["optimizer"]["type"])
     params = raw["optimizer"].setdefault("params", {})
     for name in SHARED_HYPERPARAMETERS:
         if name == "lr" or getattr(options, name) is not None:
@@ -179,6 +174,15 @@ def _with_command_line(raw: dict[str, Any], options: RunOptions) -> dict[str, An
         if enabled not in (AUTO, options.dtype == "bf16") or raw.get("fp16", {}).get("enabled") is True:
             raise ValueError(f"--dtype {options.dtype} contradicts bf16 or fp16 in {options.deepspeed_config}")
     return raw
+
+
+def check_optimizer_type(name: str) -> None:
+    """ValueError for a type that neither DeepSpeed nor this package knows."""
+    if not (name in METHODS or name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name)):
+        raise ValueError(
+            f"optimizer type {name!r} is unknown; known are {', '.join([*METHODS, *DEEPSPEED_OPTIMIZERS])} "
+            "and the classes of torch.optim"
+        )
 
 
 def _with_halves(params: dict[str, Any], micro_batch: int | None, recipe: Recipe, world_size: int) -> int:

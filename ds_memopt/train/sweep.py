@@ -49,7 +49,10 @@ def ds_config(optimizer: str, zero_stage: int, configs: Path) -> dict[str, Any]:
     """The config of AdamW at this stage, in the folder `configs`, with another optimizer block."""
     config = load_config(configs / f"zero{zero_stage}_adamw.json")
     if optimizer.endswith(".json"):
-        return config | {"optimizer": load_config(optimizer)["optimizer"]}
+        block = load_config(optimizer).get("optimizer", {})
+        if "type" not in block:
+            raise ValueError(f"{optimizer} has no optimizer.type: add that block, or name an optimizer type")
+        return config | {"optimizer": block}
     config = override_optimizer(config, optimizer)
     if takes(optimizer, "length_threshold"):  # sequences of one length are not told apart by it
         config["optimizer"]["params"]["length_threshold"] = None
