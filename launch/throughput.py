@@ -15,6 +15,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 from arguments import CONFIGS
@@ -51,7 +52,10 @@ def parse() -> argparse.Namespace:
 
 
 def check(arguments: argparse.Namespace, gpus: int) -> list[int] | None:
-    """The micro-batches, None to find the largest. ValueError for a number out of range."""
+    """The micro-batches, None to find the largest. ValueError for a number out of range, and for two optimizers whose
+    cases could not be told apart."""
+    if twice := [name for name, count in Counter(Path(one).stem for one in arguments.optimizer).items() if count > 1]:
+        raise ValueError(f"--optimizer names {twice[0]} twice, and cases are named after it: rename one of the files")
     for name in ("warm_up", "measure", "largest_micro_batch", "timeout", "memory_limit_gib", "gpus"):
         value = gpus if name == "gpus" else getattr(arguments, name)
         if value is not None and value <= 0:

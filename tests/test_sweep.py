@@ -95,6 +95,7 @@ def test_resumed_sweep_runs_only_what_failed(swept):
     ("arguments", "message"),
     [
         (["--optimizer", "AdamMini", "Adamini"], "optimizer type 'Adamini' is unknown; known are AdamMini, "),
+        (["--optimizer", "GWT", "a/GWT.json"], "--optimizer names GWT twice, and cases are named after it"),
         (["--micro_batch", "2", "auto"], '--micro_batch auto is neither a size of at least 1 nor, alone, "auto"'),
         (["--micro_batch", "0"], "--micro_batch 0 is neither a size of at least 1"),
         (["--warm_up", "0"], "--warm_up 0 is out of range: it must be more than 0"),

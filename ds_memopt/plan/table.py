@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ds_memopt.optimizers.base import check_range
 from ds_memopt.train.config import AUTO, load_config
 from ds_memopt.train.flops import model_flops
 from ds_memopt.train.presets import find_model
+from ds_memopt.train.record import write_json
 
 from .activations import Activations, measure_activations
 from .predict import DTYPES, RULES, Prediction, predict
@@ -302,5 +302,5 @@ def run(
     print(f"\nRecommended: {best.name} at ZeRO-{best.stage}, micro-batches of {best.batch}{checkpointing}.")
     print("Of the methods that fit it is the nearest to AdamW, and at this stage it sends least for each sequence.")
     if output:
-        output.write_text(json.dumps(ds_config(best, dtype), indent=2) + "\n")
+        write_json(output, ds_config(best, dtype))
         print(f"Written: {output}")

@@ -261,8 +261,7 @@ def _train(
         _refuse_no_number(row)
         if metrics:
             metrics.append(row)
-            if hasattr(engine, "monitor"):  # of DeepSpeed
-                write_to_monitor(engine.monitor, row, step * plan.facts["global_batch"])
+            write_to_monitor(engine.monitor, row, step * plan.facts["global_batch"])
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed['tokens_per_s']:.0f} tokens/s")
             if validate:
                 bar.write(_progress(row, plan.steps))

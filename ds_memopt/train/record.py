@@ -34,12 +34,9 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """The content of a file that a run left. ValueError if it is missing or no JSON."""
+    text = _read(path)
     try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(
-            f"{path.parent} is not the folder of a run: cannot read {path.name} in it ({error.strerror})"
-        ) from error
+        return json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}; remove the run's folder and run it again") from error
 
@@ -47,14 +44,20 @@ def read_json(path: Path) -> Any:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The rows of folder/metrics.jsonl. ValueError if the file is missing or a line is no JSON."""
     path = folder / METRICS
+    text = _read(path)
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise ValueError(
-            f"{folder} is not the folder of a run: cannot read {METRICS} in it ({error.strerror})"
-        ) from error
+        return [json.loads(line) for line in text.splitlines()]
     except ValueError as error:
         raise ValueError(f"{path} has a line that is not JSON: {error}") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError as error:
+        raise ValueError(
+            f"{path.parent} is not the folder of a run: cannot read {path.name} in it ({error.strerror})"
+        ) from error
 
 
 class MetricsFile:
