@@ -415,13 +415,13 @@ def refusal(call, *arguments, **options) -> str:
 
 
 WRONG = {
-    ("lr", "IPSGD"): (-1, "a number >= 0"), ("weight_decay", "Addax"): ("0.1", "a number >= 0"),
+    ("lr", "IPSGD"): (-1, "a number in [0, 1e6]"), ("weight_decay", "Addax"): ("0.1", "a number in [0, 1e6]"),
     ("rule", "IPSGD"): ("adam", "'sgd' or 'adalomo'"), ("clip", "IPSGD"): ("norm", "'none', 'tensor' or 'two_pass'"),
-    ("max_norm", "Addax"): (0, "a finite number > 0"), ("max_norm", "IPSGD"): (math.inf, "a finite number > 0"),
+    ("max_norm", "Addax"): (0, "a number in (0, 1e6]"), ("max_norm", "IPSGD"): (math.inf, "a number in (0, 1e6]"),
     ("keep", "IPSGD"): ("master", "'residual', 'fp32' or 'none'"), ("alpha", "Addax"): (1.1, "a number in [0, 1]"),
-    ("length_threshold", "Addax"): (0, "an integer >= 1, 'auto' or null"),
+    ("length_threshold", "Addax"): (0, "an integer >= 1 or 'auto' or null"),
     ("zo_batch", "Addax"): (1.5, "an integer >= 1 or null"), ("fo_batch", "Addax"): (True, "an integer >= 1 or null"),
-    ("memory_gib", "Addax"): (0, "a finite number > 0 or null"), ("epsilon", "Addax"): (0, "a finite number > 0"),
+    ("memory_gib", "Addax"): (0, "a number in (0, 1e6] or null"), ("epsilon", "Addax"): (0, "a number in (0, 1]"),
     ("noise", "Addax"): ("uniform", "'gaussian' or 'rademacher'"), ("lockstep", "Addax"): (1, "true or false"),
 }  # fmt: skip
 

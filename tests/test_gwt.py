@@ -245,11 +245,11 @@ def test_user_errors_name_the_value_the_limit_and_the_remedy():
         gwt(model, level=6)
     with raises("level=2.0 is out of range"):
         gwt(model, level=2.0)
-    with raises("dense_lr=0.1 is out of range: it must be a number >= 0, given with lr > 0."):
-        gwt(model, lr="auto", dense_lr=0.1)
-    with raises("scale=0 is out of range: it must be a number > 0."):
+    with raises("dense_lr=0.1 is out of range: it must be at most 1e6 times lr."):
+        gwt(model, lr=0, dense_lr=0.1)
+    with raises("scale=0 is out of range: it must be a number in (0, 1e6]."):
         gwt(model, scale=0)
-    with raises("limiter=1 is out of range: it must be a number > 1 or None."):
+    with raises("limiter=1 is out of range: it must be a number in (1, 1e6] or null."):
         gwt(model, limiter=1)
     with raises("variant='official' is out of range: it must be 'stable' or 'paper'."):
         gwt(model, variant="official")

@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from ds_memopt.blocks.assign import assign_blocks, full_shape
+from ds_memopt.blocks.patterns import are_patterns, matching
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def partition_into_blocks(
     names = [name for name, _ in model.named_parameters() if name in wanted]
     if unknown := sorted(wanted.difference(names)):
         raise ValueError(f"trainable: the model has no {unknown[0]!r}. Use the names of model.named_parameters().")
-    active = {name for pattern in always_active for name in _matches("always_active", pattern, names)}
+    active = {name for pattern in always_active for name in matching("always_active", pattern, names)}
     rest = [name for name in names if name not in active]
     if not rest:
         raise ValueError(f"always_active={always_active!r} leaves none of {len(names)} parameters. Match fewer.")
@@ -81,13 +82,13 @@ def partition_into_blocks(
 
 
 def _check_options(blocks: Any, include_embedding: Any, include_lm_head: Any, always_active: Any) -> None:
-    explicit = isinstance(blocks, list | tuple) and len(blocks) > 1 and all(b and _is_patterns(b) for b in blocks)
+    explicit = isinstance(blocks, list | tuple) and len(blocks) > 1 and all(b and are_patterns(b) for b in blocks)
     choice = '"layer", "sublayer" or a list of regular expressions for each of at least two blocks. Try "layer"'
     for name, value, valid, limit in (
-        ("blocks", blocks, explicit or blocks in ("layer", "sublayer"), choice),
+        ("blocks", blocks, explicit or (isinstance(blocks, str) and blocks in ("layer", "sublayer")), choice),
         ("include_embedding", include_embedding, isinstance(include_embedding, bool), "true or false. Try false"),
         ("include_lm_head", include_lm_head, isinstance(include_lm_head, bool), "true or false. Try false"),
-        ("always_active", always_active, _is_patterns(always_active), 'a list of regular expressions. Try ["norm"]'),
+        ("always_active", always_active, are_patterns(always_active), 'a list of regular expressions. Try ["norm"]'),
     ):
         if not valid:
             raise ValueError(f"{name}={value!r} is out of range: it must be {limit}.")
@@ -95,26 +96,11 @@ def _check_options(blocks: Any, include_embedding: Any, include_lm_head: Any, al
             raise ValueError(f"{name}=True does not go with explicit blocks. List its parameters as a pattern there.")
 
 
-def _is_patterns(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(pattern, str) for pattern in value)
-
-
-def _matches(option: str, pattern: str, names: Sequence[str]) -> list[str]:
-    try:
-        matched = [name for name in names if re.search(pattern, name)]
-    except re.error as error:
-        raise ValueError(f"{option}: {pattern!r} is not a regular expression ({error}). Correct it.") from error
-    if not matched:
-        examples = ", ".join(map(repr, names[:: len(names) // 3 + 1]))
-        raise ValueError(f"{option}: {pattern!r} matches none of {len(names)} parameters, such as {examples}. Fix it.")
-    return matched
-
-
 def _by_patterns(blocks: Sequence[Sequence[str]], rest: Sequence[str]) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for number, patterns in enumerate(blocks):
         title = f"block {number} ({patterns[0]})"
-        block = {name for pattern in patterns for name in _matches("blocks", pattern, rest)}
+        block = {name for pattern in patterns for name in matching("blocks", pattern, rest)}
         for other, taken in found.items():
             if both := sorted(block & taken):
                 raise ValueError(f"{both[0]!r} is in {other!r} and in {title!r}. Make the patterns of one narrower.")

@@ -14,8 +14,9 @@ from torch import nn
 
 from ds_memopt.blocks import ParamBlocks
 
-from .base import ELEMENT, ShardedOptimizer, check_adam_group, check_range
+from .base import ELEMENT, ShardedOptimizer
 from .blockwise import BlockPlan, Piece
+from .hyper_parameters import ADAM, HEAD_DIM, VALUE_BLOCKS, checked, choice
 
 STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -45,6 +46,12 @@ class AdamMini(ShardedOptimizer):
 
     states = {"exp_avg": ELEMENT, "block_exp_avg_sq": "block"}
 
+    @checked(
+        **ADAM,
+        state_dtype=choice(*STATE_DTYPES, remedy="'fp32' is exact."),
+        value_blocks=VALUE_BLOCKS,
+        head_dim=HEAD_DIM,
+    )
     def __init__(
         self,
         params: Iterable,
@@ -58,10 +65,6 @@ class AdamMini(ShardedOptimizer):
         head_dim: int | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        check_range("state_dtype", state_dtype, state_dtype in STATE_DTYPES, "'fp32' or 'bf16'", "'fp32' is exact.")
-        check_range(
-            "value_blocks", value_blocks, value_blocks in ("rows", "whole"), "'rows' or 'whole'", "'rows' is usual."
-        )
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
@@ -73,9 +76,6 @@ class AdamMini(ShardedOptimizer):
 
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
         return {"block": dict(roles)}
-
-    def check_group(self, group: dict) -> None:
-        check_adam_group(group)
 
     def update(
         self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]

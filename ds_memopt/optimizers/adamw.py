@@ -11,8 +11,9 @@ from ds_memopt.blocks import Contiguous, ParamBlocks
 from ds_memopt.shards import numel_of
 
 from .adam_mini import adam_piece
-from .base import ELEMENT, ShardedOptimizer, check_adam_group
+from .base import ELEMENT, ShardedOptimizer
 from .blockwise import BlockPlan
+from .hyper_parameters import ADAM, checked
 
 
 class AdamW(ShardedOptimizer):
@@ -23,6 +24,7 @@ class AdamW(ShardedOptimizer):
 
     states = {"exp_avg": ELEMENT, "exp_avg_sq": ELEMENT}
 
+    @checked(**ADAM)
     def __init__(
         self,
         params: Iterable,
@@ -34,7 +36,8 @@ class AdamW(ShardedOptimizer):
         model: nn.Module | None = None,
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, defaults, model=model, head_dim=1, value_blocks="rows")  # no rule looks at heads
+        head_dim = 1 if model is None else None  # no rule looks at heads
+        super().__init__(params, defaults, model=model, head_dim=head_dim, value_blocks="rows")
 
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
         whole = {
@@ -45,9 +48,6 @@ class AdamW(ShardedOptimizer):
 
     def log_structures(self) -> None:
         """Nothing: every element is a block of its own."""
-
-    def check_group(self, group: dict) -> None:
-        check_adam_group(group)
 
     def update(
         self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]

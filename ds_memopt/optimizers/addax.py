@@ -16,9 +16,10 @@ from torch import nn
 
 from ds_memopt.shards import Part
 
-from .base import check_range, is_integer, is_number
-from .in_backward import Bucket, UpdatesInBackward, add_gradient, sum_and_count
-from .mezo import MeZO
+from .hyper_parameters import checked, either, integer, real
+from .in_backward import CLIPPING, Bucket, UpdatesInBackward, add_gradient, sum_and_count
+from .inplace import IN_PLACE
+from .mezo import PROBE, MeZO
 from .noise import NOISE_VERSION
 from .repeat import repeatable
 from .trajectory import SKIPPED
@@ -51,6 +52,16 @@ class Addax(UpdatesInBackward, MeZO):
     Raises ValueError for a hyper-parameter out of range.
     """
 
+    @checked(
+        **IN_PLACE,
+        **PROBE,
+        **CLIPPING,
+        alpha=real("[0, 1]", "1e-3 is usual."),
+        length_threshold=either(integer(1, None, "Try 'auto'."), "auto", None),
+        zo_batch=either(integer(1, None, "Leave it out."), None),
+        fo_batch=either(integer(1, None, "Leave it out."), None),
+        memory_gib=either(real("(0, 1e6]", "Leave it out on a GPU."), None),
+    )
     def __init__(
         self,
         params: Iterable,
@@ -73,13 +84,6 @@ class Addax(UpdatesInBackward, MeZO):
         trajectory: str | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        check_range("alpha", alpha, is_number(alpha) and 0 <= alpha <= 1, "a number in [0, 1]", "1e-3 is usual.")
-        known = length_threshold in ("auto", None) or is_integer(length_threshold, 1)
-        check_range("length_threshold", length_threshold, known, "an integer >= 1, 'auto' or null", "Try 'auto'.")
-        for name, value in (("zo_batch", zo_batch), ("fo_batch", fo_batch)):
-            check_range(name, value, value is None or is_integer(value, 1), "an integer >= 1 or null", "Leave it out.")
-        valid = memory_gib is None or (is_number(memory_gib) and 0 < memory_gib < math.inf)
-        check_range("memory_gib", memory_gib, valid, "a finite number > 0 or null", "Leave it out on a GPU.")
         self.alpha, self.length_threshold, self.memory_gib = alpha, length_threshold, memory_gib
         self.zo_batch, self.fo_batch = zo_batch, fo_batch
         self._set_clip(clip, max_norm)

@@ -7,7 +7,6 @@ Source: Luo, Yu, Li, "BAdam: A Memory Efficient Full Parameter Optimization Meth
 from __future__ import annotations
 
 import logging
-import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -23,15 +22,23 @@ from .adamw import AdamW
 from .base import (
     STATE_KEY,
     ShardedOptimizer,
-    check_adam_group,
-    check_hyper_parameter_names,
     check_meaning,
-    check_range,
-    is_integer,
     make_log_visible,
 )
 from .blockwise import BlockPlan
 from .gwt import GWT
+from .hyper_parameters import (
+    ADAM,
+    CHECKED_BY_ITS_USER,
+    check_hyper_parameters,
+    check_range,
+    checked,
+    choice,
+    either,
+    flag,
+    integer,
+    patterns,
+)
 from .residual import add_residual_, residual_of
 from .rotation import ORDERS, Rotation
 
@@ -75,6 +82,21 @@ class BAdam(ShardedOptimizer):
     Raises ValueError for a hyper-parameter out of range and for what `partition_into_blocks` refuses.
     """
 
+    @checked(
+        **ADAM,
+        switch_every=either(integer(1, None, "50 to 100 is usual."), "auto"),
+        total_steps=either(integer(1, None, "Leave it out if it is not known."), None),
+        order=choice(*ORDERS, remedy="'random' is usual."),
+        start_block=CHECKED_BY_ITS_USER,
+        blocks=CHECKED_BY_ITS_USER,
+        include_embedding=flag("false is usual."),
+        include_lm_head=flag("false is usual."),
+        always_active=patterns('Try ["norm"].'),
+        base=choice(*BASES, remedy="'adamw' is the paper's."),
+        base_options=CHECKED_BY_ITS_USER,
+        keep_residual=flag("false is usual."),
+        seed=integer(0, None, "0 is usual."),
+    )
     def __init__(
         self,
         params: Iterable,
@@ -99,13 +121,6 @@ class BAdam(ShardedOptimizer):
     ) -> None:
         if model is None:
             raise ValueError("BAdam needs the model, whose layers are its blocks. Use BAdam.from_model(model, ...).")
-        known = isinstance(base, str) and base in BASES
-        check_range("base", base, known, "'adamw', 'adam_mini' or 'gwt'", "'adamw' is the paper's.")
-        check_range("order", order, order in ORDERS, f"one of {', '.join(ORDERS)}", "'random' is usual.")
-        check_range("keep_residual", keep_residual, isinstance(keep_residual, bool), "true or false", "false is usual.")
-        _check_count("seed", seed, "0 is usual.", low=0)
-        _check_count("switch_every", switch_every, "50 to 100 is usual.", besides=("auto",))
-        _check_count("total_steps", total_steps, "Leave it out if it is not known.", besides=(None,))
         groups = list(params)
         groups = groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
         groups = [group | {"params": list(group["params"])} for group in groups]
@@ -117,7 +132,7 @@ class BAdam(ShardedOptimizer):
         limit = "an object of the base rule's own hyper-parameters"
         check_range("base_options", base_options, own, limit, "Give lr, betas, eps and weight_decay to BAdam.")
         try:
-            check_hyper_parameter_names(BASES[base], base_options)
+            check_hyper_parameters(BASES[base], base_options)
         except ValueError as error:
             raise ValueError(f"base_options: {error}") from None
         self.rule = BASES[base]([dict(group) for group in groups], **defaults, **base_options, model=model)
@@ -144,7 +159,7 @@ class BAdam(ShardedOptimizer):
             start_block = last if order == "descending" else 0
         elif order == "random":
             raise ValueError(f'start_block={start_block} has no meaning with order="random". Leave it out.')
-        _check_count("start_block", start_block, "Leave it out.", low=0, high=last)
+        integer(0, last, "Leave it out.").check("start_block", start_block)
         self.rotation = Rotation(len(self._blocks), order, start_block, seed)
         self.switch_every = _automatic(total_steps, len(self._blocks)) if switch_every == "auto" else switch_every
         listed = zlib.crc32(repr((self.partition, self.rotation)).encode())
@@ -162,9 +177,6 @@ class BAdam(ShardedOptimizer):
 
     def log_structures(self) -> None:
         """Nothing: the base rule has logged its own."""
-
-    def check_group(self, group: dict) -> None:
-        check_adam_group(group)
 
     def add_param_group(self, param_group: dict) -> None:
         if hasattr(self, "partition"):
@@ -415,11 +427,3 @@ def _automatic(total_steps: int | None, num_blocks: int) -> int:
     if total_steps is None:
         return USUAL_SWITCH_EVERY
     return min(max(total_steps // num_blocks, FEWEST_AUTOMATIC), USUAL_SWITCH_EVERY)
-
-
-def _check_count(
-    name: str, value: Any, remedy: str, low: int = 1, high: float = float("inf"), besides: tuple = ()
-) -> None:
-    span = f">= {low}" if math.isinf(high) else f"from {low} to {high}"
-    limit = " or ".join([f"an integer {span}", *map(repr, besides)])
-    check_range(name, value, value in besides or is_integer(value, low, high), limit, remedy)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import itertools
 import logging
-import math
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +17,7 @@ from ds_memopt.shards import Placement, PlainPlacement, is_first_rank
 from ds_memopt.support import refuse
 
 from .blockwise import BlockPlan, step_dtype
+from .hyper_parameters import check_hyper_parameters, check_values, rules_of
 
 logger = logging.getLogger("ds_memopt")
 
@@ -62,7 +60,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     element_dtype: how states of one entry per element are kept; by default in fp32 (fp64 for fp64 parameters).
 
     A subclass names in `states` each tensor of its state and the structure whose blocks it has one entry of, or
-    ELEMENT; it cuts the parameters into those structures in `build_structures`, and implements `check_group`, `update`.
+    ELEMENT; it cuts the parameters into those structures in `build_structures`, and implements `update`.
     """
 
     states: ClassVar[dict[str, str]] = {}
@@ -77,6 +75,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         value_blocks: str,
         element_dtype: torch.dtype | None = None,
     ) -> None:
+        if model is not None and head_dim is not None:
+            raise ValueError(f"head_dim={head_dim} has no meaning where a model tells its heads. Leave it out.")
         self.element_dtype = element_dtype
         self._placement: Placement = PlainPlacement()
         self._bound = False
@@ -120,14 +120,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         Raises ValueError for an unknown hyper-parameter, one out of range, or a parameter that is not the model's.
         """
-        check_hyper_parameter_names(cls, hyper_parameters)
+        check_hyper_parameters(cls, hyper_parameters)
         return cls(named_groups(model, params), model=model, **hyper_parameters)
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_named_group(self, group)
-        self.check_group(group)
+        check_values(rules_of(type(self)), group)
         if self._model is None:
             shapes = dict(zip(group["param_names"], map(full_shape, group["params"]), strict=True))
             self.roles |= assign_blocks_by_name(shapes, self._head_dim, self._value_blocks)
@@ -148,10 +148,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """The name of each parameter in param_groups."""
         pairs = [zip(group["params"], group["param_names"], strict=True) for group in self.param_groups]
         return dict(itertools.chain.from_iterable(pairs))
-
-    def check_group(self, group: dict) -> None:
-        """Raise ValueError for a hyper-parameter of a param group that is out of range."""
-        raise NotImplementedError
 
     def bind(self, placement: Placement) -> None:
         """Tell where an engine has laid the parameters. Called by the engine after it has replaced param_groups."""
@@ -382,16 +378,6 @@ def make_log_visible() -> None:
         logger.setLevel(logging.INFO)
 
 
-def check_hyper_parameter_names(cls: type, given: Mapping[str, Any]) -> None:
-    """Raise ValueError for the first of `given` that is no hyper-parameter of the method, with the nearest that is."""
-    known = [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "params", "model")]
-    for name in given:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"{name!r} is no hyper-parameter of {cls.__name__}.{hint} It takes {', '.join(known)}.")
-
-
 def named_groups(model: nn.Module, params: Iterable | None) -> list[dict]:
     """Param groups of (name, parameter) pairs from a model's parameters, from groups of them, or from None for all."""
     if params is None:
@@ -420,34 +406,3 @@ def _named(entry: Any, names: Mapping[int, str]) -> tuple[str, torch.Tensor]:
             "were replaced after they were listed. List model.parameters() after the last wrapper that replaces them."
         )
     return names[id(parameter)], parameter
-
-
-def check_range(name: str, value: Any, valid: bool, limit: str, remedy: str) -> None:
-    """Raise ValueError with the value, the limit and the remedy unless valid."""
-    if not valid:
-        raise ValueError(f"{name}={value!r} is out of range: it must be {limit}. {remedy}")
-
-
-def is_number(value: Any) -> bool:
-    """Whether a hyper-parameter is a real number: JSON may hold a string where a number is meant."""
-    return isinstance(value, (int, float, torch.Tensor)) and not isinstance(value, bool)
-
-
-def is_integer(value: Any, low: float, high: float = math.inf) -> bool:
-    """Whether a hyper-parameter is an integer from low to high; true and false are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def check_adam_group(group: Mapping[str, Any]) -> None:
-    """Raise ValueError for a learning rate, beta, epsilon or weight decay that is out of range."""
-    lr, betas, eps, weight_decay = group["lr"], group["betas"], group["eps"], group["weight_decay"]
-    check_range("lr", lr, is_number(lr) and lr >= 0, "a number >= 0", "1e-3 to 1e-5 is usual.")
-    pair = isinstance(betas, (tuple, list)) and len(betas) == 2 and all(map(is_number, betas))
-    check_range(
-        "betas", betas, pair and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)", "Try (0.9, 0.95)."
-    )
-    # Not 0: a block without gradient would divide 0 by 0.
-    check_range("eps", eps, is_number(eps) and 0 < eps < 1, "a number in (0, 1)", "1e-8 is usual.")
-    check_range(
-        "weight_decay", weight_decay, is_number(weight_decay) and weight_decay >= 0, "a number >= 0", "Try 0.1."
-    )

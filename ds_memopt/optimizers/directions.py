@@ -20,11 +20,20 @@ from torch import nn
 from ds_memopt.blocks import full_shape, partition_into_blocks
 from ds_memopt.shards import InPlaceShards
 
-from .base import check_range, is_integer, is_number
+from .hyper_parameters import CHECKED_BY_ITS_USER, check_range, integer, real
 from .noise import Noise
 
 BINS = 2**15
 """Magnitudes are told apart by exponent and 7 bits of mantissa, as bf16 has them."""
+
+PICKING = {
+    "layer_fraction": real("(0, 1]", "1.0 is plain MeZO."),
+    "rank": integer(0, None, "0 is plain MeZO."),
+    "refresh_every": integer(1, None, "Try 1000."),
+    "magnitude_fraction": real("(0, 1]", "1.0 is plain MeZO."),
+    "layers": CHECKED_BY_ITS_USER,
+}
+"""The hyper-parameters of what picks directions."""
 
 LAYERS = 'Name the parameters of each layer, as layers=[["first.weight", "first.bias"], ["second.weight"]].'
 
@@ -44,7 +53,7 @@ class Directions:
         start at zero would leave the mask with their first step, and nothing would train from then on.
     layers: the names of each layer's parameters. None: what the model's structure tells, if layer_fraction < 1.
 
-    Raises ValueError for a number out of range; for layers that are empty, or name a parameter that does not train or
+    Raises ValueError for layers that are empty, or name a parameter that does not train or
     one twice; and where layer_fraction < 1 finds no layers.
     """
 
@@ -61,12 +70,6 @@ class Directions:
     thresholds: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for key in ("layer_fraction", "magnitude_fraction"):
-            value = getattr(self, key)
-            check_range(key, value, is_number(value) and 0 < value <= 1, "a number in (0, 1]", "1.0 is plain MeZO.")
-        for key, low, remedy in (("rank", 0, "0 is plain MeZO."), ("refresh_every", 1, "Try 1000.")):
-            value = getattr(self, key)
-            check_range(key, value, is_integer(value, low), f"an integer >= {low}", remedy)
         self.shapes = {name: full_shape(p) for p, name in self.names.items()}
         if self.layers is not None:
             self._check_layers()

@@ -15,19 +15,31 @@ is not transformed is the case k = 1, where this is Adam. A short last group of 
 from __future__ import annotations
 
 import logging
-import re
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled, format_assignment
+from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled, format_assignment, matching
 from ds_memopt.shards import numel_of
 
 from .adam_mini import adam_piece, block_adam
-from .base import ShardedOptimizer, check_adam_group, check_range, is_integer, is_number
+from .base import ShardedOptimizer
 from .blockwise import BlockPlan, HeldBlocks
+from .hyper_parameters import (
+    ADAM,
+    HEAD_DIM,
+    VALUE_BLOCKS,
+    check_range,
+    checked,
+    choice,
+    either,
+    integer,
+    patterns,
+    real,
+)
 
 logger = logging.getLogger("ds_memopt")
 
@@ -39,6 +51,10 @@ BASES = {
     "adam_mini": {"block_exp_avg_sq": "block"},
 }
 """For each base rule, its second moments, and the structure that each keeps one entry per block of."""
+
+
+LARGEST_RATIO = 1e6
+"""Of dense_lr to lr: it multiplies steps in fp32."""
 
 
 class GWT(ShardedOptimizer):
@@ -77,6 +93,19 @@ class GWT(ShardedOptimizer):
     transformed (fewer than two dimensions, or a last axis shorter than k).
     """
 
+    @checked(
+        **ADAM,
+        level=integer(1, 5, "2 is usual."),
+        scale=real("(0, 1e6]", "0.25 is usual."),
+        dense_lr=either(real("[0, 1e6]", "Leave it out to use lr."), None),
+        limiter=either(real("(1, 1e6]", "Try 1.01, or null for no limit."), None),
+        variant=choice("stable", "paper", remedy="'stable' is safe."),
+        base=choice(*BASES, remedy="'adam' is the paper's."),
+        include=patterns('Try ["mlp"].'),
+        exclude=patterns('Try ["mlp"].'),
+        head_dim=HEAD_DIM,
+        value_blocks=VALUE_BLOCKS,
+    )
     def __init__(
         self,
         params: Iterable,
@@ -97,25 +126,11 @@ class GWT(ShardedOptimizer):
         value_blocks: Literal["rows", "whole"] = "rows",
         model: nn.Module | None = None,
     ) -> None:
-        check_range("level", level, is_integer(level, 1, 5), "an integer from 1 to 5", "2 is usual.")
-        check_range("scale", scale, is_number(scale) and scale > 0, "a number > 0", "0.25 is usual.")
-        check_range(
-            "limiter",
-            limiter,
-            limiter is None or (is_number(limiter) and limiter > 1),
-            "a number > 1 or None",
-            "Try 1.01.",
-        )
-        check_range("variant", variant, variant in ("stable", "paper"), "'stable' or 'paper'", "'stable' is safe.")
-        check_range("base", base, base in BASES, "'adam' or 'adam_mini'", "'adam' is the paper's.")
-        valid = dense_lr is None or (is_number(dense_lr) and dense_lr >= 0 and is_number(lr) and lr > 0)
-        check_range("dense_lr", dense_lr, valid, "a number >= 0, given with lr > 0", "Leave it out to use lr.")
-        for name, patterns in (("include", include), ("exclude", exclude)):
-            valid = isinstance(patterns, (list, tuple)) and all(isinstance(p, str) for p in patterns)
-            check_range(name, patterns, valid, "a list of regular expressions", 'Try ["mlp"].')
+        ratio = 1.0 if dense_lr is None else dense_lr / lr if lr else math.inf
+        check_range("dense_lr", dense_lr, ratio <= LARGEST_RATIO, "at most 1e6 times lr", "Leave it out to use lr.")
         self.period, self.limiter, self.paper = 2**level, limiter, variant == "paper"
         self.by_block = base == "adam_mini"
-        self.scale, self.dense_scale = scale, 1.0 if dense_lr is None else dense_lr / lr
+        self.scale, self.dense_scale = scale, ratio
         self.include, self.exclude = tuple(include), tuple(exclude)
         self.states = {"approximation": "group", "exp_avg": "dense", "update_norm": "matrix", **BASES[base]}
         if base == "adam" and model is None and head_dim is None:
@@ -130,9 +145,6 @@ class GWT(ShardedOptimizer):
 
     def state_meaning(self) -> str:
         return f"GWT, level {self.period.bit_length() - 1}, {'paper' if self.paper else 'stable'}"
-
-    def check_group(self, group: dict) -> None:
-        check_adam_group(group)
 
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
         self.transformed = self._choose(roles)
@@ -161,27 +173,18 @@ class GWT(ShardedOptimizer):
             if blocks.role in TRANSFORMED_ROLES and len(blocks.shape) > 1 and blocks.shape[-1] >= self.period
         }
         for pattern in self.include:
-            matches = self._matches("include", pattern, roles)
-            for name in sorted(matches):
+            matches = matching("include", pattern, list(roles))
+            for name in matches:
                 shape = roles[name].shape
                 if len(shape) < 2 or shape[-1] < self.period:
                     raise ValueError(
                         f"include={pattern!r} matches {name} of shape {shape}, which cannot be transformed: it needs "
                         f"two dimensions and a last axis of 2^level = {self.period} or more. Narrow the pattern."
                     )
-            chosen |= matches
+            chosen.update(matches)
         for pattern in self.exclude:
-            chosen -= self._matches("exclude", pattern, roles)
+            chosen.difference_update(matching("exclude", pattern, list(roles)))
         return chosen
-
-    def _matches(self, option: str, pattern: str, roles: Mapping[str, ParamBlocks]) -> set[str]:
-        matches = {name for name in roles if re.search(pattern, name)}
-        if not matches:
-            raise ValueError(
-                f"{option}={pattern!r} matches none of the {len(roles)} parameters, such as "
-                f"{next(iter(roles), '')!r}. Correct the regular expression or remove it."
-            )
-        return matches
 
     def _groups(self, blocks: ParamBlocks) -> ParamBlocks:
         numel, columns = numel_of(blocks.shape), blocks.shape[-1]

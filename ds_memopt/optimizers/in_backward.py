@@ -11,11 +11,17 @@ import torch
 from ds_memopt.shards import GradientBuckets, InPlaceShards, Part
 from ds_memopt.support import refuse
 
-from .base import check_range, is_number
+from .hyper_parameters import choice, real
 from .inplace import InPlaceOptimizer
 
 Bucket = list[tuple[Part, torch.Tensor | None]]
 """Parts of this rank and their mean gradients, 1-D, or None where a parameter took no part in the loss."""
+
+CLIPPING = {
+    "clip": choice("none", "tensor", "two_pass", remedy="'none' is usual."),
+    "max_norm": real("(0, 1e6]", "1.0 is usual."),
+}
+"""The hyper-parameters of every `UpdatesInBackward`."""
 
 FIRST_LOSS_SCALE, GROW_EVERY = 2.0**16, 2000
 """Of fp16: the loss is scaled up so that gradients do not vanish, by half after an overflow, by twice after these."""
@@ -32,10 +38,6 @@ class UpdatesInBackward(InPlaceOptimizer):
     max_norm: float
 
     def _set_clip(self, clip: str, max_norm: float) -> None:
-        known = clip in ("none", "tensor", "two_pass")
-        check_range("clip", clip, known, "'none', 'tensor' or 'two_pass'", "'none' is usual.")
-        valid = is_number(max_norm) and 0 < max_norm < math.inf
-        check_range("max_norm", max_norm, valid, "a finite number > 0", "1.0 is usual.")
         self.clip, self.max_norm = clip, max_norm
 
     def add_param_group(self, param_group: dict) -> None:

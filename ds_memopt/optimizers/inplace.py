@@ -10,21 +10,19 @@ from torch import nn
 
 from ds_memopt.shards import InPlaceShards, Part, WholeShards
 
-from .base import (
-    STATE_KEY,
-    StatePart,
-    check_covered,
-    check_hyper_parameter_names,
-    check_meaning,
-    check_named_group,
-    check_range,
-    is_number,
-    named_groups,
-)
+from .base import STATE_KEY, StatePart, check_covered, check_meaning, check_named_group, named_groups
+from .hyper_parameters import LR, WEIGHT_DECAY, check_hyper_parameters, check_values, choice, rules_of
 from .residual import add_residual_, residual_of
 
 PIECE = 2**20
 """Elements that are updated at once, so that temporary memory stays small."""
+
+IN_PLACE = {
+    "lr": LR,
+    "weight_decay": WEIGHT_DECAY,
+    "keep": choice("residual", "fp32", "none", remedy="'residual' is usual."),
+}
+"""The hyper-parameters of every `InPlaceOptimizer`."""
 
 PROGRESS = "progress"
 """Key of the param groups' entry that holds what a run has come to; the same in all groups and on all ranks."""
@@ -53,8 +51,6 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         method = type(self).__name__
         if model is None:
             raise ValueError(f"{method} needs the model, whose forwards it uses. Use {method}.from_model(model, ...).")
-        known = keep in ("residual", "fp32", "none")
-        check_range("keep", keep, known, "'residual', 'fp32' or 'none'", "'residual' is usual.")
         self.keep, self.hyper = keep, {}
         super().__init__(params, defaults)
         self._model = model
@@ -73,7 +69,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
     @classmethod
     def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
         """Build the optimizer for a model; params: as `ShardedOptimizer.from_model` takes them."""
-        check_hyper_parameter_names(cls, hyper_parameters)
+        check_hyper_parameters(cls, hyper_parameters)
         return cls(named_groups(model, params), model=model, **hyper_parameters)
 
     def add_param_group(self, param_group: dict) -> None:
@@ -83,9 +79,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_named_group(self, group)
-        for name in ("lr", "weight_decay"):
-            valid = is_number(group[name]) and group[name] >= 0
-            check_range(name, group[name], valid, "a number >= 0", "A small lr and no decay are usual.")
+        check_values(rules_of(type(self)), group)
         if self.keep == "residual" and any(p.dtype == torch.float16 for p in group["params"]):
             raise ValueError('keep="residual" needs bf16 or fp32 weights, not fp16. Use bf16, or keep="fp32".')
 

@@ -18,8 +18,9 @@ from ds_memopt.blocks import full_shape
 from ds_memopt.shards import Part
 
 from .adalomo import AdaLomo
-from .base import check_range
-from .in_backward import Bucket, UpdatesInBackward, add_gradient, sum_and_count
+from .hyper_parameters import checked, choice
+from .in_backward import CLIPPING, Bucket, UpdatesInBackward, add_gradient, sum_and_count
+from .inplace import IN_PLACE
 from .repeat import repeatable
 
 
@@ -42,6 +43,7 @@ class IPSGD(UpdatesInBackward):
     Raises ValueError for a hyper-parameter out of range.
     """
 
+    @checked(**IN_PLACE, **CLIPPING, rule=choice("sgd", "adalomo", remedy="'sgd' is usual."))
     def __init__(
         self,
         params: Iterable,
@@ -54,7 +56,6 @@ class IPSGD(UpdatesInBackward):
         keep: Literal["residual", "fp32", "none"] = "residual",
         model: nn.Module | None = None,
     ) -> None:
-        check_range("rule", rule, rule in ("sgd", "adalomo"), "'sgd' or 'adalomo'", "'sgd' is usual.")
         self._set_clip(clip, max_norm)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, keep=keep, model=model)
         self._rule = AdaLomo() if rule == "adalomo" else None

@@ -30,7 +30,7 @@ from ds_memopt.optimizers import (
     takes,
 )
 from ds_memopt.optimizers.adamw import AdamW
-from ds_memopt.optimizers.base import check_range
+from ds_memopt.optimizers.hyper_parameters import check_range
 from ds_memopt.shards import Seams
 from ds_memopt.shards.gradients import BUCKET
 

@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 
 from ds_memopt.measure import GIB
 from ds_memopt.optimizers import METHODS, InPlaceOptimizer, takes
-from ds_memopt.optimizers.base import check_range
+from ds_memopt.optimizers.hyper_parameters import check_range
 from ds_memopt.train.config import AUTO, load_config
 from ds_memopt.train.flops import model_flops
 from ds_memopt.train.presets import find_model

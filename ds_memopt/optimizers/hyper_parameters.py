@@ -1,0 +1,172 @@
+"""What hyper-parameters may be: one rule for each, held against every value before anything is built of it.
+
+JSON may hold a string, a list or 1e400 where a number is meant, so a rule takes any object and answers without an
+error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ds_memopt.blocks import are_patterns
+
+
+class Rule(NamedTuple):
+    """accepts: whether a value will do. limit: what will do, in words. remedy: a sentence."""
+
+    accepts: Callable[[Any], bool]
+    limit: str
+    remedy: str
+
+    def check(self, name: str, value: Any) -> None:
+        check_range(name, value, self.accepts(value), self.limit, self.remedy)
+
+
+def check_range(name: str, value: Any, valid: bool, limit: str, remedy: str) -> None:
+    """Raise ValueError with the value, the limit and the remedy unless valid."""
+    if not valid:
+        raise ValueError(f"{name}={value!r} is out of range: it must be {limit}. {remedy}")
+
+
+def real(interval: str, remedy: str, tensor: bool = False) -> Rule:
+    """A real number in an interval such as "(0, 1]". tensor: one in a tensor without dimensions will do as well."""
+    low, high = map(float, interval[1:-1].split(","))
+
+    def accepts(value: Any) -> bool:
+        if tensor and isinstance(value, torch.Tensor) and value.dim() == 0 and value.is_floating_point():
+            value = value.item()
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            return False
+        return (low < value if interval[0] == "(" else low <= value) and (
+            value < high if interval[-1] == ")" else value <= high
+        )
+
+    return Rule(accepts, f"a number in {interval}", remedy)
+
+
+def integer(low: int, high: int | None, remedy: str) -> Rule:
+    """An integer from low to high (None: of any size); true and false are none."""
+
+    def accepts(value: Any) -> bool:
+        return (
+            isinstance(value, int) and not isinstance(value, bool) and low <= value and (high is None or value <= high)
+        )
+
+    return Rule(accepts, f"an integer >= {low}" if high is None else f"an integer from {low} to {high}", remedy)
+
+
+def choice(*words: str, remedy: str) -> Rule:
+    *first, last = map(repr, words)
+    return Rule(lambda value: isinstance(value, str) and value in words, f"{', '.join(first)} or {last}", remedy)
+
+
+def flag(remedy: str) -> Rule:
+    return Rule(lambda value: isinstance(value, bool), "true or false", remedy)
+
+
+def path(remedy: str) -> Rule:
+    return Rule(lambda value: isinstance(value, str | os.PathLike) and str(value) != "", "a path", remedy)
+
+
+def patterns(remedy: str) -> Rule:
+    return Rule(are_patterns, "a list of regular expressions", remedy)
+
+
+def either(rule: Rule, *others: str | None) -> Rule:
+    """What the rule takes, and some words or null besides."""
+    words = [repr(word) if word is not None else "null" for word in others]
+
+    def accepts(value: Any) -> bool:
+        return rule.accepts(value) or value is None and None in others or isinstance(value, str) and value in others
+
+    return Rule(accepts, f"{rule.limit} or {' or '.join(words)}", rule.remedy)
+
+
+CHECKED_BY_ITS_USER = Rule(lambda value: True, "", "")
+"""Of a hyper-parameter whose meaning depends on the model."""
+
+LR = real("[0, 1e6]", "1e-3 to 1e-5 is usual.", tensor=True)
+WEIGHT_DECAY = real("[0, 1e6]", "Try 0.1.", tensor=True)
+_BETA = real("[0, 1)", "", tensor=True)
+ADAM = {
+    "lr": LR,
+    "betas": Rule(
+        lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_BETA.accepts, value)),
+        "two numbers in [0, 1)",
+        "Try (0.9, 0.95).",
+    ),
+    # Neither 0 nor what fp32 rounds to it: a block without gradient would divide 0 by 0.
+    "eps": real("[1e-30, 1)", "1e-8 is usual.", tensor=True),
+    "weight_decay": WEIGHT_DECAY,
+}
+"""The hyper-parameters of AdamW. The limits of 1e6, here and elsewhere, keep products within fp32."""
+
+VALUE_BLOCKS = choice("rows", "whole", remedy="'rows' is usual.")
+HEAD_DIM = either(integer(1, None, "Leave it out where there is a model."), None)
+
+OF_ADAMW_ALONE = (
+    "betas", "eps", "torch_adam", "adam_w_mode", "amsgrad", "bias_correction", "foreach", "fused", "capturable",
+    "maximize", "differentiable", "fp32_optimizer_states",
+)  # fmt: skip
+"""Words of a config that was written for an AdamW, DeepSpeed's or torch's. No word of ours is meant by them."""
+
+_NOT_HYPER_PARAMETERS = ("self", "params", "model")
+
+
+def checked(**rules: Rule) -> Callable:
+    """An optimizer's __init__ that holds its arguments against the rules first: there must be one for each."""
+
+    def decorate(init: Callable) -> Callable:
+        signature = inspect.signature(init)
+        named = [name for name in signature.parameters if name not in _NOT_HYPER_PARAMETERS]
+        assert sorted(named) == sorted(rules), f"rules for {sorted(rules)}, arguments {sorted(named)}"
+
+        @functools.wraps(init)
+        def checking(*args: Any, **kwargs: Any) -> None:
+            check_values(rules, signature.bind(*args, **kwargs).arguments)
+            init(*args, **kwargs)
+
+        checking.rules = rules
+        return checking
+
+    return decorate
+
+
+def check_values(rules: Mapping[str, Rule], values: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first value that its rule does not accept. Values without a rule pass."""
+    for name, value in values.items():
+        if name in rules:
+            rules[name].check(name, value)
+
+
+def rules_of(cls: type) -> dict[str, Rule]:
+    return getattr(cls.__init__, "rules", {})
+
+
+def check_hyper_parameters(cls: type, given: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first of `given` that is no hyper-parameter of the method, with the nearest that is, or
+    whose value can be none."""
+    known = [name for name in inspect.signature(cls.__init__).parameters if name not in _NOT_HYPER_PARAMETERS]
+    for name in given:
+        if name in known:
+            continue
+        listed = f"It takes {', '.join(known)}."
+        if name in OF_ADAMW_ALONE:
+            adams = f"{name!r} is AdamW's and has no meaning for {cls.__name__}: leave it out."
+            if name == "eps" and "epsilon" in known:
+                adams += (
+                    " The 'epsilon' here is another thing, the size of the probe, 1e-3 as a rule: with Adam's 1e-8 the "
+                    "loss would differ by rounding alone."
+                )
+            raise ValueError(f"{adams} {listed}")
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5) if isinstance(name, str) else []
+        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{name!r} is no hyper-parameter of {cls.__name__}.{hint} {listed}")
+    check_values(rules_of(cls), given)
