@@ -7,11 +7,13 @@ The script sees its own sys.argv, as if the launcher had started it, `--local_ra
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 from pathlib import Path
 
 import ds_memopt
+from ds_memopt.engines.processes import fail, remove_abandoned_shared_memory
 
 
 def main(arguments: list[str]) -> None:
@@ -22,10 +24,15 @@ def main(arguments: list[str]) -> None:
         raise ValueError(f"ds_memopt.run was given {given}. Usage: deepspeed --module ds_memopt.run SCRIPT [OPTIONS]")
     script = arguments.pop(place)
     ds_memopt.register()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        remove_abandoned_shared_memory()
     sys.argv = [script, *arguments]
     # Python puts a script's folder first on the path; runpy.run_path does not for a plain file.
     sys.path.insert(0, str(Path(script).resolve().parent))
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except Exception as error:
+        fail(error)
 
 
 if __name__ == "__main__":

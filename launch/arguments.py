@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +18,12 @@ def shared_parser(description: str, job: str, default_config: str, seed_of: str)
     )
     run.add_argument("--output_dir", help=f"metrics.jsonl, checkpoints, ... go here; default: runs/{job}-1, -2, ...")
     run.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --output_dir")
+    run.add_argument(
+        "--timeout_minutes",
+        type=float,
+        default=10,
+        help="until the job ends because a rank does not answer, or the others wait for it in a step or validation",
+    )
     run.add_argument("--seed", type=int, default=0, help=f"of {seed_of}")
 
     size = parser.add_argument_group("size (default: what the DeepSpeed config fixes, else the model's recipe)")
@@ -67,11 +71,11 @@ def pretrain_parser(description: str, default_config: str) -> argparse.ArgumentP
 
 def run_job(job: Callable, options: type, arguments: argparse.Namespace) -> None:
     """Call the job with the options, a dataclass whose fields the arguments name."""
+    from ds_memopt.engines.processes import fail
     from ds_memopt.train.ranks import stop_ranks
 
     try:
         job(options(**{field.name: getattr(arguments, field.name) for field in fields(options)}))
-    except ValueError as error:  # every rank has it; one says it
-        sys.exit(f"ValueError: {error}" if os.environ.get("RANK", "0") == "0" else 1)
-    finally:
-        stop_ranks()
+    except BaseException as error:  # also an exit or interrupt: a rank that leaves early leaves the others waiting
+        fail(error)
+    stop_ranks()

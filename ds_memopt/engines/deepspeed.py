@@ -20,6 +20,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
 from ds_memopt.engines import frozen, in_backward, inplace, rotation, zeroth_order
+from ds_memopt.engines.processes import leave_group_at_exit
 from ds_memopt.optimizers import (
     METHOD_KEY,
     METHODS,
@@ -57,6 +58,7 @@ def register() -> None:
     for wrappers in modules:
         for name, wrapper in wrappers.items():
             setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), wrapper))
+    leave_group_at_exit()
     DeepSpeedEngine._ds_memopt_registered = True
 
 

@@ -28,7 +28,11 @@ def finetune(options: FinetuneOptions) -> None:
     that share them. ValueError on all ranks, before any training, for bad input. RuntimeError if the loss stops being a
     number.
     """
-    ranks = start_ranks(options.memory_limit_gib)
+    with start_ranks(options.memory_limit_gib, options.timeout_minutes) as ranks:
+        _finetune(options, ranks)
+
+
+def _finetune(options: FinetuneOptions, ranks: Ranks) -> None:
     options = on_all_ranks(lambda: _with_folder(options))
     plan = on_all_ranks(lambda: make_plan(options, ranks, find_trained))
     vocab_size = plan.model_config.vocab_size

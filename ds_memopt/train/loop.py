@@ -70,7 +70,16 @@ def pretrain_under(
     plan_of: Callable[[Options, Ranks], Plan], build: Callable[[Options, Plan, Ranks], Any], options: Options
 ) -> None:
     """Run the main job under the engine that `build` makes from what `plan_of` settles."""
-    ranks = start_ranks(options.memory_limit_gib)
+    with start_ranks(options.memory_limit_gib, options.timeout_minutes) as ranks:
+        _pretrain(plan_of, build, options, ranks)
+
+
+def _pretrain(
+    plan_of: Callable[[Options, Ranks], Plan],
+    build: Callable[[Options, Plan, Ranks], Any],
+    options: Options,
+    ranks: Ranks,
+) -> None:
     plan = on_all_ranks(lambda: _check_halves(plan_of(options, ranks)))
     corpus: Corpus = first_rank_of_node_first(
         lambda: load_corpus(options.data, options.tokenizer, plan.seq_length, plan.model_config.vocab_size),
@@ -135,6 +144,7 @@ def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, toke
         write_json(plan.output_dir / "environment.json", environment(ranks))
         metrics = MetricsFile(plan.output_dir, first_step)
     if work.validate_at_start and plan.validation_interval and not first_step:
+        ranks.enter("the validation before training")
         row = {"step": 0, "tokens": 0, "loss": None, **work.validate(engine)}
         _refuse_no_number(row)
         if metrics:
@@ -143,6 +153,7 @@ def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, toke
     mfu = (lambda tokens_per_s: None) if isinstance(flops, str) else partial(flops.utilisation, peak=peak)
     _train(engine, plan, ranks, work, metrics, mfu)
     if plan.save_interval:
+        ranks.enter("the saving of the model", alone=True)
         checkpoint.save_model(engine, plan.output_dir / MODEL, tokenizer, ranks)
 
 
@@ -208,6 +219,7 @@ def _train(
     bar = tqdm(total=plan.steps, initial=first_step, unit="step", disable=not on_terminal)
     engine.train()  # transformers loads models for evaluation
     for step in range(first_step + 1, plan.steps + 1):
+        ranks.enter(f"step {step}")
         # Dropout draws from a stream that step and rank determine: nothing to save, and a resumed run goes on exactly.
         torch.manual_seed((plan.facts["seed"] * plan.steps + step) * ranks.world_size + ranks.rank)
         lr, method = engine.get_lr()[0], engine.basic_optimizer
@@ -240,6 +252,8 @@ def _train(
         memory = peak_memory_gib(ranks.device)
         peaks = loss_sum.new_tensor(list(memory.values()))
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        if validate:
+            ranks.enter(f"the validation after step {step}")
         row = {
             "step": step,
             "tokens": work.tokens[step],
@@ -266,6 +280,7 @@ def _train(
             if validate:
                 bar.write(_progress(row, plan.steps))
         if save:
+            ranks.enter(f"the checkpoint of step {step}", alone=True)
             checkpoint.save(engine, plan.output_dir / "checkpoints", step, plan.facts, ranks)
         loss_sum, logged_step = torch.zeros_like(loss_sum), step
         meter.reset()

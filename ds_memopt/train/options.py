@@ -26,6 +26,7 @@ class RunOptions:
     gradient_checkpointing: bool = False
     dtype: str | None = None  # "fp32" or "bf16"; default fp32 on CPU, bf16 elsewhere
     memory_limit_gib: float | None = None  # a rank that needs more fails, as on a smaller GPU
+    timeout_minutes: float = 10  # until the job ends for a rank that the others wait for
     seed: int = 0  # of random weights, data order, and methods that draw at random
 
     optimizer: str | None = None  # replaces the type in the DeepSpeed config

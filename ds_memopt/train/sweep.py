@@ -18,11 +18,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ds_memopt.engines.processes import remove_shared_memory
 from ds_memopt.optimizers import takes
 from ds_memopt.train.compare import steady, steps, summarize
 from ds_memopt.train.config import load_config, override_optimizer
 from ds_memopt.train.launcher import free_port
-from ds_memopt.train.ranks import remove_shared_memory
 from ds_memopt.train.record import read_json, write_json, write_text
 from ds_memopt.train.report import RESULTS
 
