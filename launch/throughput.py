@@ -74,7 +74,7 @@ def main() -> int:
     from tqdm import tqdm
 
     from ds_memopt.train import sweep
-    from ds_memopt.train.plan import check_optimizer_type
+    from ds_memopt.train.config_check import check_optimizer_type
     from ds_memopt.train.presets import find_model
 
     gpus = (torch.cuda.device_count() or 2) if arguments.gpus is None else arguments.gpus

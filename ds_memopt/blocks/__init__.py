@@ -7,7 +7,7 @@ read from the model's structure first (module types, head sizes) and from names 
 from ds_memopt.blocks.assign import assign_blocks, assign_blocks_by_name, full_shape
 from ds_memopt.blocks.guard import BlockGuard
 from ds_memopt.blocks.partition import Partition, partition_into_blocks
-from ds_memopt.blocks.patterns import are_patterns, matching
+from ds_memopt.blocks.patterns import are_patterns, compiled, matching
 from ds_memopt.blocks.report import format_assignment
 from ds_memopt.blocks.structure import Columns, Contiguous, ParamBlocks, Section, Tiled
 
@@ -20,6 +20,7 @@ __all__ = [
     "Section",
     "Tiled",
     "are_patterns",
+    "compiled",
     "assign_blocks",
     "assign_blocks_by_name",
     "format_assignment",

@@ -15,11 +15,13 @@ from unittest import mock
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
 from ds_memopt.engines import frozen, in_backward, inplace, rotation, zeroth_order
+from ds_memopt.engines.config_keys import closest, warn_of_typos
 from ds_memopt.engines.processes import leave_group_at_exit
 from ds_memopt.optimizers import (
     METHOD_KEY,
@@ -78,16 +80,18 @@ def _wrapped(original, wrapper):
 
 
 def _is_supported_optimizer(original, engine, word):
-    for method in METHODS:
-        if word != method and word.replace("_", "").lower() == method.lower():
-            raise ValueError(f'optimizer type {word!r} is unknown. Did you mean "{method}"?')
-    return word in METHODS or original(word)
+    if word in METHODS or original(word):
+        return True
+    if meant := closest(word, [*METHODS, *DEEPSPEED_OPTIMIZERS]):
+        raise ValueError(f'optimizer type {word!r} is unknown. Did you mean "{meant}"?')
+    return False
 
 
 def _configure_basic_optimizer(original, engine, model_parameters):
     """Build the optimizer that the JSON names; here DeepSpeed still knows the module, hence names and roles."""
     word = engine.optimizer_name()
     if word in METHODS:
+        warn_of_typos(engine)
         hyper_parameters = dict(engine.optimizer_params() or {})
         total_steps = (engine.scheduler_params() or {}).get("total_num_steps")
         if total_steps is not None and takes(word, "total_steps"):

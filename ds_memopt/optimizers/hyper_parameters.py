@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ds_memopt.blocks import are_patterns
+from ds_memopt.blocks import are_patterns, compiled
 
 
 class Rule(NamedTuple):
@@ -75,8 +75,15 @@ def path(remedy: str) -> Rule:
     return Rule(lambda value: isinstance(value, str | os.PathLike) and str(value) != "", "a path", remedy)
 
 
+class _Patterns(Rule):
+    def check(self, name: str, value: Any) -> None:
+        super().check(name, value)
+        for pattern in value:
+            compiled(name, pattern)
+
+
 def patterns(remedy: str) -> Rule:
-    return Rule(are_patterns, "a list of regular expressions", remedy)
+    return _Patterns(are_patterns, "a list of regular expressions", remedy)
 
 
 def either(rule: Rule, *others: str | None) -> Rule:

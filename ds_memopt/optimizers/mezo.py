@@ -42,6 +42,14 @@ SMALLEST_EPSILON = {torch.float64: 1e-8, torch.float32: 1e-7, torch.float16: 1e-
 parameters, before and after training, relative to its root mean square: 0.01 to 0.2 at 1e-3; at these limits 0.1 to 0.2
 in fp64, 0.4 to 0.7 in fp32, 0.5 to 0.9 in fp16, 0.4 to 1.6 in bf16; at Adam's 1e-8 5 in fp32 and 600 in bf16."""
 
+
+def check_epsilon(epsilon: float, dtype: torch.dtype) -> None:
+    """Raise ValueError for a probe that is too small for weights of this dtype."""
+    least = SMALLEST_EPSILON[dtype]
+    limit = f"at least {least:.0e} for weights in {dtype}, or the two losses would differ by rounding alone"
+    check_range("epsilon", epsilon, epsilon >= least, limit, "1e-3 is usual.")
+
+
 PROBE = {
     "epsilon": real("(0, 1]", "1e-3 is usual."),
     "noise": choice("gaussian", "rademacher", remedy="'gaussian' is the paper's."),
@@ -131,7 +139,8 @@ class MeZO(InPlaceOptimizer):
         self.epsilon, self.probes, self.two_sided = epsilon, probes, estimator == "two_sided"
         self.momentum, self.normalize, self.lockstep = momentum, normalize, lockstep
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, keep=keep, model=model)
-        self._check_epsilon()
+        for weights_dtype in {p.dtype for p in self._names}:
+            check_epsilon(epsilon, weights_dtype)
         self._perturbation: Perturbation | None = None
         self._sums: torch.Tensor | None = None
         compiled = self._can_compile(noise) if compiled is None else compiled
@@ -146,12 +155,6 @@ class MeZO(InPlaceOptimizer):
         told = [] if layers is None else [f"layers {zlib.crc32(json.dumps(layers).encode()):08x}"]
         self._describe(hyper, start, *told, f"noise version {NOISE_VERSION}")
         self.trajectory, self._writer = trajectory, None
-
-    def _check_epsilon(self) -> None:
-        for dtype in {p.dtype for p in self._names}:
-            least = SMALLEST_EPSILON[dtype]
-            limit = f"at least {least:.0e} for weights in {dtype}, or the two losses would differ by rounding alone"
-            check_range("epsilon", self.epsilon, self.epsilon >= least, limit, "1e-3 is usual.")
 
     def release(self) -> None:
         super().release()

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hjson
+
 from ds_memopt.optimizers import METHODS, takes
 
 AUTO = "auto"
@@ -19,16 +21,40 @@ SHARED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
-    """The JSON object in the file. ValueError naming the file, and the line where the JSON is wrong."""
+    """The JSON object in the file, which may hold what DeepSpeed's own reader allows: comments above all.
+
+    ValueError naming the file, and the line where the JSON is wrong.
+    """
     try:
-        config = json.loads(Path(path).read_text())
+        config = _parse(Path(path).read_text())
     except OSError as error:
         raise ValueError(f"cannot read the DeepSpeed config {path}: {error.strerror or error}") from error
-    except ValueError as error:
+    except (ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"the DeepSpeed config {path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"the DeepSpeed config {path} holds a {type(config).__name__}; it must be a JSON object")
     return config
+
+
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as of_json:
+        try:
+            return hjson.loads(text, object_pairs_hook=_without_duplicates)
+        except hjson.HjsonDecodeError:
+            if text[of_json.pos :].lstrip().startswith(("/", "#")):
+                raise  # a comment is no mistake, so what Hjson says is
+            raise of_json from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object: remove one")
+    return content
 
 
 def choose(config: dict[str, Any], path: str, given: Any, default: Any) -> Any:
@@ -37,7 +63,7 @@ def choose(config: dict[str, Any], path: str, given: Any, default: Any) -> Any:
     The config's own value unless it is missing or "auto"; then `given`; then `default`.
     ValueError if config and command line disagree.
     """
-    value = _get(config, path)
+    value = value_at(config, path)
     if value is None or value == AUTO:
         return default if given is None else given
     if given is not None and given != value:
@@ -147,7 +173,8 @@ def _autos(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
         yield from _autos(value, here)
 
 
-def _get(config: dict[str, Any], path: str) -> Any:
+def value_at(config: dict[str, Any], path: str) -> Any:
+    """What lies at a dotted path, None if nothing does."""
     node: Any = config
     for key in path.split("."):
         if not isinstance(node, dict) or key not in node:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+LARGEST = 2**31 - 1
+"""Of any number that a run is told: beyond it, sums of steps, seeds and ranks do not fit into 64 bits."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -46,12 +49,14 @@ class RunOptions:
         """ValueError for a number out of range, naming the option, the value and the limit."""
         for name, least in self._limits().items():
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"--{name} {value} is out of range: it must be at least {least}")
+            if value is not None and not least <= value <= LARGEST:
+                limit = f"at least {least}" if value < least else f"a number, at most {LARGEST}"
+                raise ValueError(f"--{name} {value} is out of range: it must be {limit}")
 
     def _limits(self) -> dict[str, int]:
-        limits = {"steps": 1, "seq_length": 2, "micro_batch": 1, "accumulation": 1, "logging_interval": 1, "seed": 0}
-        return limits | dict.fromkeys(("validation_interval", "save_interval", "warmup_steps", "gradient_clipping"), 0)
+        limits = {"steps": 1, "seq_length": 2, "micro_batch": 1, "accumulation": 1, "logging_interval": 1}
+        others = "seed", "validation_interval", "save_interval", "warmup_steps", "gradient_clipping", "lr", "eps"
+        return limits | dict.fromkeys((*others, "weight_decay"), 0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,10 +15,10 @@ import deepspeed.comm as dist
 import torch
 import transformers
 from deepspeed.git_version_info import installed_ops
-from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from torch.utils.cpp_extension import CUDA_HOME
 
 from ds_memopt.optimizers import METHODS, Addax, UpdatesInBackward, takes
+from ds_memopt.optimizers.hyper_parameters import check_values, rules_of
 from ds_memopt.train.config import (
     AUTO,
     SHARED_HYPERPARAMETERS,
@@ -28,10 +28,13 @@ from ds_memopt.train.config import (
     resolve_config,
     zero_stage,
 )
+from ds_memopt.train.config_check import check_config, check_optimizer_type, check_rules
 from ds_memopt.train.options import RunOptions
 from ds_memopt.train.presets import Recipe, find_model, split_batch
 from ds_memopt.train.ranks import Ranks
 from ds_memopt.train.record import METRICS
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ def make_plan(
             f"--output_dir {output_dir} already holds a run ({METRICS} exists): "
             "continue it with --resume, or choose another --output_dir"
         )
-    raw = _with_command_line(load_config(options.deepspeed_config), options)
+    raw = load_config(options.deepspeed_config)
+    check_config(raw, options.deepspeed_config)
+    raw = _with_command_line(raw, options)
     model_config, recipe = find(options.model)
 
     method = METHODS.get(raw["optimizer"]["type"], object)
@@ -108,6 +113,8 @@ def make_plan(
     for name, value in (("total_steps", steps), ("seed", options.seed)):
         if takes(config["optimizer"]["type"], name):
             config["optimizer"]["params"].setdefault(name, value)
+    dtype = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
+    check_rules(config, DTYPES[dtype])
     seq_length = options.seq_length or recipe.seq_length
     save_interval = options.save_interval
     if save_interval is None:
@@ -127,7 +134,7 @@ def make_plan(
         "steps": steps,
         "schedule": config.get("scheduler") or [options.schedule or "linear", warmup_steps],
         "gradient_clipping": config["gradient_clipping"],
-        "dtype": next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32"),
+        "dtype": dtype,
         "seed": options.seed,
     }
     return Plan(
@@ -176,20 +183,11 @@ def _with_command_line(raw: dict[str, Any], options: RunOptions) -> dict[str, An
     return raw
 
 
-def check_optimizer_type(name: str) -> None:
-    """ValueError for a type that neither DeepSpeed nor this package knows."""
-    if not (name in METHODS or name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name)):
-        raise ValueError(
-            f"optimizer type {name!r} is unknown; known are {', '.join([*METHODS, *DEEPSPEED_OPTIMIZERS])} "
-            "and the classes of torch.optim"
-        )
-
-
 def _with_halves(params: dict[str, Any], micro_batch: int | None, recipe: Recipe, world_size: int) -> int:
     """Settle Addax's zo_batch and fo_batch; where they are not given, each is half of the micro-batch. Returns its
     size."""
     zo_batch, fo_batch = params.get("zo_batch"), params.get("fo_batch")
-    Addax.from_model(torch.nn.Linear(1, 1), zo_batch=zo_batch, fo_batch=fo_batch)  # a trial: wrong ones must fail now
+    check_values(rules_of(Addax), {"zo_batch": zo_batch, "fo_batch": fo_batch})
     if micro_batch is None:
         micro_batch = zo_batch + fo_batch if zo_batch and fo_batch else split_batch(recipe, None, 1, world_size)[0]
     zo_batch = zo_batch or (micro_batch - fo_batch if fo_batch else micro_batch // 2)
