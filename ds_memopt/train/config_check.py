@@ -21,6 +21,7 @@ from ds_memopt.optimizers.mezo import check_epsilon
 from ds_memopt.train.config import AUTO, value_at
 
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+_ANY_ADAM = {name: rule for name, rule in ADAM.items() if name != "eps"}  # which may be 0 elsewhere
 _BLOCKS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
 
 
@@ -57,6 +58,8 @@ def _check_shape(config: dict[str, Any]) -> None:
         for key, kind, words in (("type", str, "a word"), ("params", dict, "an object")):
             if not isinstance(block.get(key, kind()), kind):
                 raise ValueError(f"{name}.{key} is {block[key]!r}: it must be {words}")
+    params = config.get("optimizer", {}).get("params", {})
+    check_values(_ANY_ADAM, {name: value for name, value in params.items() if value != AUTO})
 
 
 def _check_as_deepspeed(config: dict[str, Any]) -> None:
@@ -139,7 +142,7 @@ def _check_scheduler(name: str, params: dict[str, Any]) -> None:
 
 
 def _check_of_deepspeed(name: str, params: dict[str, Any]) -> None:
-    check_values({key: rule for key, rule in ADAM.items() if key != "eps"}, params)  # eps may be 0 there
+    check_values(_ANY_ADAM, params)
     if name.lower() not in ("adam", "adamw"):
         return
     kinds = (torch.optim.AdamW, FusedAdam, DeepSpeedCPUAdam)
