@@ -117,7 +117,7 @@ ROTATING = STATE_COMPRESSING | {
 
 ZEROTH_ORDER = STATE_COMPRESSING | {
     "zero1_fp32_accumulation": Support("untested", "It has no gradients."),
-    "ddp": Support("untested", "It needs none: it adds up the losses itself."),
+    "ddp": Support("tested", "It needs none: it adds up the losses itself."),
     "zero2_offload": Support("untested", "It keeps no masters that could be offloaded."),
     "zero3_offload": Support("untested", "It keeps no masters that could be offloaded."),
     "zero_to_fp32": Support("untested", "Use `save_16bit_model`."),

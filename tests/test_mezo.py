@@ -274,9 +274,9 @@ def test_residuals_are_as_good_as_fp32_masters():
         masters[keep] = {name: p.float() for name, p in ends[keep].items()}
         for name, p in model.named_parameters():
             if keep == "residual":
-                add_residual_(masters[keep][name].view(-1), optimizer.state[p]["kept"])
+                add_residual_(masters[keep][name], optimizer.state[p]["kept"])
             elif keep == "fp32":
-                masters[keep][name] = optimizer.state[p]["kept"].view(p.shape)
+                masters[keep][name] = optimizer.state[p]["kept"]
     total = sum(p.numel() for p in start.values())
     assert state == {"residual": 2 * total, "fp32": 4 * total, "none": 0}
     assert equal(ends["residual"], ends["fp32"])

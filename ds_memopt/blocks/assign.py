@@ -8,6 +8,7 @@ from typing import get_args
 from torch import Tensor, nn
 
 from ds_memopt.blocks import families
+from ds_memopt.blocks.names import bare_modules, bare_parameters
 from ds_memopt.blocks.rules import Context, Shape, ValueBlocks, blocks_of, key_of
 from ds_memopt.blocks.structure import ParamBlocks
 
@@ -35,15 +36,15 @@ def assign_blocks(model: nn.Module, value_blocks: ValueBlocks = "rows") -> dict[
             matrix the value part becomes one block; latent attention's kv_b_proj stays by row.
 
     Returns:
-        The blocks by the names of `model.named_parameters()`, a tied weight once, under its first name.
+        The blocks by the names of `bare_parameters(model)`, a tied weight once, under its first name.
 
     Raises:
         ValueError: `value_blocks` is neither word, or is "whole" for a fused matrix that interleaves queries, keys
             and values (GPT-NeoX, Bloom): their value rows are not contiguous, so one block cannot hold them.
     """
     _check(value_blocks)
-    modules = dict(model.named_modules())
-    shapes = {name: full_shape(p) for name, p in model.named_parameters()}
+    modules = bare_modules(model)
+    shapes = {name: full_shape(p) for name, p in bare_parameters(model).items()}
     return {n: blocks_of(n, shape, _context(n, shapes, modules), value_blocks) for n, shape in shapes.items()}
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from ds_memopt.blocks.names import WRAPPED
+
 # Separate projections, as (query, key, value).
 _PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),  # Llama and most others
@@ -85,4 +87,4 @@ HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim"
 NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
 # Path components that wrappers add: FSDP, activation checkpointing, torch.compile, DDP, peft.
-WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module", "base_layer"}
+WRAPPERS = WRAPPED | {"_fsdp_wrapped_module", "module", "base_layer"}

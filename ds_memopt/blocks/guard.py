@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from ds_memopt.blocks.names import bare_modules
 from ds_memopt.support import refuse
 
 logger = logging.getLogger("ds_memopt")
@@ -47,7 +48,7 @@ class BlockGuard:
         identities = set(map(id, active))
         self._handles = [
             module.register_forward_pre_hook(functools.partial(self._enter_active_module, name))
-            for name, module in self._model().named_modules()
+            for name, module in bare_modules(self._model()).items()
             if any(id(parameter) in identities for parameter in module.parameters(recurse=False))
         ]
 

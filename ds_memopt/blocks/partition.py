@@ -16,12 +16,13 @@ from typing import Any
 from torch import nn
 
 from ds_memopt.blocks.assign import assign_blocks, full_shape
+from ds_memopt.blocks.names import bare_modules, bare_parameters
 from ds_memopt.blocks.patterns import are_patterns, matching
 
 
 @dataclass(frozen=True)
 class Partition:
-    """Each trainable parameter once, by its name in `model.named_parameters()`, in the order of the model.
+    """Each trainable parameter once, by its name in the bare model, in the order of the model.
 
     blocks: parameter names by block name, from input to output.
     always_active: trained together with every block.
@@ -48,7 +49,7 @@ def partition_into_blocks(
     a vision tower for instance, are never trained: name them in explicit blocks or in `always_active`.
 
     Args:
-        model, trainable: any module, and the names of its parameters to train, for instance those of LoRA alone.
+        model, trainable: any module, and the bare names of its parameters to train, for instance those of LoRA alone.
         blocks: "layer", "sublayer" for attention and MLP in turn, or a list of regular expressions for each block.
         include_embedding: begin with a block of token and position embeddings and what belongs to them.
         include_lm_head: end with a block of norms outside the layers and everything behind the last layer. An output
@@ -62,9 +63,9 @@ def partition_into_blocks(
     """
     _check_options(blocks, include_embedding, include_lm_head, always_active)
     wanted = set(trainable)
-    names = [name for name, _ in model.named_parameters() if name in wanted]
+    names = [name for name in bare_parameters(model) if name in wanted]
     if unknown := sorted(wanted.difference(names)):
-        raise ValueError(f"trainable: the model has no {unknown[0]!r}. Use the names of model.named_parameters().")
+        raise ValueError(f"trainable: the model has no {unknown[0]!r}. Use the names of the bare model.")
     active = {name for pattern in always_active for name in matching("always_active", pattern, names)}
     rest = [name for name in names if name not in active]
     if not rest:
@@ -125,7 +126,7 @@ def _by_structure(
 
 def _find_layers(model: nn.Module, rest: Iterable[str]) -> tuple[dict[str, list[str]], set[str]]:
     """All parameters of each layer by its path; and all that are in a layer or in another tower."""
-    modules, names = dict(model.named_modules()), dict(model.named_parameters())
+    modules, names = bare_modules(model), bare_parameters(model)
     home: dict[str, tuple[str, str]] = {}  # by parameter: the outermost list around it, and the member it is in
     for name in names:
         lists = (pair for pair in pairwise(_paths(name)) if isinstance(modules[pair[0]], nn.ModuleList))
@@ -158,10 +159,10 @@ def _paths(name: str) -> list[str]:
 
 def _find_ends(model: nn.Module, elsewhere: set[str], roles: Mapping[str, str]) -> tuple[set[str], set[str]]:
     """The parameters of the embedding and those of the head; a tied one, which has a name in each, is in both."""
-    first_names = {id(p): name for name, p in model.named_parameters()}
+    first_names = {id(p): name for name, p in bare_parameters(model).items()}
     embedding, head = set(), set()
     behind = True  # the last layer: this goes through the model from its end
-    for name, p in reversed(list(model.named_parameters(remove_duplicate=False))):
+    for name, p in reversed(bare_parameters(model, remove_duplicate=False).items()):
         behind = behind and name not in elsewhere
         if roles.get(name) in ("embedding", "position embedding") or re.search(r"embed(?!_out)|project_in", name):
             embedding.add(first_names[id(p)])  # embed_out is what GPT-NeoX calls its head

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from deepspeed.monitor.monitor import MonitorMaster
 from torch import nn
@@ -17,15 +16,16 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ds_memopt.blocks import partition_into_blocks
-from ds_memopt.optimizers import BAdam, InPlaceOptimizer, MeZO
+from ds_memopt.blocks import bare_parameters, partition_into_blocks, wrapped_modules
+from ds_memopt.optimizers import BAdam, MeZO
 
 
 def shard(model: nn.Module, bf16: bool = False) -> None:
     """Shard a model over all ranks, each layer as a unit. bf16: compute and gather in bf16, and reduce in fp32."""
+    modules = wrapped_modules(model)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    for layer in partition_into_blocks(model, (name for name, _ in model.named_parameters())).blocks:
-        fully_shard(model.get_submodule(layer), mp_policy=policy)
+    for layer in partition_into_blocks(model, bare_parameters(model)).blocks:
+        fully_shard(modules[layer], mp_policy=policy)
     fully_shard(model, mp_policy=policy)
 
 
@@ -101,9 +101,6 @@ class Fsdp2Engine:
         assert not save_latest
         path = Path(folder, tag)
         dcp.save(self._state() | {"progress": self._progress()}, checkpoint_id=path)
-        if isinstance(self.optimizer, InPlaceOptimizer):  # its state is flat parts, which are no DTensors
-            torch.save(self.optimizer.state_dict(), self._own_file(path))
-            dist.barrier()
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict]:
         """Restore what `save_checkpoint` saved on as many ranks. All ranks call."""
@@ -119,25 +116,17 @@ class Fsdp2Engine:
         state = self._state()
         dcp.load(state, checkpoint_id=path)
         self.module.load_state_dict(state["model"])
-        if isinstance(self.optimizer, InPlaceOptimizer):
-            self.optimizer.load_state_dict(torch.load(self._own_file(path), weights_only=True))
-        else:
-            set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"])
+        set_optimizer_state_dict(self.module, self.optimizer, state["optimizer"])
         return str(path), {}
 
     def _state(self) -> dict[str, Any]:
-        model = {"model": self.module.state_dict()}
-        if isinstance(self.optimizer, InPlaceOptimizer):
-            return model
-        return model | {"optimizer": get_optimizer_state_dict(self.module, self.optimizer)}
+        optimizer = get_optimizer_state_dict(self.module, self.optimizer)
+        return {"model": self.module.state_dict(), "optimizer": optimizer}
 
     def _progress(self) -> dict[str, Any]:
         """What must be known before the state's shapes are: BAdam has state of the active block alone."""
         position = {"position": list(self.optimizer.position)} if isinstance(self.optimizer, BAdam) else {}
         return {"global_steps": self.global_steps, "lr_scheduler": self.lr_scheduler.state_dict(), **position}
-
-    def _own_file(self, path: Path) -> Path:
-        return path / f"optimizer_rank{dist.get_rank()}.pt"
 
 
 def entries(file: Path) -> Iterator[io.BytesIO]:

@@ -7,12 +7,13 @@ import torch
 from .adam_mini import AdamMini
 from .addax import Addax
 from .badam import BAdam
-from .base import METHOD_KEY, ShardedOptimizer, StatePart, check_meaning
+from .base import ShardedOptimizer, StatePart, check_meaning
 from .gwt import GWT
 from .in_backward import UpdatesInBackward
 from .inplace import InPlaceOptimizer
 from .ipsgd import IPSGD
 from .mezo import MeZO
+from .naming import METHOD_KEY
 
 FIRST_ORDER: dict[str, type[ShardedOptimizer]] = {"AdamMini": AdamMini, "BAdam": BAdam, "GWT": GWT}
 """The methods that go by gradients: an engine lays their flat partitions."""

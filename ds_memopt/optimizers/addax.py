@@ -149,15 +149,25 @@ class Addax(UpdatesInBackward, MeZO):
         super().end_step(done)
 
     @torch.no_grad()
-    def step(self, zo_closure: Callable[[], Any] | None = None, fo_closure: Callable[[], Any] | None = None):
+    def step(
+        self,
+        zo_closure: Callable[[], Any] | None = None,
+        fo_closure: Callable[[], Any] | None = None,
+        *,
+        closure: None = None,
+    ):
         """Make one step, from a closure for each half; None for a half that no rank has.
 
         They return the mean loss over this rank's samples of that half, or (sum of losses, number of samples or
         tokens): (loss * 0, 0) on a rank that has none. zo_closure is called twice without a graph, fo_closure once
         with one (twice with clip="two_pass"). Returns the first result of each. All ranks call.
+        closure: nothing; torch's get_optimizer_state_dict says so.
         """
         if zo_closure is None and fo_closure is None:
+            if self._makes_state_alone():
+                return None
             raise ValueError(self.needs_closure())
+        self._check_parameters()
         self._sums = None  # of a step that an exception interrupted
         zo_first = self.evaluate(zo_closure) if zo_closure is not None and self.alpha > 0 else None
         if fo_closure is None or self.alpha == 1:

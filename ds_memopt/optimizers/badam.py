@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ds_memopt.blocks import BlockGuard, ParamBlocks, full_shape, partition_into_blocks
+from ds_memopt.blocks import BlockGuard, ParamBlocks, bare_parameters, full_shape, partition_into_blocks
 from ds_memopt.shards import Placement, is_first_rank, numel_of, trainable_parameters_changed
 
 from .adam_mini import AdamMini
@@ -201,8 +201,11 @@ class BAdam(ShardedOptimizer):
         return {p: name for group in self._pairs for name, p in group if p.requires_grad}
 
     def keep_all_groups(self) -> None:
-        """Put back the param groups without a parameter in the active block, which DeepSpeed takes out once."""
+        """Put back the param groups without a parameter in the active block, for DeepSpeed, which takes it out."""
         self.param_groups[:] = self._groups
+        for group in self.param_groups:
+            held = [pair for pair in zip(group["param_names"], group["params"], strict=True) if pair[1].requires_grad]
+            group["params"], group["param_names"] = [p for _, p in held], [name for name, _ in held]
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """All parameters that train with one block or another."""
@@ -258,7 +261,6 @@ class BAdam(ShardedOptimizer):
         super().step()
         for tensor, gradient in lent:
             tensor.grad = gradient
-        self._stepped = True
         if not self._bound and self.finish_step():
             self.next_block()
             self._make_state()
@@ -269,6 +271,7 @@ class BAdam(ShardedOptimizer):
     ) -> None:
         self.rule.state, self.rule._placement = self.state, self._placement  # it works on this optimizer's tensors
         self.rule.update(tensors, groups, plans)
+        self._stepped = True
 
     def finish_step(self) -> bool:
         """Count the training step that just ended, unless it was skipped, and tell whether the visit is over.
@@ -336,8 +339,10 @@ class BAdam(ShardedOptimizer):
             for name, p in members:
                 p.requires_grad_(name in active)
                 p.grad = None
-            group["params"] = [p for name, p in members if name in active]
-            group["param_names"] = [name for name, _ in members if name in active]
+            held = [(name, p) for name, p in members if name in active]
+            if not held and not self._bound:  # torch's distributed state dicts cannot tell groups without parameters
+                held = [min(members, key=lambda member: numel_of(full_shape(member[1])))]
+            group["params"], group["param_names"] = [p for _, p in held], [name for name, _ in held]
         self.state.clear()
         self._plans.clear()
         trainable_parameters_changed(self._model())
@@ -349,8 +354,10 @@ class BAdam(ShardedOptimizer):
 
     def _fill_missing_gradients(self) -> None:
         """Missing gradients count as zero, as under ZeRO: an expert without tokens decays like any other."""
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        tensors = [tensor for group in self.param_groups for tensor in group["params"] if tensor.requires_grad]
         if all(tensor.grad is None for tensor in tensors):
+            # It says so if what trains here is no longer the model's.
+            self._plan(*zip(*self._placement.named_tensors(self.param_groups), strict=True))
             raise ValueError(
                 f"No parameter of the active block, {self.active_block}, has a gradient. Call backward before step; if "
                 "it was called, the block took no part in the loss, or the engine was built without ds_memopt."
@@ -401,7 +408,7 @@ class BAdam(ShardedOptimizer):
             "BAdam, %d blocks of %s steps each, %s order; parameters:\n%s",
             len(lines), self.switch_every, self.rotation.order, "\n".join(lines),
         )  # fmt: skip
-        others = [n for n, p in self._model().named_parameters() if p.requires_grad and n not in sizes]
+        others = [n for n, p in bare_parameters(self._model()).items() if p.requires_grad and n not in sizes]
         if others:
             logger.warning("BAdam was not given %s: backward reaches them at every step.", ", ".join(others))
         if never := self.partition.never_trained:

@@ -12,17 +12,21 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from ds_memopt.blocks import ParamBlocks, assign_blocks, assign_blocks_by_name, format_assignment, full_shape
+from ds_memopt.blocks import (
+    ParamBlocks,
+    assign_blocks,
+    assign_blocks_by_name,
+    bare_parameters,
+    format_assignment,
+    full_shape,
+)
 from ds_memopt.shards import Placement, PlainPlacement, is_first_rank
-from ds_memopt.support import refuse
 
 from .blockwise import BlockPlan, step_dtype
 from .hyper_parameters import check_hyper_parameters, check_values, rules_of
+from .naming import check_current, check_named_group, named_groups
 
 logger = logging.getLogger("ds_memopt")
-
-METHOD_KEY = "ds_memopt_method"
-"""Key of every param group of ours. Where another library builds its own optimizer from our groups, it shows."""
 
 
 class StatePart(NamedTuple):
@@ -126,7 +130,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_named_group(self, group)
+        check_named_group(self, group, self._model() if self._model is not None else None)
         check_values(rules_of(type(self)), group)
         if self._model is None:
             shapes = dict(zip(group["param_names"], map(full_shape, group["params"]), strict=True))
@@ -134,7 +138,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         elif unknown := [name for name in group["param_names"] if name not in self.roles]:
             raise ValueError(
                 f"{unknown[0]!r} is no parameter of the model, which has {next(iter(self.roles), None)!r} and others. "
-                "Take names and model from the same object, wrapped or not."
+                "List the parameters of the model itself."
             )
         if self.structures:
             self._rebuild_structures()
@@ -174,6 +178,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if active:
             tensors, names, groups = zip(*active, strict=True)
             plans = self._plan(tensors, names)
+            fresh = not self._bound and not any(self.state.values())
             for number, tensor in enumerate(tensors):
                 if tensor.grad is not None and tensor.grad.is_sparse:
                     raise ValueError(
@@ -182,7 +187,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     )
                 if tensor.grad is not None and not self.state[tensor]:
                     self._init_state(tensor, plans, number)
-            self.update(tensors, groups, plans)
+            if not (fresh and asks_for_state(self)):
+                self.update(tensors, groups, plans)
         return loss
 
     def update(
@@ -242,7 +248,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _check_tensors(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> None:
         """Raise ValueError where a tensor is not the parameter that it was when the optimizer was built."""
         model = self._model() if self._model is not None else None
-        current = dict(model.named_parameters(remove_duplicate=False)) if model is not None else {}
+        current = bare_parameters(model, remove_duplicate=False) if model is not None else {}
         for tensor, name in zip(tensors, names, strict=True):
             if name is None:
                 continue
@@ -252,14 +258,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     f"{self.roles[name].shape}: an engine replaced it. Call ds_memopt.register() before "
                     "deepspeed.initialize; build the optimizer after any other wrapper that re-shapes parameters."
                 )
-            # FSDP2 shows whole parameters in the place of its shards while they are gathered.
-            gathered = hasattr(tensor, "to_local") and not hasattr(current.get(name), "to_local")
-            if not self._bound and current and current.get(name) is not tensor and not gathered:
-                raise ValueError(
-                    f"{name} in the optimizer is no longer the model's parameter: the model's parameters were replaced "
-                    f"after {type(self).__name__} was built, so its steps would change nothing. Build the optimizer "
-                    "after fully_shard, to_empty or whatever replaced them."
-                )
+            if not self._bound:
+                check_current(self, tensor, name, current)
 
     def named_state(self) -> Iterator[StatePart]:
         """Hand out all state that this rank holds, by parameter name and place in the whole parameter.
@@ -326,17 +326,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     self.state[tensor][key] = value.detach().to(tensor.device, dtype or step_dtype(tensor.dtype))
 
 
-def check_named_group(optimizer: torch.optim.Optimizer, group: dict) -> None:
-    """Mark a param group as ours. ValueError where it lacks names, or where the names are FSDP1's."""
-    method = type(optimizer).__name__
-    if "param_names" not in group:
-        raise ValueError(
-            f"{method} needs the parameters' names. Pass model.named_parameters(), or build it with "
-            f"{method}.from_model(model, ...)."
-        )
-    group[METHOD_KEY] = method
-    if any("_fsdp_wrapped_module" in name or "_flat_param" in name for name in group["param_names"]):
-        refuse(type(optimizer), "fsdp1")
+def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this call of `step` is that of torch's get_optimizer_state_dict: it wants all state made, and no step.
+
+    It has set all learning rates and gradients to zero. A collective under FSDP2 if the former are.
+    """
+    groups = optimizer.param_groups
+    if any(group["lr"] != 0 for group in groups):
+        return False
+    gradients = [p.grad for group in groups for p in group["params"] if p.requires_grad]
+    return bool(gradients) and not any(gradient is None or _total(gradient.abs()) != 0 for gradient in gradients)
+
+
+def _total(tensor: torch.Tensor) -> float:
+    total = tensor.sum()
+    return (total.full_tensor() if hasattr(total, "full_tensor") else total).item()
 
 
 def check_meaning(optimizer: torch.optim.Optimizer, saved_groups: Iterable[Mapping[str, Any]]) -> None:
@@ -376,33 +380,3 @@ def make_log_visible() -> None:
         logger.addHandler(handler)
     if logger.level == logging.NOTSET:
         logger.setLevel(logging.INFO)
-
-
-def named_groups(model: nn.Module, params: Iterable | None) -> list[dict]:
-    """Param groups of (name, parameter) pairs from a model's parameters, from groups of them, or from None for all."""
-    if params is None:
-        trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        matrices = [pair for pair in trainable if len(full_shape(pair[1])) > 1]
-        vectors = [pair for pair in trainable if len(full_shape(pair[1])) <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        return [group for group in groups if group["params"]] or _no_parameters()
-    names = {id(p): name for name, p in model.named_parameters()}
-    params = list(params)
-    groups = params if params and isinstance(params[0], dict) else [{"params": params}]
-    named = [group | {"params": [_named(entry, names) for entry in group["params"]]} for group in groups]
-    # As DeepSpeed does: with adapters the usual second group, of norms and biases, is empty.
-    return [group for group in named if group["params"]] or _no_parameters()
-
-
-def _no_parameters():
-    raise ValueError("There is no parameter to train. Leave requires_grad set on some, and list them.")
-
-
-def _named(entry: Any, names: Mapping[int, str]) -> tuple[str, torch.Tensor]:
-    parameter = entry[1] if isinstance(entry, tuple) else entry
-    if id(parameter) not in names:
-        raise ValueError(
-            f"A parameter of shape {tuple(parameter.shape)} to be trained is not among the model's: its parameters "
-            "were replaced after they were listed. List model.parameters() after the last wrapper that replaces them."
-        )
-    return names[id(parameter)], parameter

@@ -13,11 +13,12 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
-from ds_memopt.blocks import full_shape, partition_into_blocks
+from ds_memopt.blocks import bare_name, full_shape, partition_into_blocks
 from ds_memopt.shards import InPlaceShards
 
 from .hyper_parameters import CHECKED_BY_ITS_USER, check_range, integer, real
@@ -84,6 +85,7 @@ class Directions:
         filled = isinstance(layers, lists) and layers and all(isinstance(layer, lists) and layer for layer in layers)
         limit = "a list with a list of parameter names for each layer, none of them empty"
         check_range("layers", layers, filled, limit, LAYERS)
+        layers = self.layers = [[self._bare(name) for name in layer] for layer in layers]
         seen = set()
         example = f"one of the {len(self.shapes)} parameters that train, such as {next(iter(self.shapes))!r}"
         for number, layer in enumerate(layers):
@@ -92,6 +94,10 @@ class Directions:
                 check_range(f"layers[{number}]", name, known, example, "Use the names of model.named_parameters().")
                 check_range(f"layers[{number}]", name, name not in seen, "listed once", "Leave it in one layer.")
                 seen.add(name)
+
+    def _bare(self, name: Any) -> Any:
+        """A wrapped model's names are as good."""
+        return bare_name(name, self.model) if isinstance(name, str) and name not in self.shapes else name
 
     def _find_layers(self) -> list[list[str]]:
         try:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from ds_memopt.shards import GradientBuckets, InPlaceShards, Part
 from ds_memopt.support import refuse
@@ -50,6 +51,8 @@ class UpdatesInBackward(InPlaceOptimizer):
 
     def _watch(self, **reduction: Any) -> None:
         """Take gradients away from now on. reduction: `elements` and `dtype` of `GradientBuckets`."""
+        if any(isinstance(module, DistributedDataParallel) for module in self._model.modules()):
+            refuse(type(self), "ddp")
         if hasattr(self, "gradients"):
             self.gradients.remove()
         self.gradients = GradientBuckets(self.shards, self._use, **reduction)

@@ -8,10 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ds_memopt.blocks import bare_parameters
 from ds_memopt.shards import InPlaceShards, Part, WholeShards
 
-from .base import STATE_KEY, StatePart, check_covered, check_meaning, check_named_group, named_groups
+from .base import STATE_KEY, StatePart, asks_for_state, check_covered, check_meaning
 from .hyper_parameters import LR, WEIGHT_DECAY, check_hyper_parameters, check_values, choice, rules_of
+from .naming import check_current, check_named_group, named_groups
 from .residual import add_residual_, residual_of
 
 PIECE = 2**20
@@ -51,9 +53,8 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         method = type(self).__name__
         if model is None:
             raise ValueError(f"{method} needs the model, whose forwards it uses. Use {method}.from_model(model, ...).")
-        self.keep, self.hyper = keep, {}
+        self.keep, self.hyper, self._model = keep, {}, model
         super().__init__(params, defaults)
-        self._model = model
         self._names = {
             p: name
             for group in self.param_groups
@@ -64,7 +65,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         self._realised: Any = 0.0
         self._intended: Any = 0.0
         self.shards: InPlaceShards = WholeShards(model, self._names)
-        self._built = True
+        self._built, self._checked = True, False
 
     @classmethod
     def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
@@ -78,7 +79,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
             raise ValueError(f"What {method} trains is fixed when it is built: list all parameters there.")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_named_group(self, group)
+        check_named_group(self, group, self._model)
         check_values(rules_of(type(self)), group)
         if self.keep == "residual" and any(p.dtype == torch.float16 for p in group["params"]):
             raise ValueError('keep="residual" needs bf16 or fp32 weights, not fp16. Use bf16, or keep="fp32".')
@@ -103,6 +104,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
     def bind(self, shards: InPlaceShards) -> None:
         """Tell how an engine keeps the weights. Called by the engine, before the first step."""
         self.shards = shards
+        self._checked = True  # an engine lays out the parameters that it was given
 
     def names_by_tensor(self) -> dict[torch.Tensor, str]:
         """The name of each parameter that is trained."""
@@ -111,6 +113,14 @@ class InPlaceOptimizer(torch.optim.Optimizer):
     def trained_parameters(self) -> list[torch.Tensor]:
         """All parameters that train, whether or not they require gradients."""
         return list(self._names)
+
+    def _check_parameters(self) -> None:
+        """Before the first step: raise ValueError where what trains is no longer what the model computes with."""
+        if not self._checked:
+            current = bare_parameters(self._model)
+            for parameter, name in self._names.items():
+                check_current(self, parameter, name, current)
+            self._checked = True
 
     def release(self) -> None:
         """Give the model back: all parameters require gradients that did, and no hook stays on it."""
@@ -163,9 +173,10 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         if self.keep == "none" or part.elements.dtype not in (torch.bfloat16, torch.float16):
             return None
         if "kept" not in state:
-            zeros = torch.zeros(len(part.elements), dtype=torch.int16, device=part.elements.device)
-            state["kept"] = zeros if self.keep == "residual" else part.elements.float()
-        return state["kept"]
+            state["kept"] = self.shards.new_state(part, torch.int16 if self.keep == "residual" else torch.float32)
+            if self.keep == "fp32":
+                self.shards.local(state["kept"]).copy_(part.elements)
+        return self.shards.local(state["kept"])
 
     def _master(self, weights: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
         """A copy of the weights, with what is kept of them, in fp32 or better."""
@@ -214,6 +225,26 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         self._set_progress(**progress)
         self._loaded()
         self.shards.publish()
+
+    def _make_state(self) -> None:
+        """Of all parameters, also where a rank has no elements or nothing is kept: all ranks save the same entries."""
+        for parameter in self._names:
+            self.state.setdefault(parameter, {})
+            self._states(self.shards.part(parameter))
+
+    def _makes_state_alone(self) -> bool:
+        """Whether `step` was called without anything to go by because all state is asked for; then it is made."""
+        asked = asks_for_state(self)
+        if asked:
+            self._make_state()
+            for parameter in self._names:
+                parameter.grad = None
+        return asked
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Under FSDP2 state is laid as the parameters are, for torch.distributed.checkpoint."""
+        self._make_state()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, with the state in its own types; torch would cast it to the weights'.

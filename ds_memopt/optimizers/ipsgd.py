@@ -83,8 +83,9 @@ class IPSGD(UpdatesInBackward):
         state = self.state[part.parameter]
         new = self._rule.new_state(part, full_shape(part.parameter))
         for key, (_, zeros) in new.items():
-            state.setdefault(key, zeros)
-        return {key: state[key] for key in new}
+            if key not in state:  # rows and columns are whole on every rank
+                state[key] = self.shards.new_state(part, zeros.dtype) if key == "square" else zeros
+        return {key: self.shards.local(state[key]) for key in new}
 
     def _states(self, part: Part) -> dict[str, tuple[int, torch.Tensor]]:
         states = super()._states(part)
@@ -101,6 +102,7 @@ class IPSGD(UpdatesInBackward):
         All ranks call. If a closure's loss is not finite, on whatever rank, or with clip="two_pass" a gradient, all
         skip. What backward has done without a closure cannot be taken back.
         """
+        self._check_parameters()
         if closure is not None:
             again = repeatable(closure, next(iter(self._names)).device)
             with torch.enable_grad():
@@ -110,6 +112,8 @@ class IPSGD(UpdatesInBackward):
                 done = factor is not None and self.first_order(total, factor, lambda: sum_and_count(again())[0])
             self.end_step(done)
             return first
+        if not self.gradients.began and self._makes_state_alone():
+            return None
         if not self.gradients.began:
             raise ValueError("IPSGD.step has no gradient to go by. Call loss.backward() before, or pass a closure.")
         self.gradients.finish()

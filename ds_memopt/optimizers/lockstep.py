@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_memopt.blocks import bare_modules, wrapped_modules
+
 
 class Lockstep:
     """A model whose forward can run two halves of a batch in lockstep.
@@ -29,7 +31,7 @@ class Lockstep:
     def __init__(self, model: nn.Module, layers: Sequence[str], set_sign: Callable[[int], None]) -> None:
         if not hasattr(model, "loss_function"):
             raise ValueError(f"{type(model).__name__} has no loss_function")
-        owners = [name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))]
+        owners = [name for name, module in bare_modules(model).items() if list(module.parameters(recurse=False))]
         outside = [name for name in owners if not any(f"{name}.".startswith(f"{layer}.") for layer in layers)]
         if holder := next(
             (name for name in outside if any(f"{layer}.".startswith(f"{name}.") for layer in layers)), ""
@@ -38,7 +40,8 @@ class Lockstep:
         if "" in outside:
             raise ValueError(f"{type(model).__name__} itself owns parameters")
         self._model, self._set_sign = model, set_sign
-        self.units = [model.get_submodule(name) for name in (*layers, *outside)]
+        modules = wrapped_modules(model)
+        self.units = [modules[name] for name in (*layers, *outside)]
         self._batch, self._sign = 0, 1
         self._second_loss: torch.Tensor | None = None
 

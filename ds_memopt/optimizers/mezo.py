@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ds_memopt.blocks import partition_into_blocks
+from ds_memopt.blocks import bare_parameters, partition_into_blocks
 from ds_memopt.shards import Part, is_first_rank
 
 from .base import make_log_visible
@@ -152,7 +152,7 @@ class MeZO(InPlaceOptimizer):
             "refresh_every": refresh_every, "magnitude_fraction": magnitude_fraction, "seed": seed,
         }  # fmt: skip
         start = {"history": [], "mean_square": 0.0, "thresholds": {}, "base_checksum": ""}
-        told = [] if layers is None else [f"layers {zlib.crc32(json.dumps(layers).encode()):08x}"]
+        told = [] if layers is None else [f"layers {zlib.crc32(json.dumps(self.directions.layers).encode()):08x}"]
         self._describe(hyper, start, *told, f"noise version {NOISE_VERSION}")
         self.trajectory, self._writer = trajectory, None
 
@@ -176,13 +176,10 @@ class MeZO(InPlaceOptimizer):
     @contextlib.contextmanager
     def perturbed(self, evaluation: Evaluation) -> Iterator[None]:
         """While this lasts, forwards of the model in this thread run at the evaluation's weights, without dropout."""
+        self._check_parameters()
         if self._perturbation is None:  # not before: FSDP2 and ZeRO-3 lay their hooks first
             names = {name: p for p, name in self._names.items()}
-            current = dict(self._model.named_parameters())
-            if missing := [name for name in names if name not in current]:
-                raise ValueError(
-                    f"{missing[0]!r} is no longer a parameter of the model. Build MeZO after all wrappers."
-                )
+            current = bare_parameters(self._model)
             self._perturbation = Perturbation(self._model, {id(current[name]): name for name in names})
             self._choose_thresholds()
         self._without_dropout = [module for module in self._model.modules() if module.training]
@@ -216,6 +213,12 @@ class MeZO(InPlaceOptimizer):
         self.directions.choose_thresholds(self.shards)
         self._set_progress(thresholds=self.directions.thresholds)
 
+    def _makes_state_alone(self) -> bool:
+        asked = super()._makes_state_alone()
+        if asked:
+            self._choose_thresholds()  # torch.distributed.checkpoint loads what is there already
+        return asked
+
     def _can_compile(self, kind: str) -> bool:
         device = next(iter(self._names)).device
         try:
@@ -237,7 +240,7 @@ class MeZO(InPlaceOptimizer):
             self._coefficient = sign * self.epsilon
             self._perturbation.renew()
 
-        layers = partition_into_blocks(self._model, (name for name, _ in self._model.named_parameters())).blocks
+        layers = partition_into_blocks(self._model, bare_parameters(self._model)).blocks
         return Lockstep(self._model, list(layers), set_sign)
 
     def observe(self, number: int, total: Any, weight: Any) -> None:
@@ -278,6 +281,8 @@ class MeZO(InPlaceOptimizer):
         All ranks call. If a loss is not finite, on whatever rank, all skip the update.
         """
         first = self.evaluate(closure) if closure is not None else None
+        if self._sums is None and self._makes_state_alone():
+            return None
         if self._sums is None:
             raise ValueError("MeZO.step has no loss to go by. Pass a closure, or call engine.backward(loss) before.")
         sums, self._sums = self._sums, None

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
+from ds_memopt.blocks import bare_modules, bare_parameters
+
 
 @dataclass(frozen=True)
 class Owner:
@@ -27,8 +29,8 @@ def owners_of(model: nn.Module, layers: Iterable[str]) -> list[Owner]:
 
     A tied parameter belongs to each of its owners.
     """
-    names, layers, owners = {id(p): name for name, p in model.named_parameters()}, list(layers), []
-    for path, module in model.named_modules():
+    names, layers, owners = {id(p): name for name, p in bare_parameters(model).items()}, list(layers), []
+    for path, module in bare_modules(model).items():
         numels = {names[id(p)]: p.numel() for p in module.parameters(recurse=False)}
         layer = next((layer for layer in layers if f"{path}.".startswith(f"{layer}.")), None)
         owners += [Owner(path, numels, layer)] if numels else []

@@ -141,6 +141,9 @@ class PlannedShards:
     def local(self, gradient: torch.Tensor) -> torch.Tensor:
         return gradient
 
+    def new_state(self, part: Part, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros_like(part.elements, dtype=dtype)
+
     def reduce(
         self, parameters: Sequence[torch.Tensor], gradients: Sequence, dtype: torch.dtype | None
     ) -> Callable[[], list[torch.Tensor]]:

@@ -17,7 +17,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
-from ds_memopt.blocks import partition_into_blocks
+from ds_memopt.blocks import bare_parameters, partition_into_blocks
 from ds_memopt.measure import sent_per_payload_byte, state_bytes
 from ds_memopt.optimizers import (
     METHODS,
@@ -131,7 +131,7 @@ class _Planned:
 
     def __init__(self, optimizer: Any, model: nn.Module, place: Ranks, checkpointing: bool) -> None:
         self.optimizer, self.model, self.place, self.checkpointing = optimizer, model, place, checkpointing
-        self.numels = {name: p.numel() for name, p in model.named_parameters()}
+        self.numels = {name: p.numel() for name, p in bare_parameters(model).items()}
         self.itemsize = next(model.parameters()).dtype.itemsize
         self.payload: dict[str, int] = {}
 
@@ -226,8 +226,10 @@ class _FirstOrder(_Planned):
 
     def _members(self) -> list[list[tuple[str | None, int]]]:
         """Each param group's parameters; one that has none in a block is lent its smallest, as the engine does."""
+        if isinstance(self.optimizer, BAdam):
+            self.optimizer.keep_all_groups()
         groups = [[(name, self.numels[name]) for name in group["param_names"]] for group in self.optimizer.param_groups]
-        if isinstance(self.optimizer, BAdam) and not all(groups):
+        if not all(groups):
             lent = [min(p.numel() for p in trained) for _, trained in self.optimizer.trained_by_group()]
             groups = [members or [(None, size)] for members, size in zip(groups, lent, strict=True)]
         return groups
@@ -367,7 +369,7 @@ def _visit_of(optimizer: BAdam, block: str | None, numels: Mapping[str, int]) ->
 def _layers(model: nn.Module) -> list[str]:
     """Paths of the model's layers, none if it has no list of them."""
     try:
-        return list(partition_into_blocks(model, [name for name, _ in model.named_parameters()]).blocks)
+        return list(partition_into_blocks(model, bare_parameters(model)).blocks)
     except ValueError:
         return []
 

@@ -53,7 +53,10 @@ class InPlaceShards(Protocol):
         """Elements of the whole parameter."""
 
     def local(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Where an engine has reduced a gradient, or a lone process has it: this rank's elements, 1-D."""
+        """This rank's elements, 1-D, of a state, or of a gradient that an engine has reduced or a lone process has."""
+
+    def new_state(self, part: Part, dtype: torch.dtype) -> torch.Tensor:
+        """Zeros to be kept beside the elements of a part, of which `local` gives a view."""
 
     def reduce(
         self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], dtype: torch.dtype | None
@@ -104,6 +107,9 @@ class WholeShards:
     def local(self, gradient: torch.Tensor) -> torch.Tensor:
         return self._placement.local(gradient)
 
+    def new_state(self, part: Part, dtype: torch.dtype) -> torch.Tensor:
+        return self._placement.new_state(part.parameter, None, dtype)
+
     def reduce(
         self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], dtype: torch.dtype | None
     ) -> Callable[[], list[torch.Tensor]]:
@@ -139,6 +145,9 @@ class SplitShards(WholeShards):
         start, length = self._span(parameter)
         elements = parameter.detach().view(-1)[start : start + length]
         return Part(self.names[parameter], start, parameter, elements)
+
+    def new_state(self, part: Part, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros_like(part.elements, dtype=dtype)
 
     def reduce(
         self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], dtype: torch.dtype | None

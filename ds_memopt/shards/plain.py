@@ -63,7 +63,8 @@ class PlainPlacement:
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).reshape(-1)
 
     def named_tensors(self, param_groups: Sequence[dict]) -> list[tuple[torch.Tensor, str | None]]:
-        return [pair for group in param_groups for pair in zip(group["params"], self.names(group), strict=True)]
+        pairs = [pair for group in param_groups for pair in zip(group["params"], self.names(group), strict=True)]
+        return [(tensor, name) for tensor, name in pairs if tensor.requires_grad]
 
     def new_state(self, tensor: torch.Tensor, lengths: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
         if lengths is None:

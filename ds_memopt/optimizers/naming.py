@@ -1,0 +1,79 @@
+"""Which parameter of the model each tensor of an optimizer is, by the names of the bare model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_memopt.blocks import bare_name, bare_parameters, full_shape
+from ds_memopt.support import refuse
+
+METHOD_KEY = "ds_memopt_method"
+"""Key of every param group of ours. Where another library builds its own optimizer from our groups, it shows."""
+
+
+def named_groups(model: nn.Module, params: Iterable | None) -> list[dict]:
+    """Param groups of (name, parameter) pairs from a model's parameters, from groups of them, or from None for all."""
+    if params is None:
+        trainable = [(name, p) for name, p in bare_parameters(model).items() if p.requires_grad]
+        matrices = [pair for pair in trainable if len(full_shape(pair[1])) > 1]
+        vectors = [pair for pair in trainable if len(full_shape(pair[1])) <= 1]
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]] or _no_parameters()
+    names = {id(p): name for name, p in bare_parameters(model).items()}
+    params = list(params)
+    groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+    named = [group | {"params": [_named(entry, names) for entry in group["params"]]} for group in groups]
+    # As DeepSpeed does: with adapters the usual second group, of norms and biases, is empty.
+    return [group for group in named if group["params"]] or _no_parameters()
+
+
+def _no_parameters():
+    raise ValueError("There is no parameter to train. Leave requires_grad set on some, and list them.")
+
+
+def _named(entry: Any, names: Mapping[int, str]) -> tuple[str, torch.Tensor]:
+    parameter = entry[1] if isinstance(entry, tuple) else entry
+    if id(parameter) not in names:
+        raise ValueError(
+            f"A parameter of shape {tuple(parameter.shape)} to be trained is not among the model's: its parameters "
+            "were replaced after they were listed. List model.parameters() after the last wrapper that replaces them."
+        )
+    return names[id(parameter)], parameter
+
+
+def check_named_group(optimizer: torch.optim.Optimizer, group: dict, model: nn.Module | None) -> None:
+    """Mark a param group as ours, and give its parameters the names that they have in the bare model.
+
+    Without a model to look at, `module.` stays in a name: it may be the model's own.
+    Raises ValueError where it lacks names, or where the names are FSDP1's.
+    """
+    method = type(optimizer).__name__
+    if "param_names" not in group:
+        raise ValueError(
+            f"{method} needs the parameters' names. Pass model.named_parameters(), or build it with "
+            f"{method}.from_model(model, ...)."
+        )
+    group[METHOD_KEY] = method
+    if any("_fsdp_wrapped_module" in name or "_flat_param" in name for name in group["param_names"]):
+        refuse(type(optimizer), "fsdp1")
+    names = {} if model is None else {id(p): name for name, p in bare_parameters(model).items()}
+    named = zip(group["params"], group["param_names"], strict=True)
+    group["param_names"] = [names.get(id(p), bare_name(name, model)) for p, name in named]
+
+
+def check_current(
+    optimizer: torch.optim.Optimizer, tensor: torch.Tensor, name: str, current: Mapping[str, torch.Tensor]
+) -> None:
+    """Raise ValueError where a tensor is no longer the model's parameter. current: those, by name, if known."""
+    # FSDP2 shows whole parameters in the place of its shards while they are gathered.
+    gathered = hasattr(tensor, "to_local") and not hasattr(current.get(name), "to_local")
+    if current and current.get(name) is not tensor and not gathered:
+        raise ValueError(
+            f"{name} in the optimizer is no longer the model's parameter: the model's parameters were replaced after "
+            f"{type(optimizer).__name__} was built, so its steps would change nothing. Build the optimizer after "
+            "fully_shard, to_empty or whatever replaced them."
+        )
