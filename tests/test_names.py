@@ -114,8 +114,9 @@ def test_what_the_user_names_is_named_as_in_the_bare_model():
         BAdam.from_model(other, blocks=[[r"^_orig_mod\.layers"], ["embed"]])
     layers = [[name for name in dict(other.named_parameters()) if f"layers.{number}" in name] for number in (0, 1)]
     assert all("_checkpoint_wrapped_module" in name for layer in layers for name in layer)
-    theirs = MeZO.from_model(other, layer_fraction=0.5, layers=layers)
-    ours = MeZO.from_model(net(), layer_fraction=0.5, layers=[[*layer] for layer in theirs.directions.layers])
+    theirs = MeZO.from_model(other, layer_fraction=0.5, layers=layers, compiled=False)
+    bare = [[*layer] for layer in theirs.directions.layers]
+    ours = MeZO.from_model(net(), layer_fraction=0.5, layers=bare, compiled=False)
     assert theirs.directions.layers[1][0] == "layers.1.norm.weight"
     assert theirs.param_groups[0]["ds_memopt_state"] == ours.param_groups[0]["ds_memopt_state"]
 
@@ -166,11 +167,11 @@ def test_two_ranks(tmp_path):
     """Distances in units of the distance moved; bit for bit where nothing is said."""
     first, second = run_ranks(names.two_ranks, 2, tmp_path)
     assert first["state dicts"] == second["state dicts"]
-    for case, (untouched, asked, resumed, from_weights) in first["state dicts"].items():
+    for case, (untouched, asked, resumed, *from_weights) in first["state dicts"].items():
         assert untouched, f"{case}: asking for state changed the weights"
         # Counting torch's step put AdamMini and GWT off by 0.15, and BAdam, which it led to the next block, by 1.2.
         assert asked == 0, case
-        assert resumed == 0 < 1e-3 < from_weights, case
+        assert resumed == 0 and all(end > 1e-3 for end in from_weights), (case, resumed, from_weights)
     for method, distances in first["wrapped"].items():
         assert distances == dict.fromkeys(INSIDE, 0), method
     assert first["engine"] == list(bare_parameters(net()))
