@@ -295,10 +295,9 @@ def test_runs_of_one_name_on_cpu_and_without_figures_of_their_own(tmp_path):
     [
         ({}, "is neither the folder of a run nor that of a sweep: it has no metrics.jsonl and no results.jsonl"),
         ({"metrics.jsonl": ""}, "has logged no step yet"),
-        ({"results.jsonl": ""}, "results.jsonl has no line yet"),
-        ({"results.jsonl": json.dumps(case("AdamW", 2, 1)) + '\n{"case": "Ada'}, "results.jsonl, line 2, is damaged"),
-        ({"results.jsonl": "[1]\n"}, "results.jsonl, line 1, is damaged"),
-        ({"results.jsonl": '{"case": "a", "status": "ok"}\n'}, "results.jsonl, line 1, is damaged"),
+        ({"metrics.jsonl": '{"step": 1'}, "has logged no step yet"),
+        ({"results.jsonl": ""}, "results.jsonl has no whole line yet"),
+        ({"results.jsonl": '[1]\n{"case": "a", "status": "ok"}\n'}, "results.jsonl has no whole line yet"),
     ],
 )
 def test_what_cannot_be_reported(tmp_path, capsys, files, message):
@@ -306,6 +305,33 @@ def test_what_cannot_be_reported(tmp_path, capsys, files, message):
         (tmp_path / name).write_text(content)
     assert cli.main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+DAMAGED = ['{"step": 20, "tok', "null", '{"step": "x"}', "\0\0", "[" * 5000]
+
+
+def test_a_damaged_line_is_left_out_and_told(tmp_path, capsys):
+    """Torn lines, lines of others, and each figure of a row in another type: the rest of the report is as without."""
+    whole = write_lines(tmp_path / "whole", [case("AdamW", 2, 1)])
+    torn = write_lines(tmp_path / "torn", [case("AdamW", 2, 1)])
+    pages = []
+    for folder in (whole, torn):
+        metrics = make_run(folder / "AdamW-zero2-batch1", batch=1) / "metrics.jsonl"
+        if folder is torn:
+            row = json.loads(metrics.read_text().splitlines()[-1])
+            wrong = [json.dumps(row | {key: "x" if key != "active_block" else 1}) for key in row]
+            wrong += [json.dumps(row | {key: {"weights": None}}) for key in ("held_gib", "sent_by_group")]
+            metrics.write_text("\n".join([*DAMAGED, metrics.read_text(), *wrong]))
+            with (folder / "results.jsonl").open("a") as file:
+                file.write('{"case": "Ada\n{"case": 1}')
+        pages.append(Page(write_report([folder])))
+    figures, rest = (page.tables["Figures"] for page in pages)
+    assert figures == rest and pages[0].tables["Versions"] == pages[1].tables["Versions"]
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert len(told) == 2 + len(DAMAGED) + 1 + len(wrong)  # 1: of the empty line
+    assert 'torn/results.jsonl, line 2, is damaged: \'{"case": "Ada\'' in told[0]
+    assert 'batch1/metrics.jsonl, line 1, is damaged: \'{"step": 20, "tok\'' in told[2]
+    assert all(line.removeprefix("left out: ")[:60] in pages[1].text for line in told)
 
 
 @pytest.fixture

@@ -138,10 +138,13 @@ def test_a_case_that_hangs_is_killed_with_all_its_processes(tmp_path):
     assert describe(row) == f"AdamW-zero0-batch1: timeout after {row['seconds']:.0f} s: {row['reason']}"
 
 
+WHOLE = {"case": "a", "status": "ok", "optimizer": "AdamW", "zero_stage": 2, "micro_batch": 1}
+
+
 def test_damaged_results_are_named(tmp_path):
     (tmp_path / "sweep.json").write_text('{"gpus": 1}')
-    (tmp_path / "results.jsonl").write_text('{"case": "a", "status": "ok"}\n{"case"')
-    with pytest.raises(ValueError, match=r"results.jsonl, line 2, is damaged .* remove it"):
+    (tmp_path / "results.jsonl").write_text(json.dumps(WHOLE) + '\n{"case"')
+    with pytest.raises(ValueError, match=r"results.jsonl, line 2, is damaged: .*; remove the line"):
         Sweep(tmp_path, {"gpus": 1}, lambda *_: [], 1, True, print)
 
 

@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from ds_memopt.train import plots
-from ds_memopt.train.record import read_json, read_metrics
+from ds_memopt.train.record import PEAKS, read_json, read_metrics
 
 MIB = 1024**2
-_PEAKS = {"peak_allocated_gib": "allocated", "peak_rss_gib": "resident set"}
 
 
-def summarize(folder: Path) -> dict[str, Any]:
+def summarize(folder: Path, damaged: list[str] | None = None) -> dict[str, Any]:
     """One run in numbers: the keys are the columns of `table`.
 
     validation_loss and accuracy are the last ones, accuracy_before is the first; None if there is none. tokens_per_s is
-    the median over the `steady` rows. ValueError if the folder holds no run, or a run that has not logged yet.
+    the median over the `steady` rows. damaged: as in `read_metrics`. ValueError if the folder holds no run, or a run
+    that has not logged yet.
     """
-    validated = [row for row in read_metrics(folder) if row["validation_loss"] is not None]
-    rows = steps(folder)
+    logged = read_metrics(folder, damaged)
+    validated = [row for row in logged if row["validation_loss"] is not None]
+    rows = [row for row in logged if row["step"]]
     if not rows:
         raise ValueError(f"{folder} holds a run that has logged no step yet")
     settings = read_json(folder / "resolved_config.json")
@@ -36,7 +37,7 @@ def summarize(folder: Path) -> dict[str, Any]:
         "accuracy": accuracies[-1] if accuracies else None,
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in steady(rows)),
         "peak_gib": max(map(peak_gib, rows)),
-        "peak_of": next(what for key, what in _PEAKS.items() if key in last),
+        "peak_of": next(what for key, what in PEAKS.items() if key in last),
         "optimizer_state_bytes_per_parameter": last["optimizer_state_bytes_per_parameter"],
         "bytes_sent_per_step": last["bytes_sent_per_step"],
     }
@@ -73,9 +74,9 @@ def figures(runs: list[dict[str, Any]]) -> dict[str, list[str]]:
     return cells | {"sent per rank and step, MiB": [f"{run['bytes_sent_per_step'] / MIB:.2f}" for run in runs]}
 
 
-def steps(folder: Path) -> list[dict[str, Any]]:
-    """The run's rows but the one before training, which has validation figures alone."""
-    return [row for row in read_metrics(folder) if row["step"]]
+def steps(folder: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """The run's rows but the one before training, which has validation figures alone. damaged: as `read_metrics`."""
+    return [row for row in read_metrics(folder, damaged) if row["step"]]
 
 
 def steady(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -84,7 +85,7 @@ def steady(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def peak_gib(row: dict[str, Any]) -> float:
-    return next(row[key] for key in _PEAKS if key in row)
+    return next(row[key] for key in PEAKS if key in row)
 
 
 def number(value: Any, form: str) -> str:

@@ -15,6 +15,7 @@ from ds_memopt.train.evaluation import evaluate
 from ds_memopt.train.length_batches import Halves, LengthBatches, divide
 from ds_memopt.train.loop import Work, build_engine, run
 from ds_memopt.train.options import FinetuneOptions
+from ds_memopt.train.output_folder import claim
 from ds_memopt.train.plan import Plan, make_plan
 from ds_memopt.train.presets import find_trained, trained_folder
 from ds_memopt.train.ranks import Ranks, on_all_ranks, start_ranks
@@ -35,6 +36,7 @@ def finetune(options: FinetuneOptions) -> None:
 def _finetune(options: FinetuneOptions, ranks: Ranks) -> None:
     options = on_all_ranks(lambda: _with_folder(options))
     plan = on_all_ranks(lambda: make_plan(options, ranks, find_trained))
+    claim(plan.output_dir, ranks)
     vocab_size = plan.model_config.vocab_size
     encoder = on_all_ranks(lambda: find_encoder(options.tokenizer, options.model, vocab_size))
     rows, held_out = (

@@ -34,6 +34,7 @@ from ds_memopt.train.config import zero_stage
 from ds_memopt.train.data import IGNORED_LABEL, Corpus, StepBatches, load_corpus, train_loader, validation_batches
 from ds_memopt.train.flops import model_flops
 from ds_memopt.train.options import Options, RunOptions
+from ds_memopt.train.output_folder import claim
 from ds_memopt.train.plan import Plan, make_plan
 from ds_memopt.train.presets import MODEL, build_model, count_parameters, parameter_groups
 from ds_memopt.train.ranks import Ranks, first_rank_of_node_first, on_all_ranks, start_ranks
@@ -81,6 +82,7 @@ def _pretrain(
     ranks: Ranks,
 ) -> None:
     plan = on_all_ranks(lambda: _check_halves(plan_of(options, ranks)))
+    claim(plan.output_dir, ranks)
     corpus: Corpus = first_rank_of_node_first(
         lambda: load_corpus(options.data, options.tokenizer, plan.seq_length, plan.model_config.vocab_size),
         ranks.local_rank,
@@ -137,7 +139,6 @@ def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, toke
     flops = model_flops(engine.module, engine.basic_optimizer, work.seq_length)
     peak = peak_flops(ranks.device, plan.facts["dtype"])
     if ranks.is_main:
-        plan.output_dir.mkdir(parents=True, exist_ok=True)
         mfu = flops if isinstance(flops, str) else flops.formula(peak)
         print(mfu, flush=True)
         write_json(plan.output_dir / "resolved_config.json", {**plan.facts, "mfu": mfu, "deepspeed": plan.config})

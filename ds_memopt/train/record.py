@@ -7,7 +7,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,19 +41,64 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}; remove the run's folder and run it again") from error
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The rows of folder/metrics.jsonl. ValueError if the file is missing or a line is no JSON."""
-    path = folder / METRICS
-    text = _read(path)
-    try:
-        return [json.loads(line) for line in text.splitlines()]
-    except ValueError as error:
-        raise ValueError(f"{path} has a line that is not JSON: {error}") from error
+def read_metrics(folder: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """The rows of folder/metrics.jsonl. damaged: takes a sentence for each row that is not whole, which is left out.
+
+    ValueError if the file is missing, and without `damaged` for a line that is no row.
+    """
+    return read_lines(folder / METRICS, _has_step if damaged is None else _is_whole, damaged)
+
+
+def read_lines(path: Path, is_row: Callable[[Any], bool], damaged: list[str] | None = None) -> list[dict[str, Any]]:
+    """The JSON objects in a file's lines. is_row: whether one is whole. damaged: as `read_metrics`."""
+    rows = []
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if is_row(row):
+            rows.append(row)
+            continue
+        said = f"{path}, line {number}, is damaged: {line[:60]!r}"
+        if damaged is None:
+            raise ValueError(f"{said}; remove the line")
+        damaged.append(said)
+    return rows
+
+
+PEAKS = {"peak_allocated_gib": "allocated", "peak_rss_gib": "resident set"}
+"""The peak memory of a rank: its key, on a GPU and on a CPU, and what it is."""
+
+_NEEDED = ("tokens", "step_ms", "tokens_per_s", "optimizer_state_bytes_per_parameter", "bytes_sent_per_step")
+_DIVIDED = ("held_gib", "sent_by_collective", "sent_by_group")
+
+
+def _has_step(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get("step"), int)
+
+
+def _is_whole(row: Any) -> bool:
+    """Whether a row holds what a report needs, in its types; the row before training has no figures of steps."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+    def is_fitting(key: str, value: Any) -> bool:
+        if key in _DIVIDED:
+            return isinstance(value, dict) and all(map(is_number, value.values()))
+        return isinstance(value, str) if key == "active_block" else is_number(value)
+
+    if not _has_step(row) or "loss" not in row or "validation_loss" not in row:
+        return False
+    needed = () if row["step"] == 0 else (*_NEEDED, next((key for key in PEAKS if key in row), "peak"), "loss")
+    fitting = all(value is None or is_fitting(key, value) for key, value in row.items())
+    return fitting and all(is_number(row.get(key)) for key in needed)
 
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except OSError as error:
         raise ValueError(
             f"{path.parent} is not the folder of a run: cannot read {path.name} in it ({error.strerror})"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import jinja2
 
 from ds_memopt.train import sections
 from ds_memopt.train.compare import steps, summarize
-from ds_memopt.train.record import METRICS, read_json
+from ds_memopt.train.record import METRICS, read_json, read_lines
 from ds_memopt.train.sections import Failure, Run
 
 RESULTS = "results.jsonl"  # of a sweep: a line for each case
@@ -40,14 +40,18 @@ def write_report(given: list[Path], output: Path | None = None) -> Path:
     """Read runs and sweeps, and write the report's folder; returns the path of the page.
 
     output: by default `report` in the folder of the only sweep, else the first free of runs/report-1, runs/report-2,
-    ... A former report there is replaced. ValueError for a folder that is neither a run nor a sweep, for a damaged line
-    of a sweep, if no run can be read, and if `output` holds something else than a report.
+    ... A former report there is replaced. Damaged lines of runs and sweeps are left out, and told on stderr and on the
+    page. ValueError for a folder that is neither a run nor a sweep, if no run can be read, and if `output` holds
+    something else than a report.
     """
     given = [folder.resolve() for folder in given]
-    cases = list({case.folder: case for folder in given for case in _cases(folder)}.values())
+    damaged: list[str] = []
+    cases = list({case.folder: case for folder in given for case in _cases(folder, damaged)}.values())
     output = (output or _default_output(given)).resolve()
     _check_output(output)
-    runs, failures = _read(cases)
+    runs, failures = _read(cases, damaged)
+    for line in damaged:
+        print(f"left out: {line}", file=sys.stderr)
     loader = jinja2.PackageLoader("ds_memopt", "train")
     template = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
                                   lstrip_blocks=True).get_template("report.html.jinja")  # fmt: skip
@@ -58,6 +62,7 @@ def write_report(given: list[Path], output: Path | None = None) -> Path:
         title=", ".join(folder.name for folder in given[:3]) + (", ..." if len(given) > 3 else ""),
         sections=parts,
         failures=failures,
+        damaged=damaged,
         runs=runs,
         commands=[(run.name, _command(run)) for run in runs],
         data={name: base64.b64encode(image).decode() for name, image in images.items()},
@@ -66,7 +71,7 @@ def write_report(given: list[Path], output: Path | None = None) -> Path:
     return output / PAGE
 
 
-def _cases(folder: Path) -> list[_Case]:
+def _cases(folder: Path, damaged: list[str]) -> list[_Case]:
     """The run in a folder, or the cases of the sweep in it."""
     if not (folder / RESULTS).exists():
         if not (folder / METRICS).exists():
@@ -75,35 +80,24 @@ def _cases(folder: Path) -> list[_Case]:
                 "name the --output_dir of a run or of a sweep"
             )
         return [_Case(folder, None, {"case": folder.name, "status": "ok"})]
-    lines: dict[str, dict[str, Any]] = {}
-    for position, text in enumerate((folder / RESULTS).read_text(errors="replace").splitlines(), start=1):
-        line = _parse(text)
-        if line is None:
-            raise ValueError(
-                f"{folder / RESULTS}, line {position}, is damaged: {text[:80]!r} describes no case; remove the line, "
-                "and run its case again"
-            )
-        lines[line["case"]] = line
+    lines = {line["case"]: line for line in read_lines(folder / RESULTS, is_case, damaged)}
     if not lines:
-        raise ValueError(f"{folder / RESULTS} has no line yet: wait until the sweep has finished a case")
+        raise ValueError(f"{folder / RESULTS} has no whole line yet: wait until the sweep has finished a case")
     return [_Case(folder / (line.get("folder") or name), folder, line) for name, line in lines.items()]
 
 
-def _parse(text: str) -> dict[str, Any] | None:
-    try:
-        line = json.loads(text)
-    except ValueError:
-        return None
-    needed = {"case", "status", "optimizer", "zero_stage", "micro_batch"}
-    return line if isinstance(line, dict) and needed <= line.keys() else None
+def is_case(line: Any) -> bool:
+    """Whether a line of a sweep's results is whole."""
+    needed = {"case": str, "status": str, "optimizer": str, "zero_stage": int, "micro_batch": int}
+    return isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in needed.items())
 
 
-def _read(cases: list[_Case]) -> tuple[list[Run], list[Failure]]:
+def _read(cases: list[_Case], damaged: list[str]) -> tuple[list[Run], list[Failure]]:
     runs, failures = [], []
     for case, name in zip(cases, _names(cases), strict=True):
         try:
             if case.line["status"] == "ok":
-                runs.append(_read_run(case, name))
+                runs.append(_read_run(case, name, damaged))
             else:
                 failures.append(Failure(name, case.sweep, case.line, case.line["status"], case.line.get("reason")))
         except ValueError as error:
@@ -113,14 +107,14 @@ def _read(cases: list[_Case]) -> tuple[list[Run], list[Failure]]:
     return runs, failures
 
 
-def _read_run(case: _Case, name: str) -> Run:
+def _read_run(case: _Case, name: str, damaged: list[str]) -> Run:
     environment = case.folder / "environment.json"
     return Run(
         name=name,
         sweep=case.sweep,
         line=case.line,
-        rows=steps(case.folder),
-        summary=summarize(case.folder),
+        rows=steps(case.folder, damaged),
+        summary=summarize(case.folder, []),
         settings=read_json(case.folder / "resolved_config.json"),
         environment=read_json(environment) if environment.exists() else {},
     )

@@ -23,8 +23,8 @@ from ds_memopt.optimizers import takes
 from ds_memopt.train.compare import steady, steps, summarize
 from ds_memopt.train.config import load_config, override_optimizer
 from ds_memopt.train.launcher import free_port
-from ds_memopt.train.record import read_json, write_json, write_text
-from ds_memopt.train.report import RESULTS
+from ds_memopt.train.record import read_json, read_lines, write_json, write_text
+from ds_memopt.train.report import RESULTS, is_case
 
 SETTINGS = "sweep.json"  # what all cases of a sweep share
 OK, OUT_OF_MEMORY, FAILED, TIMEOUT = "ok", "out of memory", "failed", "timeout"
@@ -116,11 +116,7 @@ class Sweep:
 
     def _read_results(self) -> None:
         path = self._folder / RESULTS
-        for number, line in enumerate(path.read_text().splitlines() if path.exists() else (), start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}, is damaged ({error}): remove it") from error
+        for row in read_lines(path, is_case) if path.exists() else ():
             self.results[row["case"]] = row
 
     def run(self, case: Case) -> dict[str, Any]:
