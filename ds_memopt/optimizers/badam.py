@@ -326,6 +326,7 @@ class BAdam(ShardedOptimizer):
             self._activate(position)
         assert position.visit == self.position.visit, "the engine has not made the saved block active"
         super().load_state_dict(state_dict)
+        self._groups = list(self.param_groups)  # torch has made new ones
         self._residuals = state_dict.get("residuals", {})
 
     def _named(self) -> dict[str, nn.Parameter]:
