@@ -370,7 +370,7 @@ def test_layers_that_are_none_are_refused(case):
 def test_lezo_needs_layers():
     with pytest.raises(ValueError) as error:
         MeZO.from_model(nn.Sequential(nn.Linear(3, 3)), **HYPER | LEZO)
-    cause = "The model has no nn.ModuleList with at least two members that hold trainable parameters."
+    cause = "The model has no nn.ModuleList, nn.ModuleDict or nn.Sequential of two or more layers to train."
     assert str(error.value) == f"layer_fraction=0.4 needs layers. {cause} {LAYERS}"
 
 

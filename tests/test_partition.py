@@ -9,7 +9,7 @@ from torch import nn
 
 from ds_memopt.blocks.partition import partition_into_blocks
 
-NO_LIST = "no nn.ModuleList with at least two members that hold trainable parameters. Set blocks to patterns"
+NO_LIST = "no nn.ModuleList, nn.ModuleDict or nn.Sequential of two or more layers to train. Set blocks to patterns"
 SIZES = dict(vocab_size=11, hidden_size=8, intermediate_size=12, num_hidden_layers=3, num_attention_heads=2)
 SIZES |= dict(max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
 T5 = SIZES | dict(d_kv=4, num_layers=3, num_decoder_layers=3, decoder_start_token_id=0)

@@ -22,11 +22,11 @@ def assign_blocks(model: nn.Module, value_blocks: ValueBlocks = "rows") -> dict[
     """Cut every parameter of `model` into the blocks of Adam-mini.
 
     Embedding and lm_head: one block per token row. Query and key: per head, head_dim x C elements. Value, attention
-    output, MLP, experts, convolutions: per output neuron. Norm weights: whole. Biases and unknown vectors:
-    elementwise. Fused query-key-value matrices: each part by its own rule. LoRA factors and every matrix that is not
-    recognised: per row, never one block for a whole matrix. Head sizes come from the attention module, else from
-    the nearest configuration above it (its own, the submodel's, the model's); where none is found or none fits,
-    the rule falls back to rows and says so.
+    output, MLP, experts, convolutions: per output neuron. Norm weights: whole, or per row where they have rows. Biases
+    and unknown vectors: elementwise. Fused query-key-value matrices: each part by its own rule. LoRA factors and every
+    matrix that is not recognised: per row, never one block for a whole matrix. Head sizes come from the attention
+    module, else from the nearest configuration above it (its own, the submodel's, the model's); where none is found or
+    none fits, the rule falls back to rows and says so.
 
     Source: Adam-mini, arXiv 2406.16793, Algorithm 3; package adam-mini 1.1.1, which keeps biases elementwise.
 
@@ -105,6 +105,7 @@ def _context(name: str, shapes: Mapping[str, Shape], modules: Mapping[str, nn.Mo
         kind=_kind(owner, shape),
         attention=_class_name(attention),
         cross_attention=getattr(attention, "is_cross_attention", False) is True,
+        multi_query=getattr(attention, "multi_query_attention", False) is True,
         head_dim=head_dim,
         num_heads=num_heads,
         query_rows=query_rows,

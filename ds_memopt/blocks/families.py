@@ -21,14 +21,19 @@ _PROJECTIONS = (
     ("query_proj", "key_proj", "value_proj"),  # DeBERTa
     ("linear_q", "linear_k", "linear_v"),  # Conformer encoders
     ("to_q", "to_k", "to_v"),  # diffusers
+    ("query_global", "key_global", "value_global"),  # Longformer
     ("q_proj_weight", "k_proj_weight", "v_proj_weight"),  # nn.MultiheadAttention with kdim or vdim
 )
 QUERY = {query for query, _, _ in _PROJECTIONS} | {
     "q_b_proj",  # multi-head latent attention (DeepSeek): the up-projection that makes the heads
     "wq_b",  # DeepSeek V3.2's indexer
     "q_attn",  # GPT-2, cross-attention
+    *("pos_q_proj", "pos_query_proj"),  # DeBERTa, of relative positions
 }
-KEY = {key for _, key, _ in _PROJECTIONS}
+KEY = {key for _, key, _ in _PROJECTIONS} | {
+    *("pos_proj", "pos_key_proj"),  # DeBERTa, of relative positions
+    *("linear_pos", "relative_k_proj"),  # Conformer encoders, of relative positions
+}
 VALUE = {value for _, _, value in _PROJECTIONS}
 QUERY_BESIDE = {key: query for query, key, _ in _PROJECTIONS}
 
@@ -56,6 +61,7 @@ FUSED = {
 }
 # Where a family uses another order under a common name: (start of the attention's class name, key).
 FUSED_EXCEPTIONS = {
+    ("DisentangledSelfAttention", "in_proj"): Fused("kv_head"),  # the first DeBERTa
     ("GPTBigCode", "c_attn"): Fused("kv_head"),
     ("MiniMax", "qkv_proj"): Fused("kv_head"),
     ("CodeGen", "qkv_proj"): Fused(4, "qvk"),
@@ -71,19 +77,27 @@ CONV1D_KEYS = {"c_attn", "q_attn", "c_proj", "c_fc"}
 EXPERT_IN = {"gate_up_proj", "gate_proj", "up_proj", "w1", "w3"}  # [E, ...] from the hidden size
 EXPERT_OUT = {"down_proj", "w2"}  # [E, ...] to the hidden size
 
-# Everything below is cut by output row whatever it is called: the names serve the log only.
-ROLES = {
-    **dict.fromkeys(("lm_head", "embed_out", "output", "output_layer", "final_layer"), "lm_head"),
-    **dict.fromkeys(("o_proj", "wo", "Wo", "out_proj", "out_lin", "to_out"), "attention output"),
-    **dict.fromkeys(("gate", "router"), "router"),
-    **dict.fromkeys(("gate_proj", "up_proj", "down_proj", "gate_up_proj", "w1", "w2", "w3"), "mlp"),
-    **dict.fromkeys(("fc1", "fc2", "c_fc", "fc_in", "fc_out", "wi", "wi_0", "wi_1", "lin1", "lin2"), "mlp"),
-    **dict.fromkeys(("linear1", "linear2", "dense_h_to_4h", "dense_4h_to_h", "linear_fc1", "linear_fc2"), "mlp"),
-    **dict.fromkeys(("q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"), "latent attention"),
-}
+# Everything below is cut by output row whatever it is called; GWT asks for its role. The pattern is looked for in the
+# last four words of the lower-cased path, "weight" left out, and the first that is found counts.
+ROLES = (
+    (r"rel_pos_[hw]$", "position embedding"),
+    (r"router|\b(shared_expert_)?gate$", "router"),
+    (r"\b(lm_head|embed_out|decoder)$", "lm_head"),
+    (r"\b(\w*classifi\w*|score|pooler|predictions|lm_head)\b", "head"),
+    (r"(mamba|mixer|\bconv)\.(in|out)_proj$|temporal_block\.linear_\w+$", "mixer"),
+    (r"\b(q_a_proj|kv_a_proj_with_mqa|kv_b_proj)$", "latent attention"),
+    (r"mlp|\bff[nw]?|feed_?forward|dense\w+dense|expert", "mlp"),
+    (r"attn|attention|_att\b|\b(o_proj|wo|out_proj|out_lin|to_out)$", "attention output"),
+    (r"(gate|up|down)_proj$|\b(gate_up_proj|w[123]|fc_?(\d|in|out)|c_fc|wi|wi_[01])$", "mlp"),
+    (r"\b(lin|linear|linear_fc|pwconv|pointwise_conv)[12]$|\bdense_(h_to_4h|4h_to_h)$", "mlp"),
+    (r"inter(mediate)?(_\w+)?\.dense$|output(_\w+)?\.dense$", "mlp"),  # BERT, behind its attention.output.dense
+    (r"\b(output|output_layer|final_layer)$", "lm_head"),
+)
 
 # Where attention modules and configurations keep the size and the number of their heads.
-HEAD_DIM = ("head_dim", "head_size", "attention_head_size", "key_value_proj_dim", "dim_head", "d_kv", "d_head")
+# LXMERT's head_size is that of all heads together, hence its place.
+HEAD_DIM = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_head", "d_kv", "d_head")
+HEAD_DIM += ("kv_channels",)  # ChatGLM
 NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
 # Path components that wrappers add: FSDP, activation checkpointing, torch.compile, DDP, peft.

@@ -44,9 +44,11 @@ def partition_into_blocks(
 ) -> Partition:
     """Divide the parameters to train into the blocks that take turns.
 
-    The layers are the members of the nn.ModuleList with most elements to train, and of all with at least half as many
-    (encoder and decoder of T5); a list inside another, such as the experts of a layer, does not count. Smaller towers,
-    a vision tower for instance, are never trained: name them in explicit blocks or in `always_active`.
+    The layers are the members of the list with most elements to train, and of all with at least half as many (encoder
+    and decoder of T5); a list inside another, such as the experts of a layer, does not count. A list is an
+    nn.ModuleList; or an nn.ModuleDict or nn.Sequential, but its members are layers only if their names end with a
+    number and they have submodules and siblings of their class. Smaller towers, a vision tower for instance, are never
+    trained: name them in explicit blocks or in `always_active`.
 
     Args:
         model, trainable: any module, and the bare names of its parameters to train, for instance those of LoRA alone.
@@ -129,27 +131,43 @@ def _find_layers(model: nn.Module, rest: Iterable[str]) -> tuple[dict[str, list[
     modules, names = bare_modules(model), bare_parameters(model)
     home: dict[str, tuple[str, str]] = {}  # by parameter: the outermost list around it, and the member it is in
     for name in names:
-        lists = (pair for pair in pairwise(_paths(name)) if isinstance(modules[pair[0]], nn.ModuleList))
+        lists = (pair for pair in pairwise(["", *_paths(name)]) if pair[1] in modules and _is_layer(*pair, modules))
         if outermost := next(lists, None):
             home[name] = outermost
     holders = Counter(path for path, _ in {home[name] for name in rest if name in home})
     sizes: Counter[str] = Counter()
     for name in rest:
         if name in home and holders[home[name][0]] > 1:
-            sizes[home[name][0]] += prod(full_shape(names[name]))
+            sizes[_numberless(home[name][0])] += prod(full_shape(names[name]))
     if not sizes:
         raise ValueError(
-            "The model has no nn.ModuleList with at least two members that hold trainable parameters. Set blocks to "
-            'patterns, one list per block, such as [["stem", "stage1"], ["stage2", "head"]].'
+            "The model has no nn.ModuleList, nn.ModuleDict or nn.Sequential of two or more layers to train. Set blocks "
+            'to patterns, one list per block, such as [["stem", "stage1"], ["stage2", "head"]].'
         )
     layers: dict[str, list[str]] = {}
     for name, (path, member) in home.items():
-        if sizes[path] and 2 * sizes[path] >= max(sizes.values()):
+        if 2 * sizes[_numberless(path)] >= max(sizes.values()):
             layers.setdefault(member, []).append(name)
     # A tower is all that surrounds a list without layers, up to the module that it shares with the layers.
     around_layers = {path for layer in layers.values() for name in layer for path in _paths(name)}
     towers = {path for name in home for path in _paths(name)} - around_layers
     return layers, {name for name in names if name in home or not towers.isdisjoint(_paths(name))}
+
+
+def _is_layer(path: str, member: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the module `member` is one of the layers that the module `path` is a list of."""
+    parent, child = modules[path], modules[member]
+    if isinstance(parent, nn.ModuleList):
+        return True
+    if not isinstance(parent, nn.ModuleDict | nn.Sequential) or not member[-1].isdigit():
+        return False
+    siblings = [modules[f"{path}.{word}".lstrip(".")] for word in parent._modules]  # bare: each may be wrapped
+    return sum(type(sibling) is type(child) for sibling in siblings) > 1 and any(child.children())
+
+
+def _numberless(path: str) -> str:
+    """The lists `layer1`, `layer2`, ... of a ResNet count as one."""
+    return re.sub(r"\d+", "", path)
 
 
 def _paths(name: str) -> list[str]:
@@ -176,7 +194,7 @@ def _find_ends(model: nn.Module, elsewhere: set[str], roles: Mapping[str, str]) 
 _SUBLAYER = re.compile(
     r"(?i)(?P<mlp>post_attention_(layer)?norm|mlp|ffn|\bff\b|feed_?forward|expert|moe|router|intermediate|dense\w+dense"
     r"|(ln|norm)_?2\b|norm_after)"
-    r"|(?P<attention>attn|attention|input_layernorm|(ln|norm)_?1\b|\b(query|key|value|qkv)$)"
+    r"|(?P<attention>attn|attention|input_layernorm|(ln|norm)_?1\b|\b(query|key|value|qkv|mixer)$)"
 )
 
 

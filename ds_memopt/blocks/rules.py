@@ -27,7 +27,8 @@ class Context:
 
     kind: of the module that owns it: "embedding", "norm", "conv", "conv1d" (stores [in, out]), "linear", "other";
         "" where only the name is known.
-    attention: class name of the attention module around it. cross_attention: that module's own flag.
+    attention: class name of the attention module around it. cross_attention, multi_query: that module's own flags, the
+        second that of ChatGLM2 and later, whose fused matrix is then not interleaved.
     head_dim, num_heads: as the nearest module or configuration states them.
     query_rows: R of the query matrix beside a key matrix.
     experts: the owner holds the stacked matrices of many experts. transposed: it stores them [E, in, out].
@@ -36,6 +37,7 @@ class Context:
     kind: str = ""
     attention: str = ""
     cross_attention: bool = False
+    multi_query: bool = False
     head_dim: int | None = None
     num_heads: int | None = None
     query_rows: int | None = None
@@ -71,6 +73,8 @@ def blocks_of(name: str, shape: Shape, context: Context, value_blocks: ValueBloc
         if context.kind == "norm" or any(map(_is_norm_name, words[-2:])):
             return cut_flat("norm", "whole", numel)
         return cut_flat("vector", "elementwise", 1)
+    if len(shape) == 2 and (context.kind == "norm" or (not context.kind and _is_norm_name(key))):
+        return cut_flat("norm", "per row", shape[1])  # Cohere: a row for each head
     if any(word.startswith("lora_") for word in words):
         return cut_flat("lora", "per row", prod(shape[1:]))
     if context.kind == "conv":
@@ -90,7 +94,7 @@ def blocks_of(name: str, shape: Shape, context: Context, value_blocks: ValueBloc
     rows = shape[1] if context.kind == "conv1d" else shape[0]
     if key in families.VALUE:
         return cut("value", "whole", (rows, 1)) if value_blocks == "whole" else cut("value", "per row", (1, rows))
-    return cut(_role(key, words), "per column" if context.kind == "conv1d" else "per row", (1, rows))
+    return cut(_role(words), "per column" if context.kind == "conv1d" else "per row", (1, rows))
 
 
 def _sections(runs: tuple[Run, ...], shape: Shape, columns: bool) -> tuple[Section, ...]:
@@ -124,14 +128,14 @@ def _cut_heads(role: str, key: str, shape: Shape, context: Context, cut: Cut) ->
 
 def _fused(key: str, shape: Shape, context: Context) -> Fused | None:
     """The order of the parts if this is a matrix that makes queries, keys and values together."""
-    if key not in families.FUSED:
-        return None
-    if context.cross_attention:
+    if key in families.FUSED and context.cross_attention:
         return families.FUSED_CROSS_ATTENTION
+    if key in families.FUSED and context.multi_query:
+        return Fused()
     for (attention, exceptional_key), fused in families.FUSED_EXCEPTIONS.items():
         if key == exceptional_key and context.attention.startswith(attention):
             return fused
-    return families.FUSED[key]
+    return families.FUSED.get(key)
 
 
 def _cut_fused(
@@ -184,13 +188,10 @@ def _is_norm_name(key: str) -> bool:
 
 
 def _is_embedding_name(key: str) -> bool:
-    return key not in families.ROLES and re.search(r"embed|embd|wte|wpe|tok_emb", key) is not None
+    return re.search(r"embed(?!_out)|embd|wte|wpe|tok_emb", key) is not None
 
 
-def _role(key: str, words: list[str]) -> str:
-    path = ".".join(words).lower()
-    if key in families.ROLES:
-        return families.ROLES[key]
-    if re.search(r"mlp|ffn|feed_forward|expert", path):
-        return "mlp"
-    return "attention output" if re.search(r"attn|attention", path) else "other"
+def _role(words: list[str]) -> str:
+    """What a matrix is, told by its own name and those of the three modules around it."""
+    path = ".".join([word for word in words if word != "weight"][-4:]).lower()
+    return next((role for pattern, role in families.ROLES if re.search(pattern, path)), "other")

@@ -120,7 +120,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Build the optimizer for a model, whose structure tells heads, rows and layers.
 
         params: the model's parameters to train, or param groups of them; by default all that require gradients, in two
-        groups: matrices, and biases and norms (all with fewer than two dimensions), which get no weight decay.
+        groups: matrices, and biases, norms and all with fewer than two dimensions, which get no weight decay.
 
         Raises ValueError for an unknown hyper-parameter, one out of range, or a parameter that is not the model's.
         """

@@ -43,8 +43,11 @@ from .hyper_parameters import (
 
 logger = logging.getLogger("ds_memopt")
 
-TRANSFORMED_ROLES = {"query", "key", "value", "qkv", "attention output", "mlp", "experts", "latent attention"}
-"""The matrices of attention and MLP, as in the official code; embeddings, head, norms and the rest stay dense."""
+TRANSFORMED_ROLES = {"query", "key", "value", "qkv", "attention output", "mlp", "experts", "latent attention", "mixer"}
+"""The matrices of attention and MLP, as in the official code, and of Mamba's mixers; the rest stays dense."""
+
+KNOWN_DENSE = {"embedding", "position embedding", "lm_head", "head", "norm", "bias"}
+"""Nobody would expect these to be transformed."""
 
 BASES = {
     "adam": {"second_moment": "group", "exp_avg_sq": "dense"},
@@ -175,6 +178,28 @@ class GWT(ShardedOptimizer):
         logger.info("GWT, transformed and dense:\n%s", format_assignment(_in_order(cuts, self.roles)))
         if self.by_block:
             logger.info("GWT, second moments:\n%s", format_assignment(self.structures["block"]))
+        self._warn_of_dense_matrices()
+
+    def _warn_of_dense_matrices(self) -> None:
+        """Say it if most of the matrices, counted by their elements, save nothing, though the user excluded none."""
+        dense = {
+            name: numel_of(blocks.shape)
+            for name, blocks in self.structures["dense"].items()
+            if len(blocks.shape) > 1 and blocks.role not in KNOWN_DENSE
+            if name not in self.excluded
+        }
+        transformed = sum(numel_of(blocks.shape) for blocks in self.structures["group"].values())
+        if sum(dense.values()) > transformed:
+            largest = max(dense, key=dense.get)
+            share = sum(dense.values()) / (sum(dense.values()) + transformed)
+            logger.warning(
+                "GWT leaves %.0f %% of the elements of this model's matrices dense, with all of Adam's state: they are "
+                "not recognised as attention or MLP, or their rows are shorter than 2^level. The largest is %s, %s. To "
+                "transform such matrices list regular expressions of their names in include.",
+                100 * share,
+                largest,
+                self.roles[largest].shape,
+            )
 
     def _choose(self, roles: Mapping[str, ParamBlocks]) -> set[str]:
         """The parameters to transform."""
@@ -193,9 +218,8 @@ class GWT(ShardedOptimizer):
                         f"two dimensions and a last axis of 2^level = {self.period} or more. Narrow the pattern."
                     )
             chosen.update(matches)
-        for pattern in self.exclude:
-            chosen.difference_update(matching("exclude", pattern, list(roles)))
-        return chosen
+        self.excluded = {name for pattern in self.exclude for name in matching("exclude", pattern, list(roles))}
+        return chosen - self.excluded
 
     def _groups(self, blocks: ParamBlocks) -> ParamBlocks:
         numel, columns = numel_of(blocks.shape), blocks.shape[-1]

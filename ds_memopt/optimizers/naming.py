@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ds_memopt.blocks import bare_name, bare_parameters, full_shape
+from ds_memopt.blocks import assign_blocks, bare_name, bare_parameters
 from ds_memopt.support import refuse
 
 METHOD_KEY = "ds_memopt_method"
@@ -19,9 +19,12 @@ def named_groups(model: nn.Module, params: Iterable | None) -> list[dict]:
     """Param groups of (name, parameter) pairs from a model's parameters, from groups of them, or from None for all."""
     if params is None:
         trainable = [(name, p) for name, p in bare_parameters(model).items() if p.requires_grad]
-        matrices = [pair for pair in trainable if len(full_shape(pair[1])) > 1]
-        vectors = [pair for pair in trainable if len(full_shape(pair[1])) <= 1]
-        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+        # Some norms and biases have a row for each head.
+        vectors = {name for name, b in assign_blocks(model).items() if len(b.shape) < 2 or b.role in ("norm", "bias")}
+        groups = [
+            {"params": [pair for pair in trainable if pair[0] not in vectors]},
+            {"params": [pair for pair in trainable if pair[0] in vectors], "weight_decay": 0.0},
+        ]
         return [group for group in groups if group["params"]] or _no_parameters()
     names = {id(p): name for name, p in bare_parameters(model).items()}
     params = list(params)
