@@ -44,6 +44,7 @@ def replay(base: Path, trajectory: Path, out: Path, progress: Callable = lambda 
             f"{header.base_checksum}. Give the weights before the first step."
         )
     hyper = dict(header.hyper)
+    hyper.pop("epsilon")  # nothing is probed here, and a run of an older version may have had too small a one
     groups = [
         {"params": [(name, parameters[name]) for name in names], "weight_decay": decay}
         for names, decay in zip(header.parameters, hyper.pop("weight_decay"), strict=True)

@@ -128,13 +128,7 @@ class BAdam(ShardedOptimizer):
             raise ValueError("BAdam needs the parameters' names. Build it with BAdam.from_model(model, ...).")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         base_options = {} if base_options is None else base_options
-        own = isinstance(base_options, Mapping) and not {*base_options} & {*defaults}
-        limit = "an object of the base rule's own hyper-parameters"
-        check_range("base_options", base_options, own, limit, "Give lr, betas, eps and weight_decay to BAdam.")
-        try:
-            check_hyper_parameters(BASES[base], base_options)
-        except ValueError as error:
-            raise ValueError(f"base_options: {error}") from None
+        self.check_together(base, base_options)
         self.rule = BASES[base]([dict(group) for group in groups], **defaults, **base_options, model=model)
         self.states, self.keep_residual = self.rule.states, keep_residual
         self._residuals: dict[str, torch.Tensor] = {}
@@ -168,6 +162,18 @@ class BAdam(ShardedOptimizer):
         self._guard = BlockGuard(model, type(self))
         self._log(total_steps)
         self._activate(Position(0, 0))
+
+    @staticmethod
+    def check_together(base: str = "adamw", base_options: Mapping[str, Any] | None = None, **_: Any) -> None:
+        """Raise ValueError for base_options that the base rule does not take."""
+        base_options = {} if base_options is None else base_options
+        own = isinstance(base_options, Mapping) and not {*base_options} & {*ADAM}
+        limit = "an object of the base rule's own hyper-parameters"
+        check_range("base_options", base_options, own, limit, "Give lr, betas, eps and weight_decay to BAdam.")
+        try:
+            check_hyper_parameters(BASES[base], base_options)
+        except ValueError as error:
+            raise ValueError(f"base_options: {error}") from None
 
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
         return self.rule.structures

@@ -177,3 +177,5 @@ def check_hyper_parameters(cls: type, given: Mapping[str, Any]) -> None:
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
         raise ValueError(f"{name!r} is no hyper-parameter of {cls.__name__}.{hint} {listed}")
     check_values(rules_of(cls), given)
+    if hasattr(cls, "check_together"):  # hyper-parameters that depend on each other
+        cls.check_together(**given)

@@ -143,7 +143,9 @@ def resolve_config(
         "zero_optimization.stage3_param_persistence_threshold": hidden_size and 10 * hidden_size,
     }
     resolved = copy.deepcopy(config)
-    for path, holder, key in list(_autos(resolved)):
+    for path, holder, key in list(places(resolved)):
+        if holder[key] != AUTO:
+            continue
         if values.get(path) is None:
             raise ValueError(
                 f'"auto" at {path} in the DeepSpeed config has no value that could be derived; write it out. '
@@ -164,13 +166,13 @@ def zero_stage(config: dict[str, Any]) -> int:
     return config.get("zero_optimization", {}).get("stage", 0)
 
 
-def _autos(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+def places(node: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Every value in nested objects and lists: its dotted path, what holds it, and by which key."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for key, value in items:
         here = f"{path}.{key}" if path else str(key)
-        if value == AUTO:
-            yield here, node, key
-        yield from _autos(value, here)
+        yield here, node, key
+        yield from places(value, here)
 
 
 def value_at(config: dict[str, Any], path: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, get_args
 
 import pydantic
@@ -18,7 +18,7 @@ from ds_memopt.engines.config_keys import BATCH, Watched, closest
 from ds_memopt.optimizers import METHODS
 from ds_memopt.optimizers.hyper_parameters import ADAM, check_hyper_parameters, check_values
 from ds_memopt.optimizers.mezo import check_epsilon
-from ds_memopt.train.config import AUTO, value_at
+from ds_memopt.train.config import AUTO, places, value_at
 
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 _ANY_ADAM = {name: rule for name, rule in ADAM.items() if name != "eps"}  # which may be 0 elsewhere
@@ -39,9 +39,9 @@ def check_config(config: dict[str, Any], source: str) -> None:
 
 def _check_shape(config: dict[str, Any]) -> None:
     """What the job itself relies on."""
-    for path, value in _leaves(config):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{path} is {value}: it must be a finite number")
+    for path, holder, key in places(config):
+        if isinstance(holder[key], float) and not math.isfinite(holder[key]):
+            raise ValueError(f"{path} is {holder[key]}: it must be a finite number")
     for name in _COUNTS:
         value = config.get(name, AUTO)
         if value != AUTO and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
@@ -171,11 +171,3 @@ def _without_auto(node: Any) -> Any:
     if isinstance(node, dict):
         return {key: _without_auto(value) for key, value in node.items() if value != AUTO}
     return node
-
-
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        here = f"{path}.{key}" if path else str(key)
-        yield here, value
-        yield from _leaves(value, here)
