@@ -161,7 +161,7 @@ def _is_layer(path: str, member: str, modules: Mapping[str, nn.Module]) -> bool:
         return True
     if not isinstance(parent, nn.ModuleDict | nn.Sequential) or not member[-1].isdigit():
         return False
-    siblings = [modules[f"{path}.{word}".lstrip(".")] for word in parent._modules]  # bare: each may be wrapped
+    siblings = [modules[f"{path}.{word}".lstrip(".")] for word, _ in parent.named_children()]
     return sum(type(sibling) is type(child) for sibling in siblings) > 1 and any(child.children())
 
 
