@@ -2,8 +2,9 @@
 
 Private names of DeepSpeed used here, checked against 0.19.8:
   DeepSpeedEngine._is_supported_optimizer, ._configure_basic_optimizer, ._do_optimizer_sanity_check,
-      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer (all wrapped), and READ below;
-      what the other files of this folder name
+      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer, ._configure_lr_scheduler,
+      ._scheduler_from_config (all wrapped), .sequence_parallel_size, .has_moe_layers, .pipeline_parallelism,
+      ._config.expert_parallel_config, and READ below; what the other files of this folder name
   deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS, deepspeed.runtime.zero.config.ZERO_OPTIMIZATION
 """
 
@@ -121,6 +122,7 @@ def _do_optimizer_sanity_check(original, engine, optimizer):
 def requested_features(engine) -> list[str]:
     """Which of the features that some method refuses the config asks for."""
     offload = engine.zero_offload_optimizer()
+    autocast = engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else None
     requested = {
         "elastic_checkpoint": engine.zero_optimization() and engine.zero_elastic_checkpoint(),
         "universal_checkpoint": engine.load_universal_checkpoint(),
@@ -130,7 +132,17 @@ def requested_features(engine) -> list[str]:
         "quantized_frozen": engine.zero_quantized_nontrainable_weights(),
         "zenflow": engine.zenflow_config() is not None,
         "tensor_parallel": engine.autotp_size() > 1,
-        "fp16_autocast": engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
+        "fp16_autocast": autocast == torch.float16,
+        "bf16_autocast": autocast == torch.bfloat16,
+        "low_precision_masters": engine.bf16_master_weights_and_gradients()
+        or engine.fp16_master_weights_and_gradients(),
+        "quantized_weights": engine.zero_quantized_weights(),
+        "quantized_gradients": engine.zero_quantized_gradients(),
+        "sequence_parallel": engine.sequence_parallel_size > 1,
+        "deepspeed_moe": engine.has_moe_layers,
+        "autoep": engine._config.expert_parallel_config.enabled,
+        "pipeline": engine.pipeline_parallelism,
+        "deepcompile": engine.is_deepcompile_enabled(),
     }
     return [feature for feature, asked in requested.items() if asked]
 
@@ -148,6 +160,25 @@ def _configure_zero_optimizer(original, engine, optimizer):
         zero = original(optimizer)
     _bind(optimizer, Zero3Placement if engine.zero_optimization_partition_weights() else Zero12Placement, zero, names)
     return zero
+
+
+def _configure_lr_scheduler(original, engine):
+    try:
+        original()
+    except ValueError as error:
+        if isinstance(engine.basic_optimizer, tuple(METHODS.values())) and "cycle_momentum" in str(error):
+            raise ValueError(
+                f"{type(engine.basic_optimizer).__name__} has no momentum that a schedule could cycle. Give the "
+                "scheduler cycle_momentum=False, in JSON false."
+            ) from error
+        raise
+
+
+def _scheduler_from_config(original, engine, optimizer):
+    """Build the scheduler that the JSON names; torch's take no object that wraps an optimizer."""
+    return original(
+        engine.basic_optimizer if isinstance(engine.basic_optimizer, tuple(METHODS.values())) else optimizer
+    )
 
 
 def _configure_bf16_optimizer(original, engine, optimizer):
@@ -181,7 +212,9 @@ def _configure_fp16_optimizer(original, engine, optimizer, low_precision_dtype):
 
 READ = (
     "zero_offload_optimizer", "zero_elastic_checkpoint", "load_universal_checkpoint", "super_offload", "zenflow_config",
-    "zero_quantized_nontrainable_weights",
+    "zero_quantized_nontrainable_weights", "zero_quantized_weights", "zero_quantized_gradients",
+    "bf16_master_weights_and_gradients", "fp16_master_weights_and_gradients", "is_deepcompile_enabled",
+    "zero_hpz_partition_size", "flops_profiler_enabled", "flops_profiler_profile_step",
     "scheduler_params", "autotp_size", "torch_autocast_enabled", "torch_autocast_dtype",
     "zero_optimization_partition_weights",
 )  # fmt: skip
@@ -192,4 +225,6 @@ WRAPPERS = {
     "_configure_zero_optimizer": _configure_zero_optimizer,
     "_configure_bf16_optimizer": _configure_bf16_optimizer,
     "_configure_fp16_optimizer": _configure_fp16_optimizer,
+    "_configure_lr_scheduler": _configure_lr_scheduler,
+    "_scheduler_from_config": _scheduler_from_config,
 }

@@ -103,6 +103,10 @@ class InBackwardAdapter(InPlaceAdapter):
             engine._running_engine_backward = False
         return loss
 
+    def backward_cost(self, engine) -> float | None:
+        """With two passes: two backwards, and a forward between them."""
+        return 1 + 2 * (2 + engine.flops_profiler_recompute_fwd_factor()) if self.optimizer.clip == "two_pass" else None
+
     def step(self) -> None:
         """Count the step that backward has made."""
         if self.done is None:

@@ -10,6 +10,7 @@ Private names of DeepSpeed used here, checked against 0.19.8:
   deepspeed.runtime.utils.DummyOptim, deepspeed.checkpoint.constants.OPTIMIZER_STATE_DICT
   DeepSpeedZeRoOffload: what the engine builds at ZeRO-3 for a DummyOptim; .partition_all_parameters(), .destroy(),
       .empty_partition_cache()
+  deepspeed.utils.groups._get_zero_param_intra_parallel_group, ._create_zero_param_parallel_group
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT
 from deepspeed.runtime.utils import DummyOptim
+from deepspeed.utils import groups
 from torch import nn
 
 from ds_memopt.engines.losses import HandedOut
+from ds_memopt.engines.timing import one_pass
 from ds_memopt.optimizers import InPlaceOptimizer, StatePart
 from ds_memopt.optimizers.inplace import PROGRESS
 from ds_memopt.shards import PartitionedShards, SplitShards, WholeShards
@@ -72,6 +75,9 @@ class InPlaceAdapter:
     def backward(self, engine, loss: torch.Tensor, retain_graph: bool, scale_wrt_gas: bool) -> torch.Tensor:
         """A backward of the engine. Returns the loss as the engine's does."""
         raise NotImplementedError
+
+    def backward_cost(self, engine) -> float | None:
+        """Of what `backward` runs, in forwards such as `forward` runs; None: as usual."""
 
     def step(self) -> None:
         """Make a step from what the backward calls have left."""
@@ -129,6 +135,9 @@ class InPlaceAdapter:
 def build(adapter: type[InPlaceAdapter], engine, optimizer: InPlaceOptimizer, original: Callable) -> InPlaceAdapter:
     """In the place of the engine's ZeRO optimizer. original: the engine's own method that builds one."""
     stage = engine.zero_optimization_stage()
+    if engine.zero_hpz_partition_size() > 1 and groups._get_zero_param_intra_parallel_group() is None:
+        # DeepSpeed would, for a DummyOptim, by a method that its engine lacks.
+        groups._create_zero_param_parallel_group(engine.zero_hpz_partition_size())
     # Parameters are partitioned as for inference, without gradient buffers.
     offload = original(DummyOptim(list(engine.module.parameters()))) if stage == 3 else None
     engine.clip_fp32_gradients = lambda: None  # no gradients are there to be clipped at the step
@@ -139,14 +148,17 @@ def forward(original, engine, *inputs, **keywords):
     """In training, the method's forward; else the engine's own."""
     adapter = engine.optimizer
     if isinstance(adapter, InPlaceAdapter) and engine.module.training and torch.is_grad_enabled():
-        return adapter.forward(original, engine, inputs, keywords)
+        with one_pass(engine, "forward"):
+            return adapter.forward(original, engine, inputs, keywords)
     return original(*inputs, **keywords)
 
 
 def backward(original, engine, loss, retain_graph=False, scale_wrt_gas=True):
     """The method's backward, where it has one."""
-    if isinstance(engine.optimizer, InPlaceAdapter):
-        return engine.optimizer.backward(engine, loss, retain_graph, scale_wrt_gas)
+    adapter = engine.optimizer
+    if isinstance(adapter, InPlaceAdapter):
+        with one_pass(engine, "backward", adapter.backward_cost(engine)):
+            return adapter.backward(engine, loss, retain_graph, scale_wrt_gas)
     return original(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
 
 

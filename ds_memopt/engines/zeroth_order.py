@@ -22,6 +22,7 @@ from torch import nn
 from ds_memopt.engines import inplace
 from ds_memopt.engines.inplace import InPlaceAdapter
 from ds_memopt.engines.losses import loss_of, tokens_of
+from ds_memopt.engines.timing import one_pass
 from ds_memopt.optimizers import MeZO
 
 logger = logging.getLogger("ds_memopt")
@@ -128,6 +129,10 @@ class ZerothOrderAdapter(InPlaceAdapter):
             optimizer.observe(number, value * factor, weight)
         return loss
 
+    def backward_cost(self, engine) -> float:
+        """The evaluations that are left, one by one or both signs at once as the first was."""
+        return len(self.optimizer.evaluations()) / (1 if self.lockstep is None else 2) - 1
+
 
 class Pending(NamedTuple):
     """A forward at the first evaluation's weights, waiting for backward to run the others.
@@ -158,7 +163,10 @@ def train_step(engine, closure: Callable[[], Any]):
         what `MeZO.step` takes: the mean over this rank's samples, or (sum, number of samples).
     Returns its first result. All ranks call.
     """
-    first = engine.optimizer.optimizer.evaluate(closure)
+    with one_pass(engine, "forward"):
+        first = engine.optimizer.optimizer.evaluate(closure)
+    with one_pass(engine, "backward", cost=0.0):
+        pass  # no pass is left: DeepSpeed's reports divide by its time
     engine.set_gradient_accumulation_boundary(True)
     engine.step()
     engine.set_gradient_accumulation_boundary(None)

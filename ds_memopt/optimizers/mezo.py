@@ -20,6 +20,7 @@ from torch import nn
 
 from ds_memopt.blocks import bare_parameters, partition_into_blocks
 from ds_memopt.shards import Part, is_first_rank
+from ds_memopt.support import refuse
 
 from .base import make_log_visible
 from .checksum import as_hex, checksum
@@ -187,6 +188,10 @@ class MeZO(InPlaceOptimizer):
         self._coefficient = evaluation.coefficient
 
         def add(copy: torch.Tensor, weights: torch.Tensor, name: str) -> None:
+            device = copy.device.type
+            bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
+            if bf16 and copy.dtype != torch.bfloat16:  # weights in bf16 are rounded anyway
+                refuse(type(self), "bf16_autocast")
             self.directions.add_(copy, weights, name, 0, step, probe, self._coefficient)
 
         with self._perturbation.applied(add if self._coefficient else None):

@@ -1,7 +1,7 @@
 """Parameters that a method updates in place, without fp32 masters by an engine: which part of each this rank updates.
 
 Private names of DeepSpeed used here, checked against 0.19.8:
-  Parameter.ds_tensor, .ds_tensor.ds_numel, .ds_numel, .all_gather()
+  Parameter.ds_tensor, .ds_tensor.ds_numel, .ds_numel, .ds_secondary_tensor, .all_gather()
   DeepSpeedZeRoOffload.partition_all_parameters(), .persistent_parameters
 """
 
@@ -254,6 +254,8 @@ class PartitionedShards(SplitShards):
 
     def publish(self) -> None:
         self.offload.partition_all_parameters()  # what is gathered, for good or to be used again, is out of date
+        for parameter in self.names:
+            parameter.ds_secondary_tensor = None  # so is ZeRO++'s second copy, which is made anew from the first
         if self.offload.persistent_parameters:
             self.offload.persistent_parameters[0].all_gather(self.offload.persistent_parameters)
 
