@@ -98,7 +98,7 @@ STATE_COMPRESSING: dict[str, Support] = {
     "profiling": Support("tested"),
     "hpz": Support("tested"),
     "quantized_weights": GPU_ONLY,
-    "quantized_gradients": GPU_ONLY,
+    "quantized_gradients": Support("untested", "It quantizes between nodes of GPUs only."),
     "sequence_parallel": Support("tested"),
     "deepspeed_moe": Support("tested", "DeepSpeed has no ZeRO-3 for them."),
     "autoep": Support("untested", "DeepSpeed 0.19.8 fails to set it up with transformers 5.23, for AdamW too."),
