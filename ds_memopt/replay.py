@@ -6,15 +6,23 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from ds_memopt.optimizers import METHODS
 from ds_memopt.optimizers.checksum import as_hex, checksum
-from ds_memopt.optimizers.trajectory import read_trajectory
+from ds_memopt.optimizers.trajectory import SKIPPED, TrajectoryHeader, read_trajectory
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+HYPER = {
+    "epsilon", "probes", "noise", "estimator", "keep", "momentum", "normalize", "layer_fraction", "rank",
+    "refresh_every", "magnitude_fraction", "seed", "weight_decay", "layers",
+}  # fmt: skip
+"""What MeZO writes of itself. A header decides no more than these: a file from elsewhere must not name another file."""
 
 
 def replay(base: Path, trajectory: Path, out: Path, progress: Callable = lambda records: records) -> int:
@@ -23,18 +31,20 @@ def replay(base: Path, trajectory: Path, out: Path, progress: Callable = lambda 
     base: a file of weights (.safetensors, or of torch.save), or a Hugging Face folder with one. out: the same kind; it
     must not exist, and appears whole or not at all. progress: wraps the records, as tqdm does.
 
-    Raises ValueError, with nothing written, for other weights than the run began with, and for a damaged trajectory.
+    Raises ValueError, with nothing written, for other weights than the run began with, and for a trajectory that is
+    damaged or that no run of MeZO would have written.
     """
     if out.exists():
         raise ValueError(f"{out} exists already. Give a path that does not.")
+    if not out.parent.is_dir():
+        raise ValueError(f"{out} cannot be written: {out.parent} is no folder. Give a path in one.")
     header, records = read_trajectory(trajectory)
-    if header.method != "MeZO":
-        raise ValueError(f"{trajectory} is of {header.method}: it tells half of every step, not what gradients did.")
+    hyper = _checked_hyper(trajectory, header)
     source = base if base.is_file() else _weight_file(base)
     weights = _load(source)
     dtype = getattr(torch, header.dtype)
     listed = [name for names in header.parameters for name in names]
-    if missing := [name for name in listed if name not in weights]:
+    if missing := [name for name in listed if not isinstance(weights.get(name), torch.Tensor)]:
         raise ValueError(f"{source} lacks {missing[0]} and {len(missing) - 1} others of {trajectory}: another model.")
     parameters = {name: nn.Parameter(weights[name].to(dtype).contiguous()) for name in listed}
     found = as_hex(checksum((name, 0, p.detach().view(-1)) for name, p in parameters.items()))
@@ -43,21 +53,45 @@ def replay(base: Path, trajectory: Path, out: Path, progress: Callable = lambda 
             f"{source} is not what the run began with: its checksum in {header.dtype} is {found}, that of {trajectory} "
             f"{header.base_checksum}. Give the weights before the first step."
         )
-    hyper = dict(header.hyper)
-    hyper.pop("epsilon")  # nothing is probed here, and a run of an older version may have had too small a one
+    decays = hyper.pop("weight_decay")
     groups = [
         {"params": [(name, parameters[name]) for name in names], "weight_decay": decay}
-        for names, decay in zip(header.parameters, hyper.pop("weight_decay"), strict=True)
+        for names, decay in zip(header.parameters, decays, strict=True)
     ]
-    optimizer = METHODS[header.method](groups, model=nn.Module(), **hyper)
+    try:
+        optimizer = METHODS[header.method](groups, model=nn.Module(), **hyper)
+    except ValueError as error:
+        raise ValueError(f"{trajectory}, hyper-parameters: {error}") from error
     for record in progress(records):
         for group, lr in zip(optimizer.param_groups, record["lr"].tolist(), strict=True):
             group["lr"] = lr
-        optimizer.apply(record["g"].tolist())
+        # Where it was skipped whatever the g: apply skips what is not finite.
+        g = np.full_like(record["g"], np.nan) if record["flags"] == SKIPPED else record["g"]
+        optimizer.apply(g.tolist())
     for name, parameter in parameters.items():
         weights[name].data = parameter.detach()  # tied names share a tensor
     _write(weights, source, base, out)
     return len(records)
+
+
+def _checked_hyper(trajectory: Path, header: TrajectoryHeader) -> dict[str, Any]:
+    """The hyper-parameters to build MeZO with, whose own checks they have yet to pass, and a list of weight_decay."""
+    if header.method == "Addax":
+        raise ValueError(f"{trajectory} is of Addax: it tells half of every step, not what gradients did.")
+    hyper, decays = header.hyper, header.hyper.get("weight_decay")
+    for what, found, valid, limit in (
+        ("method", header.method, header.method == "MeZO", "'MeZO'"),
+        ("dtype", header.dtype, header.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
+        ("hyper", ", ".join(sorted(hyper)), {*hyper} == HYPER, ", ".join(sorted(HYPER))),
+        ("weight_decay", decays, isinstance(decays, list) and len(decays) == len(header.parameters), "one per group"),
+        ("probes", hyper.get("probes"), hyper.get("probes") == header.probes, f"{header.probes}, as its records have"),
+    ):
+        if not valid:
+            raise ValueError(
+                f"{trajectory} has {what} {found!r}, but must have {limit}: no run of this ds_memopt wrote it. Use the "
+                "one that did, and files of people that you trust."
+            )
+    return dict(hyper)
 
 
 def _weight_file(folder: Path) -> Path:
@@ -70,11 +104,17 @@ def _weight_file(folder: Path) -> Path:
 
 
 def _load(file: Path) -> dict[str, torch.Tensor]:
-    if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
 
-        return load_file(file)
-    return torch.load(file, map_location="cpu", weights_only=True)
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the libraries raise for a file that is none of theirs
+        raise ValueError(f"{file} cannot be read as weights: {str(error).split('. ')[0]}") from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"{file} has no tensors by name. Give what torch.save(model.state_dict(), ...) wrote.")
+    return weights
 
 
 def _write(weights: dict[str, torch.Tensor], source: Path, base: Path, out: Path) -> None:

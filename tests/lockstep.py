@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import transformers
-from tiny import VOCABULARY, batches, ds_config, full_parameters, initialize, llama, train
+from tiny import VOCABULARY, batches, ds_config, full_parameters, initialize, llama, local, train
 
 from ds_memopt.measure import CommunicationMeter
 
@@ -155,5 +155,20 @@ def write_trajectory(folder: Path, stage: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def trajectories(folder: Path) -> dict[int, dict[str, torch.Tensor]]:
-    return {stage: write_trajectory(folder, stage) for stage in (0, 2, 3)}
+def trajectories(folder: Path) -> tuple[dict[int, dict[str, torch.Tensor]], dict[str, str]]:
+    """The weights at the end of runs that write one, and why others could not."""
+    ends = {stage: write_trajectory(folder, stage) for stage in (0, 2, 3)}
+    return ends, {path: refused_trajectory(str(folder / path)) for path in ("steps0", "nowhere/steps")}
+
+
+def refused_trajectory(path: str) -> str:
+    """Where a run of one step fails, and with which words: all in a time in which ranks still wait for each other."""
+    model, engine = llama(), None
+    try:
+        config = ds_config(2, "MeZO", HYPER | {"trajectory": path})
+        engine = initialize(model, config, model_parameters=model.parameters())
+        train(engine, local(1))
+    except ValueError as error:
+        dist.barrier()
+        return f"{'while it is built' if engine is None else 'at the first step'}: {error}"
+    return "no error"

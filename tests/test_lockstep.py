@@ -71,7 +71,7 @@ def test_a_model_that_mixes_rows_falls_back_to_two_passes(results):
 
 def test_replay_rebuilds_the_weights_of_any_stage(tmp_path):
     """Two ranks in bf16, with schedule, decay and a resume; the command on one process gives the same bits."""
-    ends = run_ranks(trajectories, 2, tmp_path)[0]
+    (ends, refusals), (_, on_the_second_rank) = run_ranks(trajectories, 2, tmp_path)
     for stage, weights in ends.items():
         command = [sys.executable, "-m", "ds_memopt.cli", "replay"]
         paths = [str(tmp_path / f"{name}{stage}") for name in ("base", "steps", "rebuilt")]
@@ -92,3 +92,10 @@ def test_replay_rebuilds_the_weights_of_any_stage(tmp_path):
     cut.write_bytes((tmp_path / "steps0").read_bytes()[:-5])
     assert "is cut: after 7 whole records" in refused(tmp_path / "base0.bin", cut)
     assert "is no trajectory" in refused(tmp_path / "base0.bin", tmp_path / "base0.bin")
+
+    # What only the first rank finds out ends all ranks, with the same words.
+    assert refusals == on_the_second_rank
+    existing = f"at the first step: {tmp_path / 'steps0'} exists. To continue its run pass resume_after"
+    assert refusals["steps0"].startswith(existing)
+    lost = f"while it is built: trajectory='{tmp_path / 'nowhere/steps'}' cannot be written: No such file or directory."
+    assert refusals["nowhere/steps"].startswith(lost)

@@ -24,7 +24,7 @@ HEADER = TrajectoryHeader(
     base_checksum="00000000deadbeef",
     dtype="bfloat16",
 )
-SIZE = 4 + 4 + 2 * 8 + 3 * 8
+SIZE = 4 + 4 + 2 * 8 + 3 * 8 + 4
 
 
 def scalars(step: int) -> tuple[int, int, list[float], list[float]]:
@@ -61,7 +61,7 @@ def test_each_step_can_be_read_as_soon_as_it_is_appended(tmp_path):
     writer = TrajectoryWriter(path, HEADER)
     assert read_trajectory(path)[1].shape == (0,)
     for step in range(3):
-        writer.append(step, 0, torch.tensor([math.nan, math.inf]), np.float32([1, 2, 3]))
+        writer.append(step, SKIPPED, torch.tensor([math.nan, math.inf]), np.float32([1, 2, 3]))
         assert read_trajectory(path)[1]["g"].shape == (step + 1, 2)
     writer.close()
     np.testing.assert_equal(read_trajectory(path)[1]["g"][2], [math.nan, math.inf])
@@ -152,7 +152,7 @@ def test_what_is_no_trajectory_is_refused(tmp_path):
     for old, new in ((b'"groups": 3', b'"groups": 2'), (b'"probes": 2', b'"probes": 0'), (b"method", b"name")):
         path.write_bytes(whole.replace(old, new))
         assert "Copy it again from where it was written." in refusal(read_trajectory, path)
-    known = {"ds_memopt_trajectory": 1, "noise_version": NOISE_VERSION}
+    known = {"ds_memopt_trajectory": 2, "noise_version": NOISE_VERSION}
     for key, version in known.items():
         path.write_bytes(whole.replace(f'"{key}": {version}, '.encode(), f'"{key}": 99, "new": true, '.encode()))
         message = f"{path} has {known | {key: 99}}, this ds_memopt reads {known}. Use the one that wrote the file."
@@ -165,7 +165,9 @@ def test_a_hole_is_found(tmp_path, lost):
     content = path.read_bytes()
     begin = len(content) - (5 - lost) * SIZE
     path.write_bytes(content[:begin] + content[begin + SIZE :])
-    message = f"{path} has a hole: in place of step {lost} it has step {lost + 1}. Use another copy of it, or resume "
+    message = (
+        f"{path} has a hole: it lacks step {lost}. Use another copy of it, or resume its run from a checkpoint of "
+    )
     assert refusal(read_trajectory, path).startswith(message)
     assert refusal(write, path, resume_after=3).startswith(message)
     assert write(path, range(lost, 5), resume_after=lost - 1).read_bytes() == content

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import bare_parameters, partition_into_blocks
-from ds_memopt.shards import Part, is_first_rank
+from ds_memopt.shards import Part, is_first_rank, on_first_rank
 from ds_memopt.support import refuse
 
 from .base import make_log_visible
@@ -30,7 +30,7 @@ from .inplace import IN_PLACE, InPlaceOptimizer
 from .lockstep import Lockstep
 from .noise import NOISE_VERSION, Noise
 from .perturb import Perturbation
-from .trajectory import SKIPPED, TrajectoryHeader, TrajectoryWriter
+from .trajectory import SKIPPED, TrajectoryHeader, TrajectoryWriter, check_writable
 
 logger = logging.getLogger("ds_memopt")
 
@@ -98,10 +98,12 @@ class MeZO(InPlaceOptimizer):
     layer_fraction, rank, refresh_every, magnitude_fraction, layers: LeZO, SubZero and Sparse-MeZO, see `Directions`.
     seed: of all noise. compiled: generate it with torch.compile, the same numbers faster; None: if that works here.
     lockstep: at ZeRO-3 run both signs through a layer while it is gathered, if the first step shows the same losses.
-    trajectory: file to write each step's scalars to, from which `ds-memopt replay` rebuilds the weights, or None.
+    trajectory: file to write each step's scalars to, from which `ds-memopt replay` rebuilds the weights, or None. A new
+        one, unless the run resumes: then its own. The first rank writes it; with it, building MeZO is a collective.
     model: the model that the parameters belong to.
 
-    Raises ValueError for a hyper-parameter out of range, and for keep="residual" with fp16 weights.
+    Raises ValueError for a hyper-parameter out of range, for keep="residual" with fp16 weights, and for a trajectory
+    that cannot be written.
     """
 
     @checked(
@@ -156,6 +158,8 @@ class MeZO(InPlaceOptimizer):
         told = [] if layers is None else [f"layers {zlib.crc32(json.dumps(self.directions.layers).encode()):08x}"]
         self._describe(hyper, start, *told, f"noise version {NOISE_VERSION}")
         self.trajectory, self._writer = trajectory, None
+        if trajectory is not None:
+            on_first_rank(partial(check_writable, trajectory))
 
     def release(self) -> None:
         super().release()
@@ -347,9 +351,8 @@ class MeZO(InPlaceOptimizer):
             base_checksum=self.progress["base_checksum"],
             dtype=str(next(iter(self._names)).dtype).removeprefix("torch."),
         )
-        self._writer = _Unwritten()
-        if is_first_rank():
-            self._writer = TrajectoryWriter(self.trajectory, header, self.steps - 1 if self.steps else None)
+        resume_after = self.steps - 1 if self.steps else None
+        self._writer = on_first_rank(partial(TrajectoryWriter, self.trajectory, header, resume_after)) or _Unwritten()
 
     def _update(self, history: list[tuple[int, list[float]]]) -> None:
         newest = history[-1][0]

@@ -13,7 +13,7 @@ from .layout import (
     partition_flat_buffer,
 )
 from .plain import MasterCopyPlacement, PlainPlacement, trainable_parameters_changed
-from .seams import Seams, SeamTable, is_first_rank
+from .seams import Seams, SeamTable, is_first_rank, on_first_rank
 from .zero3 import Zero3Placement
 from .zero12 import Zero12Placement
 
@@ -37,6 +37,7 @@ __all__ = [
     "even_borders",
     "is_first_rank",
     "numel_of",
+    "on_first_rank",
     "partition_each_parameter",
     "partition_flat_buffer",
     "trainable_parameters_changed",

@@ -8,6 +8,7 @@ all_reduce sums the buffer, and each holder finishes the unit for itself. Aligne
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from .layout import RankBorders
+
+Result = TypeVar("Result")
 
 CutUnits = Callable[[str, np.ndarray], np.ndarray]
 """(parameter name, border positions) -> sorted ids of the units that those borders cut."""
@@ -95,3 +98,21 @@ def collective_device(group: ProcessGroup | None, device: torch.device) -> torch
 def is_first_rank() -> bool:
     """Whether this process is rank 0, or the only one."""
     return not dist.is_available() or not dist.is_initialized() or dist.get_rank() == 0
+
+
+def on_first_rank(action: Callable[[], Result]) -> Result | None:
+    """What an action on rank 0 returns; None on the others. A collective of all ranks.
+
+    Raises ValueError on all ranks, with the same message, where it failed.
+    """
+    result, failure = None, [""]
+    if is_first_rank():
+        try:
+            result = action()
+        except (OSError, ValueError) as error:
+            failure = [str(error)]
+    if dist.is_available() and dist.is_initialized():
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise ValueError(failure[0])
+    return result
