@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from ds_memopt.blocks.hook import Hook
 from ds_memopt.blocks.names import bare_modules
 from ds_memopt.support import refuse
 
@@ -37,8 +38,8 @@ class BlockGuard:
             refuse(method, "ddp")
         self._without: dict[str, bool] = {}  # of the active modules that ran in this forward: always without gradients?
         self._root_handles = [
-            model.register_forward_pre_hook(self._enter_model),
-            model.register_forward_hook(self._leave_model, always_call=True),
+            model.register_forward_pre_hook(Hook(self._enter_model)),
+            model.register_forward_hook(Hook(self._leave_model), always_call=True),
         ]
 
     def watch(self, active: Iterable[nn.Parameter]) -> None:
@@ -47,7 +48,7 @@ class BlockGuard:
             handle.remove()
         identities = set(map(id, active))
         self._handles = [
-            module.register_forward_pre_hook(functools.partial(self._enter_active_module, name))
+            module.register_forward_pre_hook(Hook(functools.partial(self._enter_active_module, name)))
             for name, module in bare_modules(self._model()).items()
             if any(id(parameter) in identities for parameter in module.parameters(recurse=False))
         ]

@@ -174,9 +174,9 @@ class Addax(UpdatesInBackward, MeZO):
             factor = self.begin(0.0, 0.0)
             self.end_step(factor is not None and self.without_first_order())
             return zo_first, None
-        again = repeatable(fo_closure, next(iter(self._names)).device)
+        again = repeatable(partial(self._call, fo_closure), next(iter(self._names)).device)
+        first = self._call(fo_closure)
         with torch.enable_grad():
-            first = fo_closure()
             total, count = sum_and_count(first)
             factor = self.begin(total, count)
             if factor == 0:

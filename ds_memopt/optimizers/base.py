@@ -144,9 +144,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._rebuild_structures()
 
     def __getstate__(self):
-        raise ValueError(
-            f"{type(self).__name__} cannot be copied or pickled. Build another one and load state_dict() into it."
-        )
+        refuse_copy(self)
 
     def names_by_tensor(self) -> dict[torch.Tensor, str]:
         """The name of each parameter in param_groups."""
@@ -341,6 +339,13 @@ def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
 def _total(tensor: torch.Tensor) -> float:
     total = tensor.sum()
     return (total.full_tensor() if hasattr(total, "full_tensor") else total).item()
+
+
+def refuse_copy(optimizer: torch.optim.Optimizer):
+    """Raise ValueError: a copy would go on with the model, the hooks or the placement of the original."""
+    raise ValueError(
+        f"{type(optimizer).__name__} cannot be copied or pickled. Build another one and load state_dict() into it."
+    )
 
 
 def check_meaning(optimizer: torch.optim.Optimizer, saved_groups: Iterable[Mapping[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from ds_memopt.shards import GradientBuckets, InPlaceShards, Part
 from ds_memopt.support import refuse
 
 from .hyper_parameters import choice, real
-from .inplace import InPlaceOptimizer
+from .inplace import InPlaceOptimizer, backward_in_closure
 
 Bucket = list[tuple[Part, torch.Tensor | None]]
 """Parts of this rank and their mean gradients, 1-D, or None where a parameter took no part in the loss."""
@@ -56,7 +56,7 @@ class UpdatesInBackward(InPlaceOptimizer):
         if hasattr(self, "gradients"):
             self.gradients.remove()
         self.gradients = GradientBuckets(self.shards, self._use, **reduction)
-        self._measuring = self._in_step = False
+        self._measuring = self._in_step = self._in_closure = False
         self._squares: list[torch.Tensor] = []
         self._scale = 1.0
         self._step_is_new = True
@@ -156,8 +156,18 @@ class UpdatesInBackward(InPlaceOptimizer):
         """Why a backward outside `step` cannot be a step; empty where it can."""
         return ""
 
+    def _call(self, closure: Callable[[], Any]) -> Any:
+        """What a closure returns, with a graph; backward is to come afterwards."""
+        self._in_closure = True
+        try:
+            with torch.enable_grad():
+                return closure()
+        finally:
+            self._in_closure = False
+
     def _use(self, bucket: Bucket) -> None:
-        if not self._in_step and (reason := self.needs_closure()):
+        reason = backward_in_closure(self) if self._in_closure else self.needs_closure()
+        if not self._in_step and reason:
             self.gradients.forget()
             raise ValueError(reason)
         if self._measuring:

@@ -11,7 +11,7 @@ from torch import nn
 from ds_memopt.blocks import bare_parameters
 from ds_memopt.shards import InPlaceShards, Part, WholeShards
 
-from .base import STATE_KEY, StatePart, asks_for_state, check_covered, check_meaning
+from .base import STATE_KEY, StatePart, asks_for_state, check_covered, check_meaning, refuse_copy
 from .hyper_parameters import LR, WEIGHT_DECAY, check_hyper_parameters, check_values, choice, rules_of
 from .naming import check_current, check_named_group, named_groups
 from .residual import add_residual_, residual_of
@@ -83,6 +83,9 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         check_values(rules_of(type(self)), group)
         if self.keep == "residual" and any(p.dtype == torch.float16 for p in group["params"]):
             raise ValueError('keep="residual" needs bf16 or fp32 weights, not fp16. Use bf16, or keep="fp32".')
+
+    def __getstate__(self):
+        refuse_copy(self)
 
     def _describe(self, hyper: Mapping[str, Any], progress: Mapping[str, Any], *more: str) -> None:
         """Write into the param groups what the state means, and what the run has come to."""
@@ -261,3 +264,11 @@ class InPlaceOptimizer(torch.optim.Optimizer):
 
     def _loaded(self) -> None:
         """Called when `progress` was loaded."""
+
+
+def backward_in_closure(optimizer: InPlaceOptimizer) -> str:
+    """Why a closure must not call backward."""
+    return (
+        f"The closure of {type(optimizer).__name__}.step called backward, which step does itself where it needs "
+        "gradients. Let the closure only compute the loss and return it."
+    )

@@ -104,9 +104,9 @@ class IPSGD(UpdatesInBackward):
         """
         self._check_parameters()
         if closure is not None:
-            again = repeatable(closure, next(iter(self._names)).device)
+            again = repeatable(partial(self._call, closure), next(iter(self._names)).device)
+            first = self._call(closure)
             with torch.enable_grad():
-                first = closure()
                 total, count = sum_and_count(first)
                 factor = self.begin(total, count)
                 done = factor is not None and self.first_order(total, factor, lambda: sum_and_count(again())[0])

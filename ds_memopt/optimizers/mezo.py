@@ -26,7 +26,7 @@ from .base import make_log_visible
 from .checksum import as_hex, checksum
 from .directions import PICKING, Directions
 from .hyper_parameters import check_range, checked, choice, either, flag, integer, path, real
-from .inplace import IN_PLACE, InPlaceOptimizer
+from .inplace import IN_PLACE, InPlaceOptimizer, backward_in_closure
 from .lockstep import Lockstep
 from .noise import NOISE_VERSION, Noise
 from .perturb import Perturbation
@@ -276,7 +276,12 @@ class MeZO(InPlaceOptimizer):
         results = []
         for evaluation in self.evaluations():
             with self.perturbed(evaluation):
-                results.append(closure())
+                try:
+                    results.append(closure())
+                except RuntimeError as error:
+                    if "does not require grad" in str(error):  # autograd's words, where there is no graph
+                        raise ValueError(backward_in_closure(self)) from error
+                    raise
         for number, result in enumerate(results):  # all or none: what an exception interrupts must not count
             self.observe(number, *(result if isinstance(result, tuple) else (result, 1.0)))
         return results[0]

@@ -9,9 +9,12 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import nn
+
+from ds_memopt.blocks import Hook
 
 AddNoise = Callable[[torch.Tensor, torch.Tensor, str], None]
 """add(copy, weights, name): add the scaled noise of parameter `name` to `copy`, which holds its `weights`; both 1-D."""
@@ -38,11 +41,9 @@ class Perturbation:
                 owned |= {f"out_proj.{key}": names[id(p)] for key, p in projection if id(p) in names}
             if owned:
                 self._handles += [
-                    module.register_forward_pre_hook(lambda module, _, owned=owned: self._enter(module, owned)),
+                    module.register_forward_pre_hook(Hook(partial(self._enter, owned))),
                     # First of all hooks, so that ours is undone before the engine's; also after an exception.
-                    module.register_forward_hook(
-                        lambda module, *_, owned=owned: self._leave(module, owned), prepend=True, always_call=True
-                    ),
+                    module.register_forward_hook(Hook(partial(self._leave, owned)), prepend=True, always_call=True),
                 ]
 
     def remove(self) -> None:
@@ -63,7 +64,7 @@ class Perturbation:
                 parameter.data = weights
             self._held.clear()
 
-    def _enter(self, module: nn.Module, owned: Mapping[str, str]) -> None:
+    def _enter(self, owned: Mapping[str, str], module: nn.Module, *_) -> None:
         if self._add is None or threading.get_ident() != self._thread:
             return
         for key, name in owned.items():
@@ -84,7 +85,7 @@ class Perturbation:
         self._add(copy.view(-1), weights.reshape(-1), name)
         parameter.data = copy
 
-    def _leave(self, module: nn.Module, owned: Mapping[str, str]) -> None:
+    def _leave(self, owned: Mapping[str, str], module: nn.Module, *_) -> None:
         for key in owned if self._held and threading.get_ident() == self._thread else ():
             parameter = _parameter(module, key)
             if id(parameter) not in self._held:
