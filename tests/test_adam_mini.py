@@ -273,7 +273,7 @@ def test_unsuitable_tensors_are_named():
     model = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
     optimizer = AdamMini.from_model(model, lr=0.1)
     model(torch.ones(1, 3, 8, 8)).sum().backward()
-    with raises("is not contiguous, but blocks are row-major"):
+    with raises("is not contiguous, but steps go row by row"):
         optimizer.step()
 
 

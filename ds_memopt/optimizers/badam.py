@@ -140,10 +140,7 @@ class BAdam(ShardedOptimizer):
             [(name, p) for name, p in zip(group["param_names"], group["params"], strict=True) if p.requires_grad]
             for group in self.param_groups
         ]
-        # What trains nothing in any block is no group; what trains nothing in one of them stays one.
-        self._groups = [group for group, members in zip(self.param_groups, self._pairs, strict=True) if members]
-        self._pairs = [members for members in self._pairs if members]
-        self.keep_all_groups()
+        self._groups = list(self.param_groups)
         self.partition = partition_into_blocks(
             model, self._named(), blocks, include_embedding, include_lm_head, always_active
         )
@@ -207,7 +204,9 @@ class BAdam(ShardedOptimizer):
         return {p: name for group in self._pairs for name, p in group if p.requires_grad}
 
     def keep_all_groups(self) -> None:
-        """Put back the param groups without a parameter in the active block, for DeepSpeed, which takes it out."""
+        """For DeepSpeed, which takes empty param groups out: put those back that train something in another block."""
+        trained = [(group, members) for group, members in zip(self._groups, self._pairs, strict=True) if members]
+        self._groups, self._pairs = map(list, zip(*trained, strict=True))
         self.param_groups[:] = self._groups
         for group in self.param_groups:
             held = [pair for pair in zip(group["param_names"], group["params"], strict=True) if pair[1].requires_grad]
@@ -347,7 +346,9 @@ class BAdam(ShardedOptimizer):
                 p.requires_grad_(name in active)
                 p.grad = None
             held = [(name, p) for name, p in members if name in active]
-            if not held and not self._bound:  # torch's distributed state dicts cannot tell groups without parameters
+            if (
+                members and not held and not self._bound
+            ):  # torch's distributed state dicts cannot tell groups without parameters
                 held = [min(members, key=lambda member: numel_of(full_shape(member[1])))]
             group["params"], group["param_names"] = [p for _, p in held], [name for name, _ in held]
         self.state.clear()

@@ -24,7 +24,7 @@ from ds_memopt.shards import Placement, PlainPlacement, is_first_rank
 
 from .blockwise import BlockPlan, step_dtype
 from .hyper_parameters import check_hyper_parameters, check_values, rules_of
-from .naming import check_current, check_named_group, named_groups
+from .naming import check_current, check_named_group, named_groups, with_names
 
 logger = logging.getLogger("ds_memopt")
 
@@ -84,7 +84,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.element_dtype = element_dtype
         self._placement: Placement = PlainPlacement()
         self._bound = False
-        self._plans: dict[tuple[int, ...], tuple[tuple[weakref.ref, ...], dict[str, BlockPlan]]] = {}
+        self._plans: dict[tuple, tuple[tuple[weakref.ref, ...], dict[str, BlockPlan]]] = {}
         self._model = weakref.ref(model) if model is not None else None
         self._head_dim, self._value_blocks = head_dim, value_blocks
         self.roles: dict[str, ParamBlocks] = assign_blocks(model, value_blocks) if model is not None else {}
@@ -128,7 +128,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return cls(named_groups(model, params), model=model, **hyper_parameters)
 
     def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(param_group)
+        super().add_param_group(with_names(param_group))
         group = self.param_groups[-1]
         check_named_group(self, group, self._model() if self._model is not None else None)
         check_values(rules_of(type(self)), group)
@@ -216,7 +216,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _plan(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> dict[str, BlockPlan]:
         # Keyed by identity, not held: FSDP2 and offload replace parameters, and a stale one must be free to go.
-        key = tuple(map(id, tensors))
+        # With the strides: model.to(memory_format) lays a parameter out anew in place.
+        key = tuple((id(tensor), tensor.stride()) for tensor in tensors)
         held, plans = self._plans.get(key, ((), None))
         if plans is None or any(reference() is not tensor for reference, tensor in zip(held, tensors, strict=True)):
             self._check_tensors(tensors, names)

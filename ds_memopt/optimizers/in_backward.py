@@ -174,6 +174,7 @@ class UpdatesInBackward(InPlaceOptimizer):
             self._squares += [_square(part, gradient) for part, gradient in bucket]
             return
         if self._step_is_new:
+            self._check_contiguous()
             self._step_is_new, self._realised, self._intended = False, 0.0, 0.0
         if self.clip == "tensor":
             squares = torch.stack([_square(part, gradient) for part, gradient in bucket])

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import bare_parameters
-from ds_memopt.shards import InPlaceShards, Part, WholeShards
+from ds_memopt.shards import InPlaceShards, Part, WholeShards, check_contiguous
 
 from .base import STATE_KEY, StatePart, asks_for_state, check_covered, check_meaning, refuse_copy
 from .hyper_parameters import LR, WEIGHT_DECAY, check_hyper_parameters, check_values, choice, rules_of
-from .naming import check_current, check_named_group, named_groups
+from .naming import check_current, check_named_group, named_groups, with_names
 from .residual import add_residual_, residual_of
 
 PIECE = 2**20
@@ -61,10 +61,10 @@ class InPlaceOptimizer(torch.optim.Optimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True)
             if p.requires_grad
         }
-        self._group_number = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
         self._realised: Any = 0.0
         self._intended: Any = 0.0
-        self.shards: InPlaceShards = WholeShards(model, self._names)
+        InPlaceOptimizer.bind(self, WholeShards(model, self._names))  # the subclass is not built yet
+        self._check_contiguous()
         self._built, self._checked = True, False
 
     @classmethod
@@ -77,7 +77,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         method = type(self).__name__
         if hasattr(self, "_built"):
             raise ValueError(f"What {method} trains is fixed when it is built: list all parameters there.")
-        super().add_param_group(param_group)
+        super().add_param_group(with_names(param_group))
         group = self.param_groups[-1]
         check_named_group(self, group, self._model)
         check_values(rules_of(type(self)), group)
@@ -107,6 +107,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
     def bind(self, shards: InPlaceShards) -> None:
         """Tell how an engine keeps the weights. Called by the engine, before the first step."""
         self.shards = shards
+        self._group_number = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
         self._checked = True  # an engine lays out the parameters that it was given
 
     def names_by_tensor(self) -> dict[torch.Tensor, str]:
@@ -129,6 +130,11 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         """Give the model back: all parameters require gradients that did, and no hook stays on it."""
         for parameter in self._names:
             parameter.requires_grad_(True)
+
+    def _check_contiguous(self) -> None:
+        """Before a step moves the first part: raise ValueError where a parameter was laid out anew."""
+        for parameter, name in self._names.items():
+            check_contiguous(parameter, name)
 
     @property
     def steps(self) -> int:

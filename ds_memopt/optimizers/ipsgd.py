@@ -7,6 +7,7 @@ Sources: Lv et al., "Full Parameter Fine-tuning for Large Language Models with L
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal
@@ -15,13 +16,16 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import full_shape
-from ds_memopt.shards import Part
+from ds_memopt.shards import Part, is_first_rank
 
 from .adalomo import AdaLomo
+from .base import make_log_visible
 from .hyper_parameters import checked, choice
 from .in_backward import CLIPPING, Bucket, UpdatesInBackward, add_gradient, sum_and_count
 from .inplace import IN_PLACE
 from .repeat import repeatable
+
+logger = logging.getLogger("ds_memopt")
 
 
 class IPSGD(UpdatesInBackward):
@@ -61,6 +65,7 @@ class IPSGD(UpdatesInBackward):
         self._rule = AdaLomo() if rule == "adalomo" else None
         self._describe({"rule": rule, "clip": clip, "max_norm": max_norm, "keep": keep}, {})
         self._watch()
+        self._told = False
 
     def update_bucket(self, bucket: Bucket) -> None:
         rates: list[Any] = [1.0] * len(bucket)
@@ -116,6 +121,17 @@ class IPSGD(UpdatesInBackward):
             return None
         if not self.gradients.began:
             raise ValueError("IPSGD.step has no gradient to go by. Call loss.backward() before, or pass a closure.")
+        self._tell_of_clipping()
         self.gradients.finish()
         self.end_step(done=True)
         return None
+
+    def _tell_of_clipping(self) -> None:
+        """Once: nobody asks this optimizer before clipping gradients that are gone, as Trainer does by default."""
+        if self.clip == "none" and not self._told and is_first_rank():
+            make_log_visible()
+            logger.warning(
+                "IPSGD uses gradients up inside backward: clip_grad_norm_, and Trainer's max_grad_norm, find none and "
+                'do nothing. To clip set clip="tensor", or clip="two_pass" and call step(closure), with max_norm.'
+            )
+        self._told = True

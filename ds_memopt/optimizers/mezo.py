@@ -316,6 +316,7 @@ class MeZO(InPlaceOptimizer):
     @torch.no_grad()
     def apply(self, projected: list[float]) -> None:
         """Update the weights by g of each probe, and count the step. All ranks have the same g, finite or not."""
+        self._check_contiguous()
         self._choose_thresholds()
         self._open_trajectory()
         observed = list(projected)

@@ -15,6 +15,9 @@ METHOD_KEY = "ds_memopt_method"
 """Key of every param group of ours. Where another library builds its own optimizer from our groups, it shows."""
 
 
+TRAINED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 def named_groups(model: nn.Module, params: Iterable | None) -> list[dict]:
     """Param groups of (name, parameter) pairs from a model's parameters, from groups of them, or from None for all."""
     if params is None:
@@ -30,8 +33,8 @@ def named_groups(model: nn.Module, params: Iterable | None) -> list[dict]:
     params = list(params)
     groups = params if params and isinstance(params[0], dict) else [{"params": params}]
     named = [group | {"params": [_named(entry, names) for entry in group["params"]]} for group in groups]
-    # As DeepSpeed does: with adapters the usual second group, of norms and biases, is empty.
-    return [group for group in named if group["params"]] or _no_parameters()
+    # With adapters the usual second group, of norms and biases, is empty; a scheduler counts it.
+    return named if any(group["params"] for group in named) else _no_parameters()
 
 
 def _no_parameters():
@@ -48,11 +51,17 @@ def _named(entry: Any, names: Mapping[int, str]) -> tuple[str, torch.Tensor]:
     return names[id(parameter)], parameter
 
 
+def with_names(group: dict) -> dict:
+    """A param group as torch takes it among groups with names, also where it is empty."""
+    params = group["params"]
+    return group | {"param_names": []} if isinstance(params, (list, tuple)) and not params else group
+
+
 def check_named_group(optimizer: torch.optim.Optimizer, group: dict, model: nn.Module | None) -> None:
     """Mark a param group as ours, and give its parameters the names that they have in the bare model.
 
     Without a model to look at, `module.` stays in a name: it may be the model's own.
-    Raises ValueError where it lacks names, or where the names are FSDP1's.
+    Raises ValueError where it lacks names, where the names are FSDP1's, and for a dtype that no method trains.
     """
     method = type(optimizer).__name__
     if "param_names" not in group:
@@ -66,6 +75,12 @@ def check_named_group(optimizer: torch.optim.Optimizer, group: dict, model: nn.M
     names = {} if model is None else {id(p): name for name, p in bare_parameters(model).items()}
     named = zip(group["params"], group["param_names"], strict=True)
     group["param_names"] = [names.get(id(p), bare_name(name, model)) for p, name in named]
+    for name, p in zip(group["param_names"], group["params"], strict=True):
+        if p.requires_grad and p.dtype not in TRAINED_DTYPES:
+            raise ValueError(
+                f"{name} is {p.dtype}, but {method} trains real numbers of 16, 32 or 64 bits. Keep real and imaginary "
+                "part as two parameters, or train it with another optimizer."
+            )
 
 
 def check_current(

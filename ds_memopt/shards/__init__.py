@@ -12,7 +12,7 @@ from .layout import (
     partition_each_parameter,
     partition_flat_buffer,
 )
-from .plain import MasterCopyPlacement, PlainPlacement, trainable_parameters_changed
+from .plain import MasterCopyPlacement, PlainPlacement, check_contiguous, trainable_parameters_changed
 from .seams import Seams, SeamTable, is_first_rank, on_first_rank
 from .zero3 import Zero3Placement
 from .zero12 import Zero12Placement
@@ -34,6 +34,7 @@ __all__ = [
     "WholeShards",
     "Zero12Placement",
     "Zero3Placement",
+    "check_contiguous",
     "even_borders",
     "is_first_rank",
     "numel_of",

@@ -36,6 +36,7 @@ class PlainPlacement:
         borders: dict[ProcessGroup | None, dict[str, np.ndarray]] = {}
         for number, (tensor, name) in enumerate(zip(tensors, names, strict=True)):
             assert name is not None, "a plain tensor stands for one named parameter"
+            check_contiguous(tensor, name)
             start, length = 0, tensor.numel()
             if isinstance(tensor, DTensor):
                 shard_dim = sharded_mesh_dim(tensor, name)
@@ -49,11 +50,6 @@ class PlainPlacement:
                     assert tensor.to_local().numel() == length, f"{name}: unexpected local shape"
                     group_borders = borders.setdefault(mesh.get_group(shard_dim), {})
                     group_borders[name] = even_borders(0, tensor.numel(), max(piece, 1))
-            elif not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name} of shape {tuple(tensor.shape)} and strides {tensor.stride()} is not contiguous, but "
-                    "blocks are row-major. Call .contiguous() on the weights before building the optimizer."
-                )
             if length > 0:
                 intervals.append(Interval(name, start, length, number, 0))
         return Layout(tuple(intervals), tuple(RankBorders(group, cuts) for group, cuts in borders.items()))
@@ -97,6 +93,17 @@ class MasterCopyPlacement(PlainPlacement):
 
     def names(self, param_group: dict) -> Sequence[str | None]:
         return [self._names[param] for param in param_group["params"]]
+
+
+def check_contiguous(tensor: torch.Tensor, name: str) -> None:
+    """Raise ValueError for a parameter, or this rank's part of one, whose elements do not lie row by row."""
+    stored = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not stored.is_contiguous():
+        raise ValueError(
+            f"{name} of shape {tuple(stored.shape)} and strides {stored.stride()} is not contiguous, but steps go row "
+            "by row. Call model.to(memory_format=torch.contiguous_format), or p.data = p.data.contiguous(). Inputs may "
+            "be channels_last."
+        )
 
 
 def sharded_mesh_dim(tensor: DTensor, name: str) -> int | None:
