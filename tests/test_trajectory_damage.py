@@ -179,7 +179,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_training(tmp_path, meth
         (tmp_path / "missing" / "steps", "cannot be written: No such file or directory. Give a file in a folder"),
         (file / "steps", "cannot be written: Not a directory. Give"),
         (tmp_path, "cannot be written: Is a directory. Give"),
-        ("", "cannot be written: Is a directory. Give"),
+        (".", "cannot be written: Is a directory. Give"),
         ("/proc/steps", "cannot be written: "),
         (tmp_path / ("x" * 300), "cannot be written: File name too long. Give"),
         (file, "exists and is no trajectory. Give another path."),

@@ -346,9 +346,8 @@ class BAdam(ShardedOptimizer):
                 p.requires_grad_(name in active)
                 p.grad = None
             held = [(name, p) for name, p in members if name in active]
-            if (
-                members and not held and not self._bound
-            ):  # torch's distributed state dicts cannot tell groups without parameters
+            # torch's distributed state dicts cannot tell groups without parameters.
+            if members and not held and not self._bound:
                 held = [min(members, key=lambda member: numel_of(full_shape(member[1])))]
             group["params"], group["param_names"] = [p for _, p in held], [name for name, _ in held]
         self.state.clear()

@@ -199,11 +199,8 @@ def _read(path: str | Path) -> tuple[TrajectoryHeader, bytes]:
 
 def _records(path: str | Path, header: TrajectoryHeader, body: bytes, count: int) -> np.ndarray:
     """The first `count` records, of consecutive steps."""
-    records, size, line_crc = (
-        np.frombuffer(body, header.record, count),
-        header.record.itemsize,
-        zlib.crc32(header.line()),
-    )
+    records, size = np.frombuffer(body, header.record, count), header.record.itemsize
+    line_crc = zlib.crc32(header.line())
     crcs = [zlib.crc32(body[begin : begin + size - CRC_BYTES], line_crc) for begin in range(0, count * size, size)]
     expected = header.first_step + np.arange(count)
     skipped = records["flags"] == SKIPPED
