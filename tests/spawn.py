@@ -60,7 +60,7 @@ def run_ranks(function, world_size: int, *args, timeout_s: float = 400):
                     rank.kill()
             # DeepSpeed's CPU all_reduce leaves 66 MiB of shared memory per rank behind.
             for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-                buffer.unlink()
+                buffer.unlink(missing_ok=True)
         if missing := [rank for rank in range(world_size) if not Path(folder, f"{rank}.result").exists()]:
             raise RuntimeError(
                 f"{function.__name__}: {''.join(crashed)}ranks {missing} of {world_size} died without a result"

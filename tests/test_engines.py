@@ -188,7 +188,6 @@ engine.backward(loss)
 engine.step()
 if engine.global_rank == 0:
     open(arguments.out, "w").write(type(engine.basic_optimizer).__name__ + " " + __name__ + " " + sys.argv[0])
-torch.distributed.destroy_process_group()  # a process that exits without may be aborted by a thread of gloo's
 """
 
 

@@ -48,7 +48,7 @@ def meet(rank: int, world_size: int, sign: bytes, timeout: timedelta) -> Store:
         reason = str(error).splitlines()[0]
         if hosts:
             raise ValueError(
-                f"rank 0 cannot listen at {address}:{port} ({reason}): choose another port, --master_port or MASTER_PORT"
+                f"rank 0 cannot listen at {address}:{port} ({reason}): choose another --master_port or MASTER_PORT"
             ) from error
         raise TimeoutError(f"rank {rank} found no rank 0 at {address}:{port} within {timeout} ({reason})") from error
     _meetings += 1  # a process may run several jobs
@@ -66,6 +66,7 @@ def meet(rank: int, world_size: int, sign: bytes, timeout: timedelta) -> Store:
             raise TimeoutError(f"rank 0 did not answer within {timeout} at {address}:{port}") from error
         missing = [other for other in range(world_size) if not _store.check([f"beat/{other}"])]
         raise TimeoutError(f"of {world_size} ranks these did not start within {timeout}: {missing}") from error
+    server.set_timeout(timedelta(days=1))  # whoever asks from here on has another thread to count the time
     return _store
 
 
@@ -152,6 +153,8 @@ def fail(error: BaseException) -> NoReturn:
             say(summary)  # of our own errors the message says all
         else:
             say("".join(traceback.format_exception(error)))
+        if os.environ.get("RANK") == "0":
+            time.sleep(1)  # it holds the store in which the others, failing now, see that they are not the first
     else:
         if first != summary:
             say(f"{summary.splitlines()[0]} (another rank failed before: {first.splitlines()[0]})")
@@ -184,7 +187,7 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def _first_failure(summary: str) -> str | None:
-    """None if this rank is the first to fail, else the first one's summary. None as well if the store does not answer."""
+    """What the first rank to fail said; None if that is this rank, or if the store does not answer."""
     store = _store
     if store is None and torch.distributed.is_initialized():
         store = distributed_c10d._get_default_store()

@@ -116,7 +116,8 @@ def stop_ranks() -> None:
 
 
 def on_all_ranks(work: Callable[[], Result]) -> Result:
-    """Run `work` on every rank. If it raises on any, raise one SharedError, a ValueError, on all, so that no rank waits for another."""
+    """Run `work` on every rank. If it raises on any, raise one SharedError, a ValueError, on all, so that no rank waits
+    for another."""
     result, error = None, None
     try:
         result = work()

@@ -70,7 +70,7 @@ class Watchdog:
         self._stage = (self._stage[0] + 1, self._meter.calls(), name, alone)
 
     def stop(self, together: bool = False) -> None:
-        """Watch no longer. together: all ranks stop now, and the first, whose store they use, lets the others go first."""
+        """Watch no longer. together: all ranks stop now, and the first, which holds the store, is the last to go."""
         if self._done.is_set():
             return
         self._done.set()
@@ -125,8 +125,8 @@ class Watchdog:
         limit = self._timeout.total_seconds() + self._rank
         if gone := [rank for rank in beats if silent[rank] >= limit and rank != self._rank]:
             self._end(
-                f"TimeoutError: no answer for {_minutes(self._timeout)} (--timeout_minutes) from {_where(gone, beats)}: "
-                "look at the machine, its memory and its network"
+                f"TimeoutError: no answer for {_minutes(self._timeout)} (--timeout_minutes) from "
+                f"{_where(gone, beats)}, by its last word, while this rank is in {self._stage[2]}: look at its machine"
             )
         # Of those behind, others may wait as well: in collectives that the last ones have not called yet.
         last = min(beat.place for beat in beats.values())

@@ -1,0 +1,264 @@
+"""Ranks that fail, that do not arrive and that leave: each is told once, by name, and ends the job."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from spawn import CONTEXT, free_port
+
+from ds_memopt.engines import processes
+from ds_memopt.engines.processes import SharedError, fail, remove_abandoned_shared_memory
+from ds_memopt.train import loop
+from ds_memopt.train.fsdp2 import pretrain_fsdp2
+from ds_memopt.train.launcher import MPI_SIZES, PLACE
+from ds_memopt.train.options import Options
+from ds_memopt.train.ranks import start_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+
+JOB = f"""
+import sys; sys.path.insert(0, {str(ROOT / "launch")!r})
+import argparse, dataclasses, torch
+from arguments import run_job
+from ds_memopt.train.ranks import start_ranks
+
+@dataclasses.dataclass
+class Options:
+    pass
+
+def job(options):
+    with start_ranks() as ranks:
+        if ranks.rank == 1:
+            {{fault}}
+        torch.distributed.all_reduce(torch.ones(1))
+
+run_job(job, Options, argparse.Namespace())
+"""
+UNAWARE = """
+import deepspeed, torch
+deepspeed.init_distributed()
+if torch.distributed.get_rank() == 1:
+    {fault}
+torch.distributed.all_reduce(torch.ones(1))
+"""
+
+
+@pytest.mark.parametrize(
+    ("launcher", "program", "fault", "told"),
+    [
+        ("deepspeed --num_gpus 2", JOB, "raise ValueError('row 17')", "ValueError: row 17"),
+        ("deepspeed --num_gpus 2 --module", UNAWARE, "raise ValueError('row 17')", "ValueError: row 17"),
+        ("torchrun --nproc_per_node 2", JOB, "sys.exit(0)", "SystemExit: 0"),
+        ("mpirun --allow-run-as-root --oversubscribe --bind-to none -np 2", JOB, "raise KeyboardInterrupt",
+         "KeyboardInterrupt"),
+    ],
+)  # fmt: skip
+def test_whatever_ends_a_rank_is_told_and_ends_the_others(launcher, program, fault, told, tmp_path):
+    """Also in a script that knows nothing of us, under ds_memopt.run."""
+    (tmp_path / "program.py").write_text(program.format(fault=fault))
+    port = str(free_port())
+    word, *options = launcher.split()
+    options = [*options, sys.executable] if word == "mpirun" else ["--master_port", port, *options]
+    options += ["ds_memopt.run"] if program is UNAWARE else []
+    outside = {name: value for name, value in os.environ.items() if name not in {*PLACE, *MPI_SIZES}}
+    outside |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
+    outside |= {"MASTER_PORT": port} if word == "mpirun" else {}
+    command = [str(BIN / word), *options, str(tmp_path / "program.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=outside, cwd=ROOT)
+    said = done.stdout + done.stderr
+    assert done.returncode != 0, said
+    assert said.count(f"[rank1]: {told}") == 1, said
+    assert "Connection closed" not in said and "[rank0]: Traceback" not in said
+
+
+def _rank_main(work, rank: int, world_size: int, port: int, folder: Path, args: tuple) -> None:
+    """As launch/arguments.run_job does, with stderr in a file."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    os.dup2(os.open(folder / f"{rank}.err", os.O_CREAT | os.O_WRONLY), 2)
+    torch.set_num_threads(1)
+    try:
+        work(*args)
+    except BaseException as error:
+        fail(error)
+
+
+def launch(work, folder: Path, *args, ranks: int = 2, started: int | None = None) -> tuple[list[str], float]:
+    """What each rank wrote on stderr, and after how many seconds the first one ended: like a launcher, this then ends
+    the others, be they stopped. started: of the ranks, which alone are there."""
+    port = free_port()
+    numbers = range(ranks) if started is None else [started]
+    tasks = [CONTEXT.Process(target=_rank_main, args=(work, r, ranks, port, folder, args)) for r in numbers]
+    began = time.monotonic()
+    for task in tasks:
+        task.start()
+    while all(task.is_alive() for task in tasks) and time.monotonic() < began + 300:
+        time.sleep(0.05)
+    seconds = time.monotonic() - began
+    time.sleep(1)
+    codes = [task.exitcode for task in tasks]
+    for task in tasks:
+        task.kill()
+        task.join()
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        buffer.unlink(missing_ok=True)
+    said = [(folder / f"{rank}.err").read_text() for rank in numbers]
+    assert any(codes), (codes, said)  # one has ended, with a failure
+    return said, seconds
+
+
+def _train_with_a_fault(pretrain, options: Options, fault: str) -> None:
+    """Rank 1 stops before its third step."""
+    load = loop.train_loader
+
+    def loads_until_the_fault(*args):
+        for number, batch in enumerate(load(*args)):
+            if number == 2 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGSTOP) if fault == "stop" else time.sleep(1000)
+            yield batch
+
+    loop.train_loader = loads_until_the_fault
+    pretrain(options)
+
+
+SIZE = dict(steps=5, seq_length=16, micro_batch=2, accumulation=1, validation_interval=0, save_interval=0)
+
+
+@pytest.mark.parametrize(
+    ("pretrain", "config", "fault", "sentence"),
+    [
+        # The stopped rank may not have had the time to say that its third step has begun.
+        (loop.pretrain, "zero2_adam_mini", "stop",
+         r"no answer for 0.1 minutes \(--timeout_minutes\) from rank 1 in (step [123]|the start), by its last word, "
+         r"while this rank is in step 3: "),
+        (pretrain_fsdp2, "zero3_adam_mini", "sleep",
+         r"the others have waited 0.1 minutes \(--timeout_minutes 0.1\) for rank 1 in step 3: "),
+    ],
+)  # fmt: skip
+def test_a_rank_that_does_not_arrive_is_named(pretrain, config, fault, sentence, tmp_path):
+    options = Options(
+        deepspeed_config=str(ROOT / f"ds_configs/{config}.json"), output_dir=str(tmp_path / "run"), data="synthetic",
+        timeout_minutes=0.1, **SIZE,
+    )  # fmt: skip
+    said, seconds = launch(_train_with_a_fault, tmp_path, pretrain, options, fault)
+    assert len(re.findall(rf"^\[rank0\]: TimeoutError: {sentence}", said[0], re.MULTILINE)) == 1, said
+    assert seconds < 200  # gloo's own limit is half an hour
+
+
+def _long_stages(seconds: float) -> None:
+    """Longer than the timeout: one rank alone where it may, then both. Then the first one stops."""
+    with start_ranks(timeout_minutes=0.05) as ranks:
+        ranks.enter("the saving of the model", alone=True)
+        if ranks.is_main:
+            time.sleep(seconds)
+        torch.distributed.barrier()
+        ranks.enter("the validation after step 1")
+        time.sleep(seconds)
+        torch.distributed.barrier()
+        ranks.enter("step 2")
+        torch.distributed.barrier()
+        time.sleep(1)  # a few beats
+        if ranks.is_main:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        torch.distributed.barrier()
+
+
+def test_long_stages_end_nothing_and_the_second_rank_watches_the_first(tmp_path):
+    said, seconds = launch(_long_stages, tmp_path, 5.0)
+    assert said[0] == "" and said[1].count("TimeoutError") == 1, said
+    assert "[rank1]: TimeoutError: no answer for 0.05 minutes (--timeout_minutes) from rank 0 in step 2" in said[1]
+    assert seconds > 2 * 5 + 1 + 0.05 * 60
+
+
+def _fail_alike(error: type[Exception]) -> None:
+    with start_ranks():
+        raise error("the loss is nan")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, SharedError])
+def test_an_error_of_all_ranks_is_told_once(error, tmp_path):
+    said = "".join(launch(_fail_alike, tmp_path, error)[0])
+    line = "^ValueError: the loss is nan" if error is SharedError else r"^\[rank[01]\]: RuntimeError: the loss is nan"
+    assert len(re.findall(line, said, re.MULTILINE)) == said.count("the loss is nan\n") == 1, said
+
+
+def _start(timeout_minutes: float) -> None:
+    start_ranks(timeout_minutes=timeout_minutes)
+
+
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [(0, "of 3 ranks these did not start within 0:00:03: [1, 2]"), (1, "rank 1 found no rank 0 at 127.0.0.1:")],
+)
+def test_ranks_that_do_not_start_are_named(rank, message, tmp_path):
+    said, _ = launch(_start, tmp_path, 0.05, ranks=3, started=rank)
+    assert f"[rank{rank}]: TimeoutError: {message}" in said[0], said
+
+
+@pytest.mark.parametrize("minutes", [0, -1, 20_000, float("nan")])
+def test_a_timeout_out_of_range_is_refused(minutes):
+    with pytest.raises(ValueError, match="--timeout_minutes .* must be more than 0 and at most 10000"):
+        start_ranks(timeout_minutes=minutes)
+
+
+EXIT = """
+import atexit, os
+import torch
+
+def tell(when):
+    print(when, "fork" if os.getpid() != owner else "self", torch.distributed.is_initialized(), flush=True)
+
+owner = os.getpid()
+atexit.register(tell, "after")
+import ds_memopt
+ds_memopt.register()
+atexit.register(tell, "before")
+torch.distributed.init_process_group(rank=0, world_size=1, store=torch.distributed.HashStore())
+if not os.fork():
+    atexit._run_exitfuncs()
+    os._exit(0)  # an ordinary exit would wait for gloo's threads, which a fork does not have
+os.wait()
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "in_group"), [("", False), ("raise OSError", True)])
+def test_registered_processes_leave_their_group_at_exit(end, in_group):
+    """Unless an exception ends them: then the others may never come. A forked process leaves it to its parent."""
+    done = subprocess.run(
+        [sys.executable, "-c", EXIT.format(end=end)], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == bool(end), done.stderr
+    said = [line for line in done.stdout.splitlines() if line.startswith(("before", "after"))]
+    assert said == ["before fork True", "after fork True", "before self True", f"after self {in_group}"]
+
+
+def test_only_shared_memory_that_nobody_uses_is_removed(monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        monkeypatch.setattr(processes, "SHARED_MEMORY", Path(folder))
+        name = f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_29500"
+        for rank in range(4):
+            Path(folder, f"{name}_{rank}").write_bytes(bytes(mmap.PAGESIZE))
+        Path(folder, "another").touch()
+        with open(f"{folder}/{name}_0", "r+b") as opened, open(f"{folder}/{name}_1", "r+b") as file:
+            mapped = mmap.mmap(file.fileno(), 0)
+            file.close()  # a mapping remains
+            remove_abandoned_shared_memory()
+            assert sorted(os.listdir(folder)) == ["another", f"{name}_0", f"{name}_1"]
+            assert opened.read(1) == mapped[:1] == b"\0"
+            mapped.close()
+        remove_abandoned_shared_memory()
+        assert os.listdir(folder) == ["another"]
