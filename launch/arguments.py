@@ -17,7 +17,18 @@ def shared_parser(description: str, job: str, default_config: str, seed_of: str)
         "--deepspeed_config", default=str(CONFIGS / default_config), help='DeepSpeed JSON; "auto" values are filled'
     )
     run.add_argument("--output_dir", help=f"metrics.jsonl, checkpoints, ... go here; default: runs/{job}-1, -2, ...")
-    run.add_argument("--resume", action="store_true", help="continue from the latest checkpoint of --output_dir")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        type=int,
+        const=True,
+        default=False,
+        metavar="STEP",
+        help="continue from the latest whole checkpoint of --output_dir, or from that of a step",
+    )
+    run.add_argument(
+        "--trust_checkpoint", action="store_true", help="resume even if its files name code that loading them may run"
+    )
     run.add_argument(
         "--timeout_minutes",
         type=float,

@@ -32,6 +32,7 @@ from transformers import TrainingArguments, default_data_collator
 
 import ds_memopt
 from ds_memopt import Addax
+from ds_memopt.engines.checkpoint_files import load_only_data
 from ds_memopt.measure import CommunicationMeter
 from ds_memopt.optimizers import METHODS
 
@@ -342,6 +343,7 @@ def resumed(folder: Path, stage: int, options: str) -> dict[str, dict[str, torch
         results["end"] = full_parameters(engine.module)
     with running(**case) as engine:
         train(engine, steps[3:4])  # what it knew before must go
+        load_only_data(engine)
         results["message"] = message(engine.load_checkpoint, file)
         results["loaded"] = full_parameters(engine.module)
         train(engine, steps[3:])

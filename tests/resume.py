@@ -11,6 +11,7 @@ from tiny import HYPER, ds_config, full_parameters, initialize, llama, local, sh
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from ds_memopt import AdamMini, BAdam
+from ds_memopt.engines.checkpoint_files import load_only_data
 from ds_memopt.optimizers import StatePart
 
 BEFORE, AFTER = 3, 4  # BAdam is saved after the first of a visit's two steps
@@ -104,6 +105,7 @@ def resume(folder: Path) -> dict:
     results = {}
     for name, case in STAGES.items():
         engine = build(case)
+        load_only_data(engine)
         path, _ = engine.load_checkpoint(folder / name)
         assert path is not None
         train(engine, local_batches()[BEFORE:])

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param
+from engines import message
 from tiny import HYPER, ds_config, full_parameters, initialize, llama, local, shard_fsdp2, train, train_plain
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -180,6 +181,8 @@ def refused_loads(folder: Path) -> dict[str, str]:
             messages[name] = str(error)
         after = full_parameters(engine.module)
         assert all(torch.equal(before[parameter], after[parameter]) for parameter in before)
+        optimizer = engine.basic_optimizer
+        messages["by name"] = message(optimizer.load_named_state, list(optimizer.named_state()))
         engine.destroy()
     return messages
 

@@ -274,7 +274,7 @@ def test_fsdp2_in_bf16_with_checkpointing(under_both, folders, by_torchrun):
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ("damaged", r"__1_0.distcp is (missing or )?damaged .* write the name of an older checkpoint folder"),
+        ("damaged", r"__1_0.distcp is damaged: its SHA-256 is not the one in run.json; no other is left"),
         ("offload", "offload_optimizer, .*offload_param.* is DeepSpeed's, and FSDP2 would not hear it"),
         ("Addax", "Addax has its batches divided by DeepSpeed's engine: run launch/pretrain.py"),
         ("two_pass", 'IPSGD with clip="two_pass" runs each batch twice'),

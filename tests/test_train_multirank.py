@@ -206,7 +206,7 @@ def test_killed_in_a_save_and_resumed_equals_uninterrupted(folders, whole, stage
     folder = folders / f"killed{stage}"
     with pytest.raises(RuntimeError, match="rank"):
         run_ranks(_die_in_save_of_step_4, 2, _options(folder, stage))
-    assert (folder / "checkpoints/step4").is_dir()  # it did start to save
+    assert (folder / "checkpoints/.step4").is_dir()  # it did start to save
     assert (folder / "checkpoints/latest").read_text() == "step2"
     assert read_metrics(folder)[-1]["step"] == 4
 
@@ -227,7 +227,7 @@ def test_killed_in_a_save_and_resumed_equals_uninterrupted(folders, whole, stage
 def test_bad_checkpoints_are_refused_on_all_ranks(folders, whole):
     """Damage that only one rank would meet must not leave the other waiting in a collective."""
     damaged = {}
-    for name in ("truncated", "flipped", "missing", "no_latest", "other"):
+    for name in ("truncated", "flipped", "missing", "none", "other"):
         folder = damaged[name] = folders / name
         (folder / "checkpoints/step6").mkdir(parents=True)
         shutil.copy(whole[2] / "checkpoints/latest", folder / "checkpoints")
@@ -239,7 +239,8 @@ def test_bad_checkpoints_are_refused_on_all_ranks(folders, whole):
         stream.seek(os.path.getsize(damaged["flipped"] / file) // 2)
         stream.write(bytes(8))
     (damaged["missing"] / file).unlink()
-    (damaged["no_latest"] / "checkpoints/latest").unlink()
+    shutil.rmtree(damaged["none"] / "checkpoints/step6")
+    (damaged["none"] / "checkpoints/latest").unlink()
 
     runs = {name: _options(folder, 2, resume=True) for name, folder in damaged.items() if name != "other"}
     runs["other"] = _options(damaged["other"], 2, resume=True, seed=1, lr=2e-3)
@@ -247,11 +248,10 @@ def test_bad_checkpoints_are_refused_on_all_ranks(folders, whole):
     seen = run_ranks(_pretrain_all, 2, list(runs.values()))
     assert seen[0] == seen[1]
     messages = dict(zip(runs, seen[0], strict=True))
-    for name in ("truncated", "missing"):
-        assert "zero_pp_rank_1" in messages[name] and "is missing or damaged" in messages[name]
-    assert "zero_pp_rank_1" in messages["flipped"] and "is damaged (checksum" in messages["flipped"]
-    assert "write the name of an older checkpoint folder into `latest`" in messages["flipped"]
-    assert "--resume found no checkpoint" in messages["no_latest"]
+    assert f"{file} is missing or damaged (No such file" in messages["missing"]
+    for name in ("truncated", "flipped"):
+        assert f"{file} is damaged: its SHA-256" in messages[name] and "no other is left" in messages[name]
+    assert "--resume found no checkpoint" in messages["none"]
     assert "seed was 0, is 1" in messages["other"] and "'lr': 0.002" in messages["other"]
     assert "already holds a run" in messages["exists"] and "--resume" in messages["exists"]
 

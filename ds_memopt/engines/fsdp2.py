@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -97,10 +95,16 @@ class Fsdp2Engine:
         return self._norm
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-        """Save all state as folder/tag. All ranks call. save_latest must be false: `latest` is the caller's."""
+        """Save all state as folder/tag. All ranks call, and none waits for one that cannot write.
+
+        save_latest must be false: `latest` is the caller's.
+        """
         assert not save_latest
         path = Path(folder, tag)
-        dcp.save(self._state() | {"progress": self._progress()}, checkpoint_id=path)
+        try:
+            dcp.save(self._state() | {"progress": self._progress()}, checkpoint_id=path)
+        except dcp.CheckpointException as error:  # on all ranks alike, and no Exception
+            raise OSError("; ".join(f"rank {rank}: {why[0]}" for rank, why in error.failures.items())) from error
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str, dict]:
         """Restore what `save_checkpoint` saved on as many ranks. All ranks call."""
@@ -127,12 +131,3 @@ class Fsdp2Engine:
         """What must be known before the state's shapes are: BAdam has state of the active block alone."""
         position = {"position": list(self.optimizer.position)} if isinstance(self.optimizer, BAdam) else {}
         return {"global_steps": self.global_steps, "lr_scheduler": self.lr_scheduler.state_dict(), **position}
-
-
-def entries(file: Path) -> Iterator[io.BytesIO]:
-    """What is in a .distcp file of a checkpoint: one file of torch.save after the other."""
-    with file.open("rb") as stream:
-        for place in dcp.FileSystemReader(file.parent).read_metadata().storage_data.values():
-            if place.relative_path == file.name:
-                stream.seek(place.offset)
-                yield io.BytesIO(stream.read(place.length))

@@ -3,7 +3,7 @@
 Private names of DeepSpeed used here, checked against 0.19.8:
   DeepSpeedEngine.forward, .backward, .save_checkpoint, .load_checkpoint, ._common_checkpoint_state,
       .load_module_state_dict, ._load_zero_checkpoint, ._get_all_ckpt_names (all wrapped),
-      ._get_all_zero_checkpoint_names, .seq_data_parallel_group, .clip_fp32_gradients
+      ._get_all_zero_checkpoint_names, .checkpoint_engine, .seq_data_parallel_group, .clip_fp32_gradients
   What DeepSpeedEngine calls or reads of its ZeRO optimizer: .bit16_groups, .fp16_groups, .bf16_groups,
       ._global_grad_norm, .overflow, .dp_process_group, .checkpoint_event_prologue, .checkpoint_event_epilogue,
       ._restore_from_bit16_weights, .empty_partition_cache, .destroy
@@ -209,7 +209,7 @@ def load_zero_checkpoint(original, engine, load_dir, tag, load_optimizer_states=
         )
     if len(files) == adapter.placement["ranks"]:
         files = [files[dist.get_rank(adapter.dp_process_group)]]
-    loaded = (torch.load(file, map_location="cpu", weights_only=False) for file in files)
+    loaded = (engine.checkpoint_engine.load(file, map_location="cpu") for file in files)
     adapter.load_states(state[OPTIMIZER_STATE_DICT] for state in loaded)
     return True
 

@@ -22,6 +22,7 @@ from .adamw import AdamW
 from .base import (
     STATE_KEY,
     ShardedOptimizer,
+    StatePart,
     check_meaning,
     make_log_visible,
 )
@@ -333,6 +334,18 @@ class BAdam(ShardedOptimizer):
         super().load_state_dict(state_dict)
         self._groups = list(self.param_groups)  # torch has made new ones
         self._residuals = state_dict.get("residuals", {})
+
+    def load_named_state(self, parts: Iterable[StatePart]) -> None:
+        """As any optimizer's, for the block that `resume_at` has made active.
+
+        Raises ValueError inside DeepSpeed, where nothing could make it so.
+        """
+        if self._bound:
+            raise ValueError(
+                "State by name does not say at which position BAdam was, and inside DeepSpeed there is no resume_at: "
+                "call engine.load_checkpoint, on the same number of GPUs and at the same stage."
+            )
+        super().load_named_state(parts)
 
     def _named(self) -> dict[str, nn.Parameter]:
         return dict(pair for group in self._pairs for pair in group)

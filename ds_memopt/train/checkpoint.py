@@ -1,55 +1,91 @@
-"""What a run saves: checkpoints (DeepSpeed's or torch.distributed's files, the facts a resumed run must share, and a
-`latest` that is always whole), and at its end the model as a Hugging Face folder."""
+"""What a run saves: checkpoints (DeepSpeed's or torch.distributed's files, and what a resumed run must know of them),
+and at its end the model as a Hugging Face folder. Both are written aside, and get their names when they are whole."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import pickle
+import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed.comm as dist
 import transformers
 
-from ds_memopt.engines.fsdp2 import entries
+from ds_memopt.engines.checkpoint_files import errors_after_all_ranks, refuse_code
+from ds_memopt.engines.held import checkpoint_bytes, first_not_finite, is_finite
+from ds_memopt.engines.processes import SharedError
+from ds_memopt.measure import GIB
+from ds_memopt.train.options import RunOptions
+from ds_memopt.train.plan import Plan
+from ds_memopt.train.presets import MODEL
 from ds_memopt.train.ranks import Ranks, on_all_ranks
-from ds_memopt.train.record import write_json, write_text
+from ds_memopt.train.record import METRICS, write_json, write_text
 
+CHECKPOINTS = "checkpoints"
 FACTS = "run.json"
+LATEST = "latest"
 
 
 def save(engine: Any, folder: Path, step: int, facts: dict[str, Any], ranks: Ranks) -> None:
     """Save the engine's state as folder/step<step>, then point folder/latest to it. All ranks call.
 
-    DeepSpeed's own `latest` is written before its barrier, when other ranks may still be writing: a kill at that moment
-    would leave it pointing to half a checkpoint. So it is written here, after the barrier that ends save_checkpoint.
+    SharedError if a weight, master or state is no finite number, or if a file cannot be written; earlier checkpoints
+    stay as they are.
     """
-    tag = f"step{step}"
-    engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-    if ranks.is_main:
-        files = sorted(path.name for path in (folder / tag).iterdir() if path.suffix in (".pt", ".distcp"))
-        write_json(folder / tag / FACTS, {**facts, "step": step, "files": files})
-        write_text(folder / "latest", tag)
+    _refuse_not_finite(engine, folder, step)
+    aside, needs = folder / f".step{step}", sum(_of_all_ranks(checkpoint_bytes(engine)))
+    try:
+        on_all_ranks(lambda: _make_room(aside, needs) if ranks.is_main else None)
+        on_all_ranks(lambda: _write(engine, aside))
+        names = _of_all_ranks(_files(aside) if ranks.is_main else None)[0]
+        digests = on_all_ranks(lambda: {name: _digest(aside / name) for name in names[ranks.rank :: ranks.world_size]})
+        files = {name: digest for some in _of_all_ranks(digests) for name, digest in some.items()}
+        known = {**facts, "step": step, "files": dict(sorted(files.items()))}
+        on_all_ranks(lambda: _publish(aside, known) if ranks.is_main else None)
+    except ValueError as error:
+        full = _of_all_ranks(_give_up(aside, needs) if ranks.is_main else None)[0]
+        raise SharedError(full or f"the checkpoint of step {step} could not be saved: {error}") from error
 
 
-def check(folder: Path, facts: dict[str, Any], ranks: Ranks) -> int:
-    """The step of the checkpoint that folder/latest points to, after reading all its files. All ranks call.
+def find(options: RunOptions, plan: Plan, ranks: Ranks) -> int:
+    """The step that --resume goes on from, after reading all files of its checkpoint. All ranks call.
 
-    ValueError on all ranks if there is no checkpoint, if a file is missing or damaged, or if one of `facts` (what the
-    trajectory depends on: ranks, batch, data, ...) has changed since.
+    It is the step that --resume gives, or that of `latest`, or of the newest whole checkpoint before. ValueError on all
+    ranks if there is none, if a file may run code, or if one of the plan's facts (what the trajectory depends on:
+    ranks, batch, data, ...) has changed since.
     """
-    return on_all_ranks(lambda: _check(folder, facts, ranks))
+    folder = plan.output_dir / CHECKPOINTS
+    steps = on_all_ranks(lambda: _steps(folder, options.resume) if ranks.is_main else None)
+    faults = []
+    for step in _of_all_ranks(steps)[0]:
+        path = folder / f"step{step}"
+        found = _of_all_ranks(on_all_ranks(lambda path=path: _fault(path, plan.facts, ranks)))
+        fault = next(filter(None, found), None)
+        if not fault:
+            on_all_ranks(lambda path=path: None if options.trust_checkpoint else _refuse_code(path, ranks))
+            if ranks.is_main:
+                print("".join(f"WARNING: {fault}\n" for fault in faults) + f"resuming from {path}", flush=True)
+            return step
+        faults.append(fault)
+    remedy = (
+        "--resume without a number takes the newest whole one" if options.resume is not True else "no other is left"
+    )
+    raise SharedError(f"{'; '.join(faults)}; {remedy}")
 
 
-def load(engine: Any, folder: Path, step: int) -> None:
-    """Restore the engine from folder/step<step>, which `check` has passed. All ranks call."""
+def load(engine: Any, folder: Path, step: int, ranks: Ranks) -> None:
+    """Restore the engine from folder/step<step>, which `find` has passed, and make it `latest`. All ranks call."""
     loaded, _ = engine.load_checkpoint(str(folder), tag=f"step{step}")
     if loaded is None or engine.global_steps != step:
         raise ValueError(
             f"the engine did not restore step {step} from {folder}: it stands at step {engine.global_steps}"
         )
+    if ranks.is_main:
+        write_text(folder / LATEST, f"step{step}")
 
 
 def save_model(engine: Any, folder: Path, tokenizer: str | None, ranks: Ranks) -> None:
@@ -57,7 +93,7 @@ def save_model(engine: Any, folder: Path, tokenizer: str | None, ranks: Ranks) -
 
     The weights are those that the model computes with, bf16 in a bf16 run, or under FSDP2 its fp32 masters of them.
     tokenizer: the folder of the tokenizer to save beside them, or None. The first rank holds a copy of all weights in
-    CPU memory meanwhile.
+    CPU memory meanwhile. ValueError on all ranks if a weight is no finite number, or if the folder cannot be written.
     """
     weights = {}
     for name, p in engine.module.named_parameters():
@@ -68,52 +104,141 @@ def save_model(engine: Any, folder: Path, tokenizer: str | None, ranks: Ranks) -
     on_all_ranks(lambda: _write_model(engine.module, weights, folder, tokenizer) if ranks.is_main else None)
 
 
+def remove_asides(output_dir: Path) -> None:
+    """Remove from a run's folder what it had written aside when it was killed."""
+    for folder in (output_dir, output_dir / CHECKPOINTS):
+        for path in folder.glob(".*"):
+            if re.fullmatch(rf"\.({MODEL}|step\d+)", path.name):
+                shutil.rmtree(path)
+            elif re.fullmatch(rf"\.({LATEST}|{METRICS}|\w+\.json)\.\d+", path.name):  # of write_text
+                path.unlink()
+
+
 def _write_model(
     model: transformers.PreTrainedModel, weights: dict[str, Any], folder: Path, tokenizer: str | None
 ) -> None:
+    if wrong := [name for name, weight in weights.items() if not is_finite(weight)]:
+        raise ValueError(f"{wrong[0]} holds infinities or NaNs: the model is not saved")
     kept = model.state_dict().keys()  # some buffers are computed, not saved
     buffers = {name: buffer.cpu() for name, buffer in model.named_buffers() if name in kept}
-    aside = folder.with_name(f".{folder.name}")  # a run that is killed here leaves no half folder
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside, state_dict=weights | buffers)
-    if tokenizer:
-        transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).save_pretrained(aside)
+    aside, needs = folder.with_name(f".{folder.name}"), sum(weight.nbytes for weight in weights.values())
+    _make_room(aside, needs)
+    try:
+        model.save_pretrained(aside, state_dict=weights | buffers)
+        if tokenizer:
+            transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True).save_pretrained(aside)
+    except Exception as error:
+        raise ValueError(_give_up(aside, needs) or f"the model could not be saved in {folder}: {error}") from error
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 
 
-def _check(folder: Path, facts: dict[str, Any], ranks: Ranks) -> int:
-    latest = folder / "latest"
-    if not latest.is_file():
-        raise ValueError(f"--resume found no checkpoint: {latest} does not exist; start afresh in another --output_dir")
-    tag = latest.read_text().strip()
-    try:
-        saved = json.loads((folder / tag / FACTS).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {folder / tag} is damaged: cannot read {FACTS} ({error})") from error
-    changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in facts.items() if saved.get(key) != value]
-    if changed:
-        raise ValueError(
-            f"--resume needs the settings that checkpoint {folder / tag} was made with: {'; '.join(changed)}"
+def _of_all_ranks(value: Any) -> list[Any]:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _refuse_not_finite(engine: Any, folder: Path, step: int) -> None:
+    found = _of_all_ranks(first_not_finite(engine))
+    wrong = next((f"{name} on rank {rank}" for rank, name in enumerate(found) if name), None)
+    if wrong:
+        latest = folder / LATEST
+        last = f"the last good one is {folder / latest.read_text()}" if latest.exists() else "there is none before"
+        raise SharedError(
+            f"{wrong} holds infinities or NaNs after step {step}: no checkpoint is saved, {last}; lower --lr, lengthen "
+            "--warmup_steps"
         )
-    for name in saved["files"][ranks.rank :: ranks.world_size]:
-        path = folder / tag / name
-        try:
-            damaged = _first_damaged(path)
-        except (OSError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            raise ValueError(f"checkpoint file {path} is missing or damaged ({error}); {_REMEDY}") from error
-        if damaged:
-            raise ValueError(f"checkpoint file {path} is damaged (checksum of {damaged}); {_REMEDY}")
-    return saved["step"]
 
 
-def _first_damaged(path: Path) -> str | None:
-    """The first tensor that differs from its CRC-32, which torch.save writes into its zip files."""
-    for file in entries(path) if path.suffix == ".distcp" else [path]:
-        with zipfile.ZipFile(file) as archive:
-            if damaged := archive.testzip():
-                return damaged
+def _make_room(aside: Path, needs: int) -> None:
+    """An empty folder, on a disk that has the bytes for it."""
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    free = shutil.disk_usage(aside).free
+    if free < needs:
+        raise ValueError(f"no space left in {aside.parent}: needs {needs / GIB:.3g} GiB, has {free / GIB:.3g} GiB")
+
+
+def _give_up(aside: Path, needs: int) -> str | None:
+    """Remove what was written; returns a message if the disk is full, for which torch and safetensors have others."""
+    free = shutil.disk_usage(aside.parent).free
+    written = sum(path.stat().st_size for path in aside.rglob("*"))
+    shutil.rmtree(aside, ignore_errors=True)
+    if free + written < needs or free < needs / 100:
+        return f"no space left in {aside.parent}: needs {needs / GIB:.3g} GiB, has {(free + written) / GIB:.3g} GiB"
     return None
 
 
-_REMEDY = "to go back, write the name of an older checkpoint folder into `latest`"
+def _write(engine: Any, aside: Path) -> None:
+    # DeepSpeed's own `latest` would be written before its last barrier, when other ranks may still be writing.
+    with errors_after_all_ranks(engine):
+        engine.save_checkpoint(str(aside.parent), tag=aside.name, save_latest=False)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != FACTS)
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _publish(aside: Path, known: dict[str, Any]) -> None:
+    write_json(aside / FACTS, known)
+    final = aside.with_name(aside.name[1:])
+    shutil.rmtree(final, ignore_errors=True)  # of a run that went on from before it
+    aside.rename(final)
+    write_text(aside.parent / LATEST, final.name)
+
+
+def _steps(folder: Path, resume: bool | int) -> list[int]:
+    """Of the checkpoints to try, one after the other."""
+    saved = sorted((int(path.name[4:]) for path in folder.glob("step*") if path.name[4:].isdecimal()), reverse=True)
+    if not saved:
+        raise ValueError(f"--resume found no checkpoint in {folder}; start afresh in another --output_dir")
+    if resume is not True:
+        if resume not in saved:
+            raise ValueError(f"--resume {resume} found no checkpoint of that step in {folder}: it has {saved[::-1]}")
+        return [resume]
+    latest = folder / LATEST
+    named = re.fullmatch(r"step(\d+)\s*", latest.read_text(errors="replace")) if latest.exists() else None
+    newest = int(named[1]) if named else saved[0]
+    return [newest, *(step for step in saved if step < newest)]
+
+
+def _fault(folder: Path, facts: dict[str, Any], ranks: Ranks) -> str | None:
+    """What is wrong with the checkpoint, as far as this rank's share of its files tells.
+
+    ValueError if it was made with other settings, which no other checkpoint would mend.
+    """
+    try:
+        saved = json.loads((folder / FACTS).read_text())
+        files = saved["files"].items()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"checkpoint {folder} is damaged: {FACTS} is missing or has no checksums ({error})"
+    changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in facts.items() if saved.get(key) != value]
+    if changed:
+        raise ValueError(f"--resume needs the settings that checkpoint {folder} was made with: {'; '.join(changed)}")
+    unlisted = {name for name in _files(folder) if name.endswith((".pt", ".distcp"))} - {*saved["files"]}
+    if unlisted:
+        return f"checkpoint file {folder / min(unlisted)} is not listed in {FACTS}"
+    for name, digest in list(files)[ranks.rank :: ranks.world_size]:
+        try:
+            if _digest(folder / name) != digest:
+                return f"checkpoint file {folder / name} is damaged: its SHA-256 is not the one in {FACTS}"
+        except OSError as error:
+            return f"checkpoint file {folder / name} is missing or damaged ({error.strerror})"
+    return None
+
+
+def _refuse_code(folder: Path, ranks: Ranks) -> None:
+    for name in _files(folder)[ranks.rank :: ranks.world_size]:
+        try:
+            refuse_code(folder / name)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"checkpoint file {folder / name} may run code when it is loaded: {error}. If you trust whoever wrote "
+                "it, add --trust_checkpoint"
+            ) from error

@@ -46,7 +46,7 @@ def _finetune(options: FinetuneOptions, ranks: Ranks) -> None:
     engine = build_engine(options, plan, ranks)
     _check_loss(engine.module)
     halves = _find_halves(engine, plan, rows, ranks) if isinstance(engine.basic_optimizer, Addax) else None
-    first_step = checkpoint.check(plan.output_dir / "checkpoints", plan.facts, ranks) if options.resume else 0
+    first_step = checkpoint.find(options, plan, ranks) if options.resume else 0
     place, rest = (ranks.rank, ranks.world_size, options.seed), range(first_step, plan.steps)
     alone, whole = (0, 1, options.seed), range(plan.steps)
     if halves:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
 
 import ds_memopt
+from ds_memopt.engines.checkpoint_files import load_only_data
 from ds_memopt.engines.held import gradient_bytes, held_bytes
 from ds_memopt.measure import (
     GIB,
@@ -87,7 +88,7 @@ def _pretrain(
         lambda: load_corpus(options.data, options.tokenizer, plan.seq_length, plan.model_config.vocab_size),
         ranks.local_rank,
     )
-    first_step = checkpoint.check(plan.output_dir / "checkpoints", plan.facts, ranks) if options.resume else 0
+    first_step = checkpoint.find(options, plan, ranks) if options.resume else 0
     batches = on_all_ranks(
         lambda: StepBatches(
             corpus.train,
@@ -134,11 +135,12 @@ def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, toke
     tokenizer: the folder of the tokenizer to save with the model. RuntimeError if the loss stops being a number.
     """
     if first_step:
-        checkpoint.load(engine, plan.output_dir / "checkpoints", first_step)
+        checkpoint.load(engine, plan.output_dir / checkpoint.CHECKPOINTS, first_step, ranks)
     metrics = None
     flops = model_flops(engine.module, engine.basic_optimizer, work.seq_length)
     peak = peak_flops(ranks.device, plan.facts["dtype"])
     if ranks.is_main:
+        checkpoint.remove_asides(plan.output_dir)
         mfu = flops if isinstance(flops, str) else flops.formula(peak)
         print(mfu, flush=True)
         write_json(plan.output_dir / "resolved_config.json", {**plan.facts, "mfu": mfu, "deepspeed": plan.config})
@@ -174,6 +176,8 @@ def build_engine(options: RunOptions, plan: Plan, ranks: Ranks) -> Any:
         lr_scheduler=plan.lr_schedule,
     )
     del keep_alive
+    if not options.trust_checkpoint:
+        load_only_data(engine)
     return engine
 
 
@@ -262,7 +266,7 @@ def _train(
             **(work.validate(engine) if validate else dict.fromkeys(work.figures)),
             "lr": lr,
             **active_block,
-            **({"update_kept": method.update_kept} if hasattr(method, "update_kept") else {}),
+            **({"update_kept": _finite(method.update_kept)} if hasattr(method, "update_kept") else {}),
             "grad_norm": _finite(engine.get_global_grad_norm()),
             **speed,
             "mfu": mfu(speed["tokens_per_s_per_gpu"]),
@@ -282,7 +286,7 @@ def _train(
                 bar.write(_progress(row, plan.steps))
         if save:
             ranks.enter(f"the checkpoint of step {step}", alone=True)
-            checkpoint.save(engine, plan.output_dir / "checkpoints", step, plan.facts, ranks)
+            checkpoint.save(engine, plan.output_dir / checkpoint.CHECKPOINTS, step, plan.facts, ranks)
         loss_sum, logged_step = torch.zeros_like(loss_sum), step
         meter.reset()
         timer.start()
@@ -290,7 +294,8 @@ def _train(
 
 
 def _finite(value: Any) -> float | None:
-    """None for what JSON cannot hold: a norm that DeepSpeed does not compute, or one that overflowed in fp16."""
+    """None for what JSON cannot hold: a norm that DeepSpeed does not compute, one that overflowed in fp16, or the
+    share that was kept of an update that is no number, after which the next loss is none either."""
     return float(value) if value is not None and math.isfinite(value) else None
 
 

@@ -20,7 +20,8 @@ class RunOptions:
     data: str
     tokenizer: str | None = None  # local Hugging Face tokenizer folder
     output_dir: str | None = None  # default: the first free of runs/<job>-1, runs/<job>-2, ...
-    resume: bool = False  # continue from the latest checkpoint of output_dir
+    resume: bool | int = False  # continue from the latest whole checkpoint of output_dir, or from that of this step
+    trust_checkpoint: bool = False  # load it even if its files name functions, which loading them may call
 
     steps: int | None = None  # optimizer steps of the whole run, resumed parts included
     seq_length: int | None = None  # tokens
@@ -54,7 +55,8 @@ class RunOptions:
                 raise ValueError(f"--{name} {value} is out of range: it must be {limit}")
 
     def _limits(self) -> dict[str, int]:
-        limits = {"steps": 1, "seq_length": 2, "micro_batch": 1, "accumulation": 1, "logging_interval": 1}
+        limits = {"resume": 1} if self.resume is not False else {}
+        limits |= {"steps": 1, "seq_length": 2, "micro_batch": 1, "accumulation": 1, "logging_interval": 1}
         others = "seed", "validation_interval", "save_interval", "warmup_steps", "gradient_clipping", "lr", "eps"
         return limits | dict.fromkeys((*others, "weight_decay"), 0)
 

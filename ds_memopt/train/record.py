@@ -108,17 +108,28 @@ def _read(path: Path) -> str:
 class MetricsFile:
     """Appends one JSON object per line to folder/metrics.jsonl.
 
-    after_step: rows beyond this step, which an interrupted run logged after its last checkpoint, are dropped.
+    after_step: rows beyond this step, which an interrupted run logged after its last checkpoint, are dropped. So is a
+    last line that is torn, which a kill or a full disk leaves.
     """
 
     def __init__(self, folder: Path, after_step: int) -> None:
         self._path = folder / METRICS
+        if after_step and self._path.exists():
+            _cut_torn_line(self._path)
         rows = read_metrics(folder) if after_step and self._path.exists() else []
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= after_step))
 
     def append(self, row: dict[str, Any]) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
+
+
+def _cut_torn_line(path: Path) -> None:
+    text = path.read_bytes()
+    whole, last = text[: text.rfind(b"\n") + 1], text[text.rfind(b"\n") + 1 :]
+    if last:
+        print(f"WARNING: {path} ends in a torn line of {len(last)} bytes, which is cut", flush=True)
+        os.truncate(path, len(whole))
 
 
 def as_text(ranks: Iterable[int]) -> str:
