@@ -100,7 +100,8 @@ class WholeMasters(PlainPlacement):
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.by_group = [
-            [torch.empty(full_shape(p), device="meta") for p in group["params"]] for group in optimizer.param_groups
+            [torch.empty(full_shape(p), device="meta", requires_grad=True) for p in group["params"]]
+            for group in optimizer.param_groups
         ]
         self.gradient_elements = sum(p.numel() for masters in self.by_group for p in masters)
 
