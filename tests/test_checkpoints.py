@@ -36,9 +36,9 @@ def final_weights(folder: Path) -> bytes:
     return (folder / "model/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("run", ["zero0", "fsdp2", "bf16", "master", "state"])
+@pytest.mark.parametrize("run", ["zero0", "fsdp2", "master", "state"])
 def test_what_is_not_finite_is_not_saved(outcomes, place, run):
-    """The loss, which is looked at before the update, is fine."""
+    """The loss, which is looked at before the update, is fine. (ZeRO-1 to 3 skip a step whose gradients are not.)"""
     folder, message = place / f"nan {run}", outcomes[f"nan {run}"].message
     assert read_metrics(folder)[-1]["step"] == 4
     named = {"master": "an fp32 master on rank 1", "state": "exp_avg on rank 1"}.get(run, "model.")
@@ -90,27 +90,17 @@ def test_resume_takes_a_step(outcomes, place):
     assert outcomes["step 6"].message.endswith("; --resume without a number takes the newest whole one")
 
 
-def test_without_latest_the_newest_is_taken(outcomes, place):
-    assert f"resuming from {place / 'no latest' / STEP.format(6)}\n" in outcomes["no latest"].printed
-    assert latest(place / "no latest") == "step6"
-
-
-def test_a_torn_line_of_metrics_is_cut(outcomes, place):
-    assert outcomes["torn"].message is None
-    assert (
-        f"WARNING: {place}/torn/metrics.jsonl ends in a torn line of 16 bytes, which is cut" in outcomes["torn"].printed
-    )
-    assert read_metrics(place / "torn") == read_metrics(place / "zero2")
-
-
-def test_what_killed_saves_left_is_removed(outcomes, place):
-    folder = place / "asides"
-    assert outcomes["asides"].message is None
+def test_a_run_goes_on_among_what_a_killed_one_left(outcomes, place):
+    folder, outcome = place / "leftovers", outcomes["leftovers"]
+    assert outcome.message is None
+    assert f"resuming from {folder / STEP.format(6)}\n" in outcome.printed and latest(folder) == "step6"
+    assert f"WARNING: {folder}/metrics.jsonl ends in a torn line of 16 bytes, which is cut" in outcome.printed
+    assert read_metrics(folder) == read_metrics(place / "zero2")
     assert [path.name for path in folder.rglob(".*")] == [".notes"]
 
 
 @pytest.mark.parametrize(
-    ("run", "file"), [("file", OPTIMIZER_FILE), ("metadata", ".metadata"), ("entry", "__0_0.distcp")]
+    ("run", "file"), [("file", OPTIMIZER_FILE), ("metadata", ".metadata"), ("entry", "__1_0.distcp")]
 )
 def test_files_that_run_code_are_refused(outcomes, place, run, file):
     folder = place / f"evil {run}"
