@@ -148,6 +148,7 @@ class Addax(UpdatesInBackward, MeZO):
             self._writer.append(self.steps, 0 if done else SKIPPED, [self._g0], rates)
         super().end_step(done)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(
         self,

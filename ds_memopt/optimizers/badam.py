@@ -244,6 +244,7 @@ class BAdam(ShardedOptimizer):
             if name in self._residuals:
                 add_residual_(master, self._residuals.pop(name))
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure=None):
         """Update the active block. Without an engine, the next block becomes active after its last step."""

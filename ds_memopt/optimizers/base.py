@@ -157,6 +157,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._bound = True
         self._plans.clear()
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure=None):
         """Update all parameters of param_groups that have gradients.

@@ -99,6 +99,7 @@ class IPSGD(UpdatesInBackward):
             states |= {key: (starts[key], value) for key, value in self._moments(part).items()}
         return states
 
+    @torch.compiler.disable
     def step(self, closure: Callable[[], Any] | None = None):
         """End the step that backward has made, or make one with a closure. Returns the closure's first result.
 

@@ -145,6 +145,7 @@ class MeZO(InPlaceOptimizer):
         for weights_dtype in {p.dtype for p in self._names}:
             check_epsilon(epsilon, weights_dtype)
         self._perturbation: Perturbation | None = None
+        self._reach_checked = False
         self._sums: torch.Tensor | None = None
         compiled = self._can_compile(noise) if compiled is None else compiled
         picked = layer_fraction, rank, refresh_every, magnitude_fraction, layers
@@ -258,9 +259,31 @@ class MeZO(InPlaceOptimizer):
         if self._sums is None:
             device = next(iter(self._names)).device
             self._sums = torch.zeros(len(self.evaluations()) + 1, dtype=torch.float64, device=device)
+        if number and weight and not self._reach_checked:  # a rank without samples may run no forward
+            self._check_reach(self._perturbation.reached)
         self._sums[number] += total
         if number == 0:
             self._sums[-1] += weight
+
+    def _check_reach(self, reached: set[str]) -> None:
+        """Raise ValueError unless forwards have read perturbed weights; name those that none has read."""
+        method = type(self).__name__
+        missing = [name for name in self._names.values() if name not in reached]
+        if not reached:
+            self._sums = None
+            raise ValueError(
+                f"The losses of {method}'s step were computed without a forward of its model, so no perturbation "
+                f"reached them. Compute them with the model that {method} was built on: not with a copy, nor with "
+                "what was traced or exported from it."
+            )
+        if missing and is_first_rank():
+            make_log_visible()
+            logger.warning(
+                "%s: no forward of the first step reached %d of %d parameters, such as %s. If the loss depends on them "
+                "all the same, their modules are not called, and it is probed without them.",
+                method, len(missing), len(self._names), missing[0],
+            )  # fmt: skip
+        self._reach_checked = True
 
     def check_loss(self, total: Any) -> None:
         """Raise ValueError for a loss in 16 bits, whose rounding alone is 2 in g at an epsilon of 1e-3."""
@@ -286,6 +309,7 @@ class MeZO(InPlaceOptimizer):
             self.observe(number, *(result if isinstance(result, tuple) else (result, 1.0)))
         return results[0]
 
+    @torch.compiler.disable
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None):
         """Make one step from what was observed, or from a closure that is called once for every evaluation.

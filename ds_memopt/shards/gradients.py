@@ -69,6 +69,7 @@ class GradientBuckets:
         self._taken.clear()
         self._next = 0
 
+    @torch.compiler.disable
     def _take(self, parameter: torch.Tensor) -> None:
         if parameter in self._taken:
             parameter.grad = None
