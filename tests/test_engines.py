@@ -121,7 +121,7 @@ REFUSALS = {
     "zenflow": "Remove zero_optimization.zenflow.",
     "universal_checkpoint": "Resume from the checkpoint itself, on as many GPUs as wrote it.",
     "hyper-parameter": "'betta' is no hyper-parameter of AdamMini. Did you mean 'betas'? It takes lr, betas, eps",
-    "range": "eps=0 is out of range: it must be a number in (0, 1).",
+    "range": "eps=0 is out of range: it must be a number in [1e-30, 1).",
     "spelling": "optimizer type 'adam_mini' is unknown. Did you mean \"AdamMini\"?",
     "replaced": "its parameters were replaced after they were listed",
     "fsdp1": "Use fully_shard (FSDP2) or ZeRO-3.",

@@ -41,7 +41,7 @@ FORGOTTEN = 0.01
 SMALLEST_EPSILON = {torch.float64: 1e-8, torch.float32: 1e-7, torch.float16: 1e-5, torch.bfloat16: 1e-4}
 """By the weights' dtype, from where on g is a difference of roundings. Its error was measured on a Llama of 3 M
 parameters, before and after training, relative to its root mean square: 0.01 to 0.2 at 1e-3; at these limits 0.1 to 0.2
-in fp64, 0.4 to 0.7 in fp32, 0.5 to 0.9 in fp16, 0.4 to 1.6 in bf16; at Adam's 1e-8 5 in fp32 and 600 in bf16."""
+in fp64, 0.4 to 0.7 in fp32, 0.5 in fp16, 0.4 to 1.6 in bf16; at Adam's 1e-8 5 in fp32 and 600 in bf16."""
 
 
 def check_epsilon(epsilon: float, dtype: torch.dtype) -> None:
