@@ -245,6 +245,12 @@ def test_losses_of_another_model_are_refused(method):
     assert equal(full_parameters(model), before) and optimizer.steps == 0
 
 
+def test_a_rank_without_samples_needs_no_forward():
+    optimizer = METHODS["MeZO"](llama())
+    optimizer.step(lambda: (0.0, 0))
+    assert optimizer.steps == optimizer.skipped_steps == 1
+
+
 def test_parameters_that_no_forward_reads_are_named(caplog):
     model = llama()
     model.spare = torch.nn.Linear(2, 2)
