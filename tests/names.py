@@ -121,6 +121,13 @@ def shard(model: Net) -> Net:
     return model
 
 
+def run_sharded(model: Net) -> Net:
+    with torch.no_grad():
+        shard(model)(data(1)[0])
+    assert not hasattr(model.module.weight, "to_local"), "the root keeps its weights gathered"
+    return model
+
+
 def build(method: str, seed: int = 0, wrap=shard):
     """A sharded model in bf16, so that what updates in place has something to keep, and its optimizer."""
     model = wrap(net(seed).bfloat16() if method in IN_PLACE else net(seed))
@@ -166,10 +173,12 @@ def state_of(model: nn.Module, optimizer, options: StateDictOptions) -> dict:
 
 
 def wrapped(method: str) -> dict[str, float]:
-    """Distances of wrapped models from the bare one, both sharded, relative to the distance moved."""
+    """Distances from the bare model of wrapped ones, and of one that has run before its optimizer was built and shows
+    whole parameters, all sharded, relative to the distance moved."""
     batches, ends = data(3, dist.get_rank()), {}
-    for name, wrap in {"": lambda model: model, **INSIDE}.items():
-        model, optimizer = build(method, wrap=lambda model, wrap=wrap: shard(wrap(model)))
+    inside = {name: lambda model, wrap=wrap: shard(wrap(model)) for name, wrap in INSIDE.items()}
+    for name, wrap in {"": shard, "run before": run_sharded, **inside}.items():
+        model, optimizer = build(method, wrap=wrap)
         train(method, model, optimizer, batches)
         ends[name] = weights(model)
     bare = ends.pop("")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import bare_parameters
-from ds_memopt.shards import InPlaceShards, Part, WholeShards, check_contiguous
+from ds_memopt.shards import InPlaceShards, Part, WholeShards, check_contiguous, reshard
 
 from .base import STATE_KEY, StatePart, asks_for_state, check_covered, check_meaning, refuse_copy
 from .hyper_parameters import LR, WEIGHT_DECAY, check_hyper_parameters, check_values, choice, rules_of
@@ -121,6 +121,7 @@ class InPlaceOptimizer(torch.optim.Optimizer):
     def _check_parameters(self) -> None:
         """Before the first step: raise ValueError where what trains is no longer what the model computes with."""
         if not self._checked:
+            reshard(self._model)
             current = bare_parameters(self._model)
             for parameter, name in self._names.items():
                 check_current(self, parameter, name, current)

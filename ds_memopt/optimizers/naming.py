@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import assign_blocks, bare_name, bare_parameters
+from ds_memopt.shards import reshard
 from ds_memopt.support import refuse
 
 METHOD_KEY = "ds_memopt_method"
@@ -20,6 +21,7 @@ TRAINED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def named_groups(model: nn.Module, params: Iterable | None) -> list[dict]:
     """Param groups of (name, parameter) pairs from a model's parameters, from groups of them, or from None for all."""
+    reshard(model)
     if params is None:
         trainable = [(name, p) for name, p in bare_parameters(model).items() if p.requires_grad]
         # Some norms and biases have a row for each head.

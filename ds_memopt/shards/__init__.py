@@ -1,7 +1,7 @@
 """Where data lies: which intervals of which parameters this rank's optimizer tensors hold."""
 
 from .gradients import GradientBuckets
-from .inplace import InPlaceShards, Part, PartitionedShards, SplitShards, WholeShards
+from .inplace import InPlaceShards, Part, PartitionedShards, SplitShards, WholeShards, reshard
 from .layout import (
     Interval,
     Layout,
@@ -41,5 +41,6 @@ __all__ = [
     "on_first_rank",
     "partition_each_parameter",
     "partition_flat_buffer",
+    "reshard",
     "trainable_parameters_changed",
 ]

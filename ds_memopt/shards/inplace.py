@@ -76,6 +76,13 @@ class InPlaceShards(Protocol):
         """Sum what ranks found out about their own parts, so that each element counts once. A collective."""
 
 
+def reshard(model: nn.Module) -> None:
+    """Let FSDP2 show the parameters that train: a root keeps its weights gathered after a forward, until a backward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class WholeShards:
     """Every rank updates all it holds: whole parameters (plain PyTorch, ZeRO-0), or its rows of DTensors (FSDP2).
 
@@ -124,9 +131,7 @@ class WholeShards:
 
     def publish(self) -> None:
         """Nothing to send: the ranks update alike, or each its own rows."""
-        for module in self.model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the root keeps its weights gathered after a forward, until a backward
+        reshard(self.model)
 
     def sum(self, values: torch.Tensor) -> None:
         sum_over_ranks(values, self.process_group)
