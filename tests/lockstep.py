@@ -81,7 +81,7 @@ def addax(make, lockstep: bool, interrupt: bool = False, autocast: bool = False)
     data, raised = list(batches(5, dist.get_rank(), dist.get_world_size())), []
 
     def step(batch: torch.Tensor) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
             loss = engine(**halves(batch)).loss
         engine.backward(loss)
         engine.step()
