@@ -24,6 +24,7 @@ from ds_memopt.train.evaluation import evaluate
 from ds_memopt.train.finetune import finetune
 from ds_memopt.train.loop import build_engine, pretrain
 from ds_memopt.train.options import FinetuneOptions, Options
+from ds_memopt.train.output_folder import LOCK
 from ds_memopt.train.plan import make_plan
 from ds_memopt.train.presets import build_model, find_trained, trained_folder
 from ds_memopt.train.ranks import start_ranks
@@ -448,6 +449,6 @@ def test_the_script_says_what_is_wrong_and_fails(place):
     command = [sys.executable, str(ROOT / "launch/finetune.py"), "--model", str(place / "sure"), "--steps", "1"]
     command += ["--data", str(place / "bad.jsonl"), "--output_dir", str(place / "bad")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 1 and not (place / "bad").exists()
+    assert done.returncode == 1 and [path.name for path in (place / "bad").iterdir()] == [LOCK]
     assert f"ValueError: {place}/bad.jsonl, line 2: the field 'completion' must be a string" in done.stderr
     assert "Traceback" not in done.stderr
