@@ -16,6 +16,7 @@ from tiny import equal_tensors
 
 from ds_memopt.train.loop import pretrain
 from ds_memopt.train.options import Options
+from ds_memopt.train.output_folder import LOCK
 from ds_memopt.train.record import read_metrics
 
 ROOT = Path(__file__).parent.parent
@@ -260,4 +261,4 @@ def test_launcher_fails_with_one_message(tmp_path):
     done = _launch(tmp_path / "run", "--data", "nowhere.jsonl")
     assert done.returncode != 0
     assert (done.stdout + done.stderr).count("ValueError: --data nowhere.jsonl: no such file or folder") == 1
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
