@@ -132,6 +132,8 @@ class Watchdog:
         last = min(beat.place for beat in beats.values())
         for late_after, alone in ((self._timeout, False), (self._patience, True)):
             late = [rank for rank, beat in beats.items() if beat.place == last and beat.alone == alone]
+            # One that has fallen silent is no longer waited for: whether it answers decides.
+            late = [rank for rank in late if silent[rank] <= 3 * self._interval]
             if late := [rank for rank in late if behind[rank] >= late_after.total_seconds()]:
                 self._end(
                     f"TimeoutError: the others have waited {_minutes(late_after)} (--timeout_minutes "
