@@ -1,6 +1,6 @@
 """Memory-efficient training methods that live inside DeepSpeed and FSDP2."""
 
-from .optimizers import GWT, IPSGD, AdamMini, Addax, BAdam, MeZO
+from ds_memopt.optimizers import GWT, IPSGD, AdamMini, Addax, BAdam, MeZO
 
 __version__ = "0.1.0"
 __all__ = ["GWT", "IPSGD", "AdamMini", "Addax", "BAdam", "MeZO", "register"]
@@ -13,6 +13,6 @@ def register() -> None:
 
     Raises ImportError without deepspeed, RuntimeError where this release of DeepSpeed lacks a name that is needed.
     """
-    from .engines.deepspeed import register as register_deepspeed
+    from ds_memopt.engines.register import register as register_deepspeed
 
     register_deepspeed()

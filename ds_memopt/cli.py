@@ -51,7 +51,7 @@ def _plan(given: argparse.Namespace) -> None:
 
 
 def _report(given: argparse.Namespace) -> None:
-    from ds_memopt.train.report import write_report
+    from ds_memopt.results.report_page import write_report
 
     print(write_report(given.run, given.output))
 

@@ -92,7 +92,7 @@ def _compiler() -> Finding:
 
 
 def _compilation() -> Finding:
-    from ds_memopt.optimizers.noise import Noise
+    from ds_memopt.optimizers.probes.noise import Noise
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from ds_memopt.optimizers import METHODS
-from ds_memopt.optimizers.checksum import as_hex, checksum
-from ds_memopt.optimizers.trajectory import SKIPPED, TrajectoryHeader, read_trajectory
+from ds_memopt.optimizers.probes.checksum import as_hex, checksum
+from ds_memopt.optimizers.probes.trajectory import SKIPPED, TrajectoryHeader, read_trajectory
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 DTYPES = ("float32", "float64", "bfloat16", "float16")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ds_memopt.train.compare import plot, table
+from ds_memopt.results.comparison import plot, table
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     # These are slow to import: --help and a wrong option should answer at once.
-    from ds_memopt.train.finetune import finetune
+    from ds_memopt.train.finetune_job import finetune
     from ds_memopt.train.options import FinetuneOptions
 
     run_job(finetune, FinetuneOptions, arguments)

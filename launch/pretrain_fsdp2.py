@@ -20,7 +20,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     arguments = parse()
     # These are slow to import: --help and a wrong option should answer at once.
-    from ds_memopt.train.fsdp2 import pretrain_fsdp2
+    from ds_memopt.train.fsdp2_job import pretrain_fsdp2
     from ds_memopt.train.options import Options
 
     run_job(pretrain_fsdp2, Options, arguments)

@@ -16,9 +16,10 @@ from torch.nn.functional import cross_entropy
 
 from ds_memopt import Addax, MeZO
 from ds_memopt.measure import state_bytes
-from ds_memopt.optimizers import METHODS, inplace
-from ds_memopt.optimizers.noise import Noise
-from ds_memopt.optimizers.trajectory import SKIPPED, read_trajectory
+from ds_memopt.optimizers import METHODS
+from ds_memopt.optimizers.probes.noise import Noise
+from ds_memopt.optimizers.probes.trajectory import SKIPPED, read_trajectory
+from ds_memopt.optimizers.stored_weights import in_place_optimizer
 from ds_memopt.replay import replay
 
 STEPS, SEED, EPSILON, ALPHA = 3, 5, 1e-3, 0.01
@@ -281,7 +282,7 @@ def most_matrices(step) -> int:
 @pytest.mark.parametrize("method", BOTH)
 def test_no_set_of_gradients_is_ever_held(method, clip, monkeypatch):
     """Of 16 matrices one gradient is alive, and where it is clipped a second copy; 16 without the method."""
-    monkeypatch.setattr(inplace, "PIECE", 2**10)  # temporary memory of an update, which is not to count here
+    monkeypatch.setattr(in_place_optimizer, "PIECE", 2**10)  # temporary memory of an update, which is not to count here
     model, plain, x = layers(), layers(), torch.ones(1, 256)
     options = {} if method == "IPSGD" else {"length_threshold": None, "compiled": False}
     optimizer = METHODS[method].from_model(model, clip=clip, **options)

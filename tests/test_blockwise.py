@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled
-from ds_memopt.optimizers.blockwise import BlockPlan, RowPiece, block_starts, cut_blocks, most_blocks, split_interval
+from ds_memopt.optimizers.block_state.block_index import (
+    BlockPlan,
+    RowPiece,
+    block_starts,
+    cut_blocks,
+    most_blocks,
+    split_interval,
+)
 from ds_memopt.shards import Interval, Layout, RankBorders, Seams, SeamTable, even_borders
 
 

@@ -8,10 +8,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from checkpoints import CASES, FULL_DISK, OPTIMIZER_FILE, STEP, Outcome, make_model, run_cases
+from checkpoints_ranks import CASES, FULL_DISK, OPTIMIZER_FILE, STEP, Outcome, make_model, run_cases
 from spawn import run_ranks
 
-from ds_memopt.train.record import read_metrics
+from ds_memopt.results.record import read_metrics
 
 
 @pytest.fixture(scope="module")

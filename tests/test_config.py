@@ -18,8 +18,8 @@ from ds_memopt.engines.config_keys import Watched, known_keys, warn_of_typos
 from ds_memopt.train.config import load_config
 from ds_memopt.train.config_check import check_config
 from ds_memopt.train.options import Options
-from ds_memopt.train.plan import make_plan
 from ds_memopt.train.ranks import Ranks
+from ds_memopt.train.settings import make_plan
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from ds_memopt import MeZO
-from ds_memopt.optimizers.noise import Noise
+from ds_memopt.optimizers.probes.noise import Noise
 
 SEED, LR, EPSILON, DECAY, PROBES = 5, 1e-2, 0.5, 0.1, 2
 HYPER = {"lr": LR, "epsilon": EPSILON, "weight_decay": DECAY, "probes": PROBES, "seed": SEED, "compiled": False}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from deepspeed.runtime.lr_schedules import WarmupDecayLR
-from engines import (
+from engines_ranks import (
     FROZEN_OPTIONS,
     OPTIONS,
     SMALL_OPTIONS,

@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from exactness import BF16_CASES, FP32_CASES, RULES, all_placements, one_process, one_process_bf16
+from exactness_ranks import BF16_CASES, FP32_CASES, RULES, all_placements, one_process, one_process_bf16
 from spawn import run_ranks
 from tiny import distance, full_parameters, llama
 

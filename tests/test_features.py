@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from features import (
+from features_ranks import (
     ADAM,
     CYCLE,
     OPTIONS,

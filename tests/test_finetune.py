@@ -18,17 +18,18 @@ from spawn import run_ranks
 from tiny import equal_tensors
 
 from ds_memopt.optimizers import METHODS
-from ds_memopt.train import compare, rows
-from ds_memopt.train.data import StepBatches
+from ds_memopt.results import comparison
+from ds_memopt.results.record import read_metrics
+from ds_memopt.train.data import rows
+from ds_memopt.train.data.corpus import StepBatches
 from ds_memopt.train.evaluation import evaluate
-from ds_memopt.train.finetune import finetune
+from ds_memopt.train.finetune_job import finetune
 from ds_memopt.train.loop import build_engine, pretrain
 from ds_memopt.train.options import FinetuneOptions, Options
 from ds_memopt.train.output_folder import LOCK
-from ds_memopt.train.plan import make_plan
 from ds_memopt.train.presets import build_model, find_trained, trained_folder
 from ds_memopt.train.ranks import start_ranks
-from ds_memopt.train.record import read_metrics
+from ds_memopt.train.settings import make_plan
 
 ROOT = Path(__file__).parent.parent
 VALIDATION = ("validation_loss", "validation_accuracy")
@@ -160,7 +161,7 @@ def test_totals_count_what_the_ranks_see():
 
 
 def test_task_is_balanced_and_holds_rows_out(tmp_path):
-    command = [sys.executable, str(ROOT / "launch/make_task.py"), "--output_dir", str(tmp_path)]
+    command = [sys.executable, str(ROOT / "launch/experiments/make_task.py"), "--output_dir", str(tmp_path)]
     subprocess.run([*command, "--train_rows", "500"], check=True, capture_output=True)
     train, valid = ([json.loads(x) for x in (tmp_path / f"{n}.jsonl").open()] for n in ("train", "valid"))
     assert len(train) == 500 and 200 < len(valid) <= 400
@@ -386,7 +387,9 @@ def test_records_hold_validation_before_between_and_after(whole, place):
     assert [metrics[0][key] for key in VALIDATION] == pytest.approx([expected[key] for key in VALIDATION], rel=1e-6)
     after = by_hand(whole["whole"] / "model", sums(7, choices=True) + sums(4, choices=False))
     assert [metrics[-1][key] for key in VALIDATION] == pytest.approx([after[key] for key in VALIDATION], rel=1e-5)
-    cells = [[c.strip() for c in line.strip("| ").split("|")] for line in compare.table([whole["whole"]]).splitlines()]
+    cells = [
+        [c.strip() for c in line.strip("| ").split("|")] for line in comparison.table([whole["whole"]]).splitlines()
+    ]
     table = {row[0]: row[-1] for row in cells}
     assert table["validation accuracy before"] == f"{metrics[0]['validation_accuracy']:.4f}"
     assert table["final validation accuracy"] == f"{metrics[-1]['validation_accuracy']:.4f}"

@@ -11,7 +11,7 @@ from tiny import llama
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ds_memopt import IPSGD
-from ds_memopt.engines.halves import halves, largest_length
+from ds_memopt.engines.split_batch import halves, largest_length
 
 TOKENS = 10
 ENGINE = SimpleNamespace(module=SimpleNamespace(loss_function=ForCausalLMLoss))

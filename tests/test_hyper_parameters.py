@@ -15,7 +15,7 @@ from torch import nn
 
 from ds_memopt.blocks import matching
 from ds_memopt.optimizers import METHODS
-from ds_memopt.optimizers.hyper_parameters import rules_of
+from ds_memopt.optimizers.base.hyper_parameters import rules_of
 
 
 class Net(nn.Module):

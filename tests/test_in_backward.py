@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from in_backward import (
+from in_backward_ranks import (
     EMPTY,
     HALF,
     LOOPS,

@@ -23,12 +23,12 @@ from spawn import CONTEXT, free_port, run_ranks
 from torch.distributed.run import get_args_parser
 
 from ds_memopt import cli
-from ds_memopt.train.fsdp2 import pretrain_fsdp2
+from ds_memopt.results.record import read_metrics
+from ds_memopt.train.fsdp2_job import pretrain_fsdp2
 from ds_memopt.train.launcher import MPI_SIZES, PLACE, find_place, first_node, tasks_per_node
 from ds_memopt.train.loop import pretrain
 from ds_memopt.train.options import Options
 from ds_memopt.train.ranks import start_ranks
-from ds_memopt.train.record import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

@@ -13,11 +13,11 @@ import transformers
 from spawn import run_ranks
 from test_finetune import ROOT, addax, llama, options, run_all, sums, write
 
-from ds_memopt.train.length_batches import LengthBatches, divide
+from ds_memopt.train.data.length_batches import LengthBatches, divide
 from ds_memopt.train.options import FinetuneOptions, Options
-from ds_memopt.train.plan import make_plan
 from ds_memopt.train.presets import find_trained
 from ds_memopt.train.ranks import Ranks
+from ds_memopt.train.settings import make_plan
 
 LENGTHS = random.Random(0).choices((5, 9, 17, 40, 300), k=101)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from lockstep import everything, models, trajectories
+from lockstep_ranks import everything, models, trajectories
 from spawn import run_ranks
 from tiny import distance, full_parameters
 

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from rotation import alive_bytes
+from rotation_ranks import alive_bytes
 from tiny import batches, distance, equal, llama
 from torch import nn
 from torch.func import functional_call
@@ -21,8 +21,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from ds_memopt import MeZO
 from ds_memopt.measure import state_bytes
 from ds_memopt.optimizers.mezo import Evaluation
-from ds_memopt.optimizers.noise import Noise
-from ds_memopt.optimizers.residual import add_residual_
+from ds_memopt.optimizers.probes.noise import Noise
+from ds_memopt.optimizers.stored_weights.residual import add_residual_
 
 HYPER = {"lr": 1e-3, "epsilon": 1e-3, "weight_decay": 0.1, "seed": 5}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 
-import names
+import names_ranks
 import pytest
 import torch.distributed as dist
-from names import AROUND, INSIDE, OPTIONS, built_too_early, data, net, train, weights
+from names_ranks import AROUND, INSIDE, OPTIONS, built_too_early, data, net, train, weights
 from safetensors.torch import load_file, save_file
 from spawn import run_ranks
 from tiny import equal, llama
@@ -55,8 +55,8 @@ def test_names_are_those_of_the_bare_model(wrapper):
 def test_roles_blocks_and_tied_weights_are_those_of_the_bare_model():
     bare, twin = llama(tie_word_embeddings=True), llama(tie_word_embeddings=True)
     for number, layer in enumerate(twin.model.layers):
-        twin.model.layers[number] = names.checkpoint_wrapper(names.compiled(layer))
-    wrapped = nn.parallel.DistributedDataParallel(names.compiled(twin))
+        twin.model.layers[number] = names_ranks.checkpoint_wrapper(names_ranks.compiled(layer))
+    wrapped = nn.parallel.DistributedDataParallel(names_ranks.compiled(twin))
     assert assign_blocks(wrapped) == assign_blocks(bare)
     assert {blocks.role for blocks in assign_blocks(wrapped).values()} > {"query", "key", "value", "embedding"}
     options = {"blocks": "sublayer", "include_embedding": True, "include_lm_head": True}
@@ -133,7 +133,7 @@ def test_a_wrapped_run_can_be_replayed_on_the_bare_weights(tmp_path):
 
 def test_a_wrapped_model_is_planned_as_the_bare_one():
     for method in ("AdamMini", "MeZO"):
-        plans = [predict(wrap(llama()), method, stage=3, ranks=4) for wrap in (lambda m: m, names.compiled)]
+        plans = [predict(wrap(llama()), method, stage=3, ranks=4) for wrap in (lambda m: m, names_ranks.compiled)]
         assert plans[0] == plans[1]
 
 
@@ -165,7 +165,7 @@ def test_a_first_step_at_a_learning_rate_of_zero_counts_where_there_are_gradient
 
 def test_two_ranks(tmp_path):
     """Distances in units of the distance moved; bit for bit where nothing is said."""
-    first, second = run_ranks(names.two_ranks, 2, tmp_path)
+    first, second = run_ranks(names_ranks.two_ranks, 2, tmp_path)
     assert first["state dicts"] == second["state dicts"]
     for case, (untouched, asked, resumed, *from_weights) in first["state dicts"].items():
         assert untouched, f"{case}: asking for state changed the weights"

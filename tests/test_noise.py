@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ds_memopt.kernels import compile_exactly
-from ds_memopt.optimizers import noise
-from ds_memopt.optimizers.noise import NOISE_VERSION, Noise, name_hash, philox
+from ds_memopt.optimizers.probes import noise
+from ds_memopt.optimizers.probes.noise import NOISE_VERSION, Noise, name_hash, philox
 
 KINDS = ["gaussian", "rademacher"]
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -121,7 +121,7 @@ def test_compiled_on_any_device_gives_the_bits_of_plain_pytorch_on_a_cpu(kind, d
 
 DIGEST = """
 import hashlib, torch
-from ds_memopt.optimizers.noise import Noise
+from ds_memopt.optimizers.probes.noise import Noise
 digest = hashlib.blake2b(digest_size=16)
 for kind in ("gaussian", "rademacher"):
     digest.update(Noise(2**40 + 1, 3, 1, kind).values("a.weight", 5, 100_003).numpy().tobytes())

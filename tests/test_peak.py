@@ -12,9 +12,9 @@ from spawn import run_ranks
 from tiny import bf16_llama, ds_config, initialize, local, train
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from zeroth import BF16, running
+from zeroth_ranks import BF16, running
 
-from ds_memopt.shards import inplace
+from ds_memopt.shards import in_place_shards
 
 SIZES = {
     "hidden_size": 64,
@@ -76,7 +76,7 @@ def peaks(stage: int) -> dict[str, int]:
         model(input_ids=batch, labels=batch)
     parameters = sum(p.numel() for p in model.parameters())
     del model
-    with mock.patch.object(inplace, "BUCKET", 2**16), running(stage, make=many_small_layers, **BF16) as engine:
+    with mock.patch.object(in_place_shards, "BUCKET", 2**16), running(stage, make=many_small_layers, **BF16) as engine:
         train(engine, [batch])  # residuals come to be
         with AliveBytes() as training:
             train(engine, [batch])
@@ -137,7 +137,7 @@ def peaks_in_backward(method: str, stage: int) -> dict[str, int]:
     if stage == 3:  # as in a model of usual size, nothing stays gathered from forward to backward
         settings = ("stage3_max_reuse_distance", "stage3_max_live_parameters", "stage3_prefetch_bucket_size")
         zero |= dict.fromkeys(settings, 0)
-    with mock.patch.object(inplace, "BUCKET", 2**16):
+    with mock.patch.object(in_place_shards, "BUCKET", 2**16):
         model = many_small_layers()
         config = ds_config(stage, method, hyper, zero_optimization=zero, **BF16)
         engine = initialize(model, config, model_parameters=model.parameters())

@@ -11,7 +11,7 @@ from itertools import chain
 import pytest
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs_all_live
-from plan import FEW, METHODS, PLACEMENTS, SIZES, everything, param_groups, type_of
+from plan_ranks import FEW, METHODS, PLACEMENTS, SIZES, everything, param_groups, type_of
 from spawn import run_ranks
 from tiny import llama
 from transformers import GPT2Config, LlamaForCausalLM

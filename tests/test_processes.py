@@ -19,7 +19,7 @@ from spawn import CONTEXT, free_port
 from ds_memopt.engines import processes
 from ds_memopt.engines.processes import SharedError, fail, remove_abandoned_shared_memory
 from ds_memopt.train import loop
-from ds_memopt.train.fsdp2 import pretrain_fsdp2
+from ds_memopt.train.fsdp2_job import pretrain_fsdp2
 from ds_memopt.train.launcher import MPI_SIZES, PLACE
 from ds_memopt.train.options import Options
 from ds_memopt.train.ranks import start_ranks

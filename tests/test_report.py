@@ -17,10 +17,10 @@ import transformers
 from PIL import Image
 
 from ds_memopt import cli
-from ds_memopt.train import plots
-from ds_memopt.train.plots import PROCESS, REST, UNDIVIDED
-from ds_memopt.train.record import read_json, read_metrics
-from ds_memopt.train.report import write_report
+from ds_memopt.results import plots
+from ds_memopt.results.plots import PROCESS, REST, UNDIVIDED
+from ds_memopt.results.record import read_json, read_metrics
+from ds_memopt.results.report_page import write_report
 
 ROOT = Path(__file__).parent.parent
 MIB = 1024**2

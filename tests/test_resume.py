@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from resume import STAGES, continue_with_and_without_state, resume, save_and_go_on
+from resume_ranks import STAGES, continue_with_and_without_state, resume, save_and_go_on
 from spawn import run_ranks
 from tiny import HYPER, batches, distance, full_parameters, llama, train_plain
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-from rotation import COST_CASES, LAYERS, SMALL_LR, everything, on_one_rank
+from rotation_ranks import COST_CASES, LAYERS, SMALL_LR, everything, on_one_rank
 from spawn import run_ranks
 from tiny import HYPER, batches, bf16_llama, distance, full_parameters, llama, train_plain
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_memopt.train.record import read_metrics
+from ds_memopt.results.record import read_metrics
 from ds_memopt.train.sweep import Case, Sweep, describe, ds_config, largest_that_fits, summary
 
 ROOT = Path(__file__).parent.parent

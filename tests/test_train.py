@@ -14,12 +14,12 @@ import torch
 import transformers
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from ds_memopt.train import compare, config, presets
-from ds_memopt.train import plan as plan_module
+from ds_memopt.results import comparison
+from ds_memopt.results.record import MetricsFile, read_metrics
+from ds_memopt.train import config, presets, settings
 from ds_memopt.train.options import Options
-from ds_memopt.train.plan import make_plan
 from ds_memopt.train.ranks import Ranks
-from ds_memopt.train.record import MetricsFile, read_metrics
+from ds_memopt.train.settings import make_plan
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -207,7 +207,7 @@ def test_without_nvcc_a_gpu_runs_torch_adamw(tmp_path, monkeypatch, capsys):
     gpu = replace(ALONE, device=torch.device("cuda"))
 
     def params(device, cuda_home, config):
-        monkeypatch.setattr(plan_module, "CUDA_HOME", cuda_home)
+        monkeypatch.setattr(settings, "CUDA_HOME", cuda_home)
         path = str(ROOT / f"ds_configs/{config}.json")
         return make_plan(_options(tmp_path, deepspeed_config=path), device).config["optimizer"]["params"]
 
@@ -311,7 +311,7 @@ def test_comparison_table_and_plot(tmp_path):
         _run_folder(tmp_path / "a", "AdamW", 8.0, [5.0, 4.0, 3.0, 2.0]),
         _run_folder(tmp_path / "b", "AdamMini", 4.013, [5.0, 3.5, 2.5, 1.5]),
     ]
-    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in compare.table(runs).splitlines()]
+    cells = [[cell.strip() for cell in line.strip("| ").split("|")] for line in comparison.table(runs).splitlines()]
     by_name = {row[0]: row[1:] for row in cells[2:]}
     assert cells[0][-2:] == ["a", "b"]
     assert by_name["optimizer"] == ["AdamW", "AdamMini"]
@@ -320,13 +320,13 @@ def test_comparison_table_and_plot(tmp_path):
     assert by_name["peak memory of a rank, GiB (resident set)"] == ["1.000", "1.000"]
     assert by_name["optimizer-state bytes/parameter"] == ["8.000", "4.013"]
     assert by_name["sent per rank and step, MiB"] == ["3.00", "3.00"]
-    compare.plot(runs, tmp_path / "loss.png")
+    comparison.plot(runs, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_comparison_refuses_what_is_no_run(tmp_path):
     with pytest.raises(ValueError, match="is not the folder of a run: cannot read metrics.jsonl"):
-        compare.table([tmp_path])
+        comparison.table([tmp_path])
     (tmp_path / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="has logged no step yet"):
-        compare.table([tmp_path])
+        comparison.table([tmp_path])

@@ -11,33 +11,34 @@ import pytest
 import torch
 import transformers
 
-from ds_memopt.train import data, presets
+from ds_memopt.train import presets
+from ds_memopt.train.data import corpus
 
 # --- data ---
 
 
 def test_stdlib_is_split_by_file():
     root = Path(sysconfig.get_path("stdlib"))
-    names = data.stdlib_files(root)
+    names = corpus.stdlib_files(root)
     assert "argparse.py" in names and "json/decoder.py" in names
     assert not any({"test", "site-packages", "tests"} & set(name.split("/")[:-1]) for name in names)
-    held_out = [name for name in names if data.is_held_out(name)]
+    held_out = [name for name in names if corpus.is_held_out(name)]
     assert 0.02 < len(held_out) / len(names) < 0.08
 
-    corpus = data.load_corpus("stdlib", None, 64, vocab_size=256)
-    halves = (corpus.train, corpus.validation)
+    loaded = corpus.load_corpus("stdlib", None, 64, vocab_size=256)
+    halves = (loaded.train, loaded.validation)
     texts = [torch.cat([half[i] for i in range(len(half))]).to(torch.uint8).numpy().tobytes() for half in halves]
     for name in held_out[:5] + ["argparse.py"]:
         marker = (root / name).read_bytes()[200:1500]
         if marker:
-            assert [marker in text for text in texts] == [not data.is_held_out(name), data.is_held_out(name)]
+            assert [marker in text for text in texts] == [not corpus.is_held_out(name), corpus.is_held_out(name)]
     assert abs(sum(map(len, texts)) - sum((root / name).stat().st_size + 1 for name in names)) < 2 * 64
 
 
 def _indices(length, micro, accumulation, world, steps, seed=3):
     """Per step, the indices that all ranks together consume."""
     per_rank = [
-        list(data.StepBatches(range(length), micro, accumulation, rank, world, seed, steps)) for rank in range(world)
+        list(corpus.StepBatches(range(length), micro, accumulation, rank, world, seed, steps)) for rank in range(world)
     ]
     return [
         sorted(i for batches in per_rank for batch in batches[s * accumulation : (s + 1) * accumulation] for i in batch)
@@ -63,21 +64,23 @@ def test_an_epoch_visits_each_sequence_once_in_a_new_order():
 
 def test_too_little_data_for_one_step():
     with pytest.raises(ValueError, match=r"7 sequences, less than one global batch of 8 \(2 x 2 accumulated x 2"):
-        data.StepBatches(range(7), 2, 2, 0, 2, 0, range(1))
+        corpus.StepBatches(range(7), 2, 2, 0, 2, 0, range(1))
 
 
 def test_validation_covers_the_same_sequences_on_any_number_of_ranks():
-    held_out = data.SyntheticSequences(23, 8, 50, seed=1)
+    held_out = corpus.SyntheticSequences(23, 8, 50, seed=1)
 
     def rows(world):
-        batches = [data.validation_batches(held_out, 10, 3, rank, world) for rank in range(world)]
+        batches = [corpus.validation_batches(held_out, 10, 3, rank, world) for rank in range(world)]
         assert len({len(one) for one in batches}) == 1  # ZeRO-3 gathers on all ranks or hangs
-        valid = [row for one in batches for _, labels in one for row in labels.tolist() if row[0] != data.IGNORED_LABEL]
+        valid = [
+            row for one in batches for _, labels in one for row in labels.tolist() if row[0] != corpus.IGNORED_LABEL
+        ]
         return sorted(valid)
 
     assert len(rows(1)) == 10
     assert rows(1) == rows(2) == rows(4) == sorted(held_out[i * 23 // 10].tolist() for i in range(10))
-    assert len(rows(1)) == 10 and len(data.validation_batches(held_out, 1000, 3, 0, 1)) == 8  # no more than there are
+    assert len(rows(1)) == 10 and len(corpus.validation_batches(held_out, 1000, 3, 0, 1)) == 8  # no more than there are
 
 
 @pytest.fixture
@@ -107,8 +110,8 @@ def test_text_is_split_by_document(tmp_path, tokenizer, kind):
             (source / f"{index}.txt").write_text(document)
     else:
         (source / "a.txt").write_text("\n\n".join(_documents()))
-    corpus = data.load_corpus(str(source), tokenizer, 10, vocab_size=62)
-    halves = (corpus.train, corpus.validation)
+    loaded = corpus.load_corpus(str(source), tokenizer, 10, vocab_size=62)
+    halves = (loaded.train, loaded.validation)
     words = [{int(i) for row in range(len(half)) for i in half[row]} - {0} for half in halves]
     assert not words[0] & words[1]
     assert len(words[0] | words[1]) == 60 and len(words[1]) == 3
@@ -132,11 +135,11 @@ def test_bad_data_is_refused(tmp_path, tokenizer):
     ]
     for name, folder, message in cases:
         with pytest.raises(ValueError, match=message):
-            data.load_corpus(str(tmp_path / name), folder, 10, vocab_size=62)
+            corpus.load_corpus(str(tmp_path / name), folder, 10, vocab_size=62)
     with pytest.raises(ValueError, match="--tokenizer .* has no meaning with --data stdlib"):
-        data.load_corpus("stdlib", tokenizer, 10, vocab_size=256)
+        corpus.load_corpus("stdlib", tokenizer, 10, vocab_size=256)
     with pytest.raises(ValueError, match="stdlib need 256 ids but the model embeds 100"):
-        data.load_corpus("stdlib", None, 10, vocab_size=100)
+        corpus.load_corpus("stdlib", None, 10, vocab_size=100)
 
 
 # --- models ---

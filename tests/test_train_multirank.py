@@ -14,10 +14,10 @@ import torch
 from spawn import free_port, run_ranks
 from tiny import equal_tensors
 
+from ds_memopt.results.record import read_metrics
 from ds_memopt.train.loop import pretrain
 from ds_memopt.train.options import Options
 from ds_memopt.train.output_folder import LOCK
-from ds_memopt.train.record import read_metrics
 
 ROOT = Path(__file__).parent.parent
 # Nothing but the sizes differs from the defaults.

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from ds_memopt.optimizers import checksum as checksum_module
-from ds_memopt.optimizers.checksum import as_hex, checksum
-from ds_memopt.optimizers.noise import NOISE_VERSION, name_hash
-from ds_memopt.optimizers.trajectory import SKIPPED, TrajectoryHeader, TrajectoryWriter, read_trajectory
+from ds_memopt.optimizers.probes import checksum as checksum_module
+from ds_memopt.optimizers.probes.checksum import as_hex, checksum
+from ds_memopt.optimizers.probes.noise import NOISE_VERSION, name_hash
+from ds_memopt.optimizers.probes.trajectory import SKIPPED, TrajectoryHeader, TrajectoryWriter, read_trajectory
 
 HEADER = TrajectoryHeader(
     method="MeZO",

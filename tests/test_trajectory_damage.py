@@ -15,7 +15,13 @@ from test_mezo import TwoMatrices, mezo, train
 from torch import nn
 
 from ds_memopt import Addax, MeZO
-from ds_memopt.optimizers.trajectory import MOST_PROBES, SKIPPED, TrajectoryHeader, TrajectoryWriter, read_trajectory
+from ds_memopt.optimizers.probes.trajectory import (
+    MOST_PROBES,
+    SKIPPED,
+    TrajectoryHeader,
+    TrajectoryWriter,
+    read_trajectory,
+)
 from ds_memopt.replay import replay
 
 

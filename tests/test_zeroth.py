@@ -14,7 +14,7 @@ import pytest
 import torch
 from spawn import run_ranks
 from tiny import batches, bf16_llama, distance, equal, full_parameters, llama
-from zeroth import (
+from zeroth_ranks import (
     HYPER,
     LOOPS,
     OPTIONS,

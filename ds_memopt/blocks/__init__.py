@@ -5,7 +5,6 @@ read from the model's structure first (module types, head sizes) and from names 
 """
 
 from ds_memopt.blocks.assign import assign_blocks, assign_blocks_by_name, full_shape
-from ds_memopt.blocks.guard import BlockGuard
 from ds_memopt.blocks.hook import Hook
 from ds_memopt.blocks.names import bare_modules, bare_name, bare_parameters, wrapped_modules
 from ds_memopt.blocks.partition import Partition, partition_into_blocks
@@ -14,7 +13,6 @@ from ds_memopt.blocks.report import format_assignment
 from ds_memopt.blocks.structure import Columns, Contiguous, ParamBlocks, Section, Tiled
 
 __all__ = [
-    "BlockGuard",
     "Columns",
     "Contiguous",
     "Hook",

@@ -1,5 +1,5 @@
 """The same arithmetic compiled for GPU and CPU, each held to the plain-PyTorch formula."""
 
-from .compiled import compile_exactly
+from ds_memopt.kernels.compiled import compile_exactly
 
 __all__ = ["compile_exactly"]

@@ -11,7 +11,7 @@ from ds_memopt.measure.memory import (
     state_bytes_per_parameter,
 )
 from ds_memopt.measure.monitor import write_to_monitor
-from ds_memopt.measure.throughput import PHASES, StepTimer
+from ds_memopt.measure.step_timer import PHASES, StepTimer
 from ds_memopt.measure.utilisation import ModelFlops, peak_flops
 
 __all__ = [

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.distributed.distributed_c10d import ProcessGroup, Work, _resolve_process_group, get_process_group_ranks
 
-from ds_memopt.measure.throughput import StepTimer
+from ds_memopt.measure.step_timer import StepTimer
 
 # method of ProcessGroup -> (collective, position of the argument whose bytes are the payload).
 # The payload is the larger side of all_gather (its output) and reduce_scatter (its input), else one rank's tensor.

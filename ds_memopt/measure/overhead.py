@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
 from ds_memopt.measure.communication import CommunicationMeter
-from ds_memopt.measure.throughput import StepTimer
+from ds_memopt.measure.step_timer import StepTimer
 
 RANKS = 2
 CPU = torch.device("cpu")

@@ -4,16 +4,16 @@ import inspect
 
 import torch
 
-from .adam_mini import AdamMini
-from .addax import Addax
-from .badam import BAdam
-from .base import ShardedOptimizer, StatePart, check_meaning
-from .gwt import GWT
-from .in_backward import UpdatesInBackward
-from .inplace import InPlaceOptimizer
-from .ipsgd import IPSGD
-from .mezo import MeZO
-from .naming import METHOD_KEY
+from ds_memopt.optimizers.adam_mini import AdamMini
+from ds_memopt.optimizers.addax import Addax
+from ds_memopt.optimizers.badam import BAdam
+from ds_memopt.optimizers.base.naming import METHOD_KEY
+from ds_memopt.optimizers.block_state.sharded_optimizer import ShardedOptimizer, StatePart, check_meaning
+from ds_memopt.optimizers.gwt import GWT
+from ds_memopt.optimizers.ipsgd import IPSGD
+from ds_memopt.optimizers.mezo import MeZO
+from ds_memopt.optimizers.stored_weights.in_place_optimizer import InPlaceOptimizer
+from ds_memopt.optimizers.stored_weights.updates_in_backward import UpdatesInBackward
 
 FIRST_ORDER: dict[str, type[ShardedOptimizer]] = {"AdamMini": AdamMini, "BAdam": BAdam, "GWT": GWT}
 """The methods that go by gradients: an engine lays their flat partitions."""

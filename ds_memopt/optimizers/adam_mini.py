@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import ParamBlocks
-
-from .base import ELEMENT, ShardedOptimizer
-from .blockwise import BlockPlan, Piece
-from .hyper_parameters import ADAM, HEAD_DIM, VALUE_BLOCKS, checked, choice
+from ds_memopt.optimizers.base.hyper_parameters import ADAM, HEAD_DIM, VALUE_BLOCKS, checked, choice
+from ds_memopt.optimizers.block_state.block_index import BlockPlan, Piece
+from ds_memopt.optimizers.block_state.sharded_optimizer import ELEMENT, ShardedOptimizer
 
 STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 

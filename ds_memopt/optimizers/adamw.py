@@ -8,12 +8,11 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import Contiguous, ParamBlocks
+from ds_memopt.optimizers.adam_mini import adam_piece
+from ds_memopt.optimizers.base.hyper_parameters import ADAM, checked
+from ds_memopt.optimizers.block_state.block_index import BlockPlan
+from ds_memopt.optimizers.block_state.sharded_optimizer import ELEMENT, ShardedOptimizer
 from ds_memopt.shards import numel_of
-
-from .adam_mini import adam_piece
-from .base import ELEMENT, ShardedOptimizer
-from .blockwise import BlockPlan
-from .hyper_parameters import ADAM, checked
 
 
 class AdamW(ShardedOptimizer):

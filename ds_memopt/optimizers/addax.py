@@ -14,15 +14,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ds_memopt.optimizers.base.hyper_parameters import checked, either, integer, real
+from ds_memopt.optimizers.mezo import PROBE, MeZO
+from ds_memopt.optimizers.probes.noise import NOISE_VERSION
+from ds_memopt.optimizers.probes.trajectory import SKIPPED
+from ds_memopt.optimizers.stored_weights.in_place_optimizer import IN_PLACE
+from ds_memopt.optimizers.stored_weights.repeat import repeatable
+from ds_memopt.optimizers.stored_weights.updates_in_backward import (
+    CLIPPING,
+    Bucket,
+    UpdatesInBackward,
+    add_gradient,
+    sum_and_count,
+)
 from ds_memopt.shards import Part
-
-from .hyper_parameters import checked, either, integer, real
-from .in_backward import CLIPPING, Bucket, UpdatesInBackward, add_gradient, sum_and_count
-from .inplace import IN_PLACE
-from .mezo import PROBE, MeZO
-from .noise import NOISE_VERSION
-from .repeat import repeatable
-from .trajectory import SKIPPED
 
 
 class Addax(UpdatesInBackward, MeZO):

@@ -14,21 +14,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
-from ds_memopt.blocks import BlockGuard, ParamBlocks, bare_parameters, full_shape, partition_into_blocks
-from ds_memopt.shards import Placement, is_first_rank, numel_of, trainable_parameters_changed
-
-from .adam_mini import AdamMini
-from .adamw import AdamW
-from .base import (
-    STATE_KEY,
-    ShardedOptimizer,
-    StatePart,
-    check_meaning,
-    make_log_visible,
-)
-from .blockwise import BlockPlan
-from .gwt import GWT
-from .hyper_parameters import (
+from ds_memopt.blocks import ParamBlocks, bare_parameters, full_shape, partition_into_blocks
+from ds_memopt.optimizers.adam_mini import AdamMini
+from ds_memopt.optimizers.adamw import AdamW
+from ds_memopt.optimizers.base.hyper_parameters import (
     ADAM,
     CHECKED_BY_ITS_USER,
     check_hyper_parameters,
@@ -40,8 +29,20 @@ from .hyper_parameters import (
     integer,
     patterns,
 )
-from .residual import add_residual_, residual_of
-from .rotation import ORDERS, Rotation
+from ds_memopt.optimizers.block_state.block_index import BlockPlan
+from ds_memopt.optimizers.block_state.sharded_optimizer import (
+    STATE_KEY,
+    ShardedOptimizer,
+    StatePart,
+    check_meaning,
+    make_log_visible,
+)
+from ds_memopt.optimizers.gwt import GWT
+from ds_memopt.optimizers.rotation.visit_order import ORDERS, Rotation
+from ds_memopt.optimizers.stored_weights.residual import add_residual_, residual_of
+from ds_memopt.shards import Placement, is_first_rank, numel_of, trainable_parameters_changed
+
+from .rotation.block_guard import BlockGuard
 
 logger = logging.getLogger("ds_memopt")
 

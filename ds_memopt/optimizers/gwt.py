@@ -23,12 +23,8 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled, format_assignment, matching
-from ds_memopt.shards import numel_of
-
-from .adam_mini import adam_piece, block_adam
-from .base import ShardedOptimizer
-from .blockwise import BlockPlan, HeldBlocks
-from .hyper_parameters import (
+from ds_memopt.optimizers.adam_mini import adam_piece, block_adam
+from ds_memopt.optimizers.base.hyper_parameters import (
     ADAM,
     HEAD_DIM,
     VALUE_BLOCKS,
@@ -40,6 +36,9 @@ from .hyper_parameters import (
     patterns,
     real,
 )
+from ds_memopt.optimizers.block_state.block_index import BlockPlan, HeldBlocks
+from ds_memopt.optimizers.block_state.sharded_optimizer import ShardedOptimizer
+from ds_memopt.shards import numel_of
 
 logger = logging.getLogger("ds_memopt")
 

@@ -16,14 +16,19 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import full_shape
+from ds_memopt.optimizers.base.hyper_parameters import checked, choice
+from ds_memopt.optimizers.block_state.sharded_optimizer import make_log_visible
+from ds_memopt.optimizers.stored_weights.adalomo import AdaLomo
+from ds_memopt.optimizers.stored_weights.in_place_optimizer import IN_PLACE
+from ds_memopt.optimizers.stored_weights.repeat import repeatable
+from ds_memopt.optimizers.stored_weights.updates_in_backward import (
+    CLIPPING,
+    Bucket,
+    UpdatesInBackward,
+    add_gradient,
+    sum_and_count,
+)
 from ds_memopt.shards import Part, is_first_rank
-
-from .adalomo import AdaLomo
-from .base import make_log_visible
-from .hyper_parameters import checked, choice
-from .in_backward import CLIPPING, Bucket, UpdatesInBackward, add_gradient, sum_and_count
-from .inplace import IN_PLACE
-from .repeat import repeatable
 
 logger = logging.getLogger("ds_memopt")
 

@@ -19,18 +19,17 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import bare_parameters, partition_into_blocks
+from ds_memopt.optimizers.base.hyper_parameters import check_range, checked, choice, either, flag, integer, path, real
+from ds_memopt.optimizers.block_state.sharded_optimizer import make_log_visible
+from ds_memopt.optimizers.probes.checksum import as_hex, checksum
+from ds_memopt.optimizers.probes.directions import PICKING, Directions
+from ds_memopt.optimizers.probes.lockstep import Lockstep
+from ds_memopt.optimizers.probes.noise import NOISE_VERSION, Noise
+from ds_memopt.optimizers.probes.perturb import Perturbation
+from ds_memopt.optimizers.probes.trajectory import SKIPPED, TrajectoryHeader, TrajectoryWriter, check_writable
+from ds_memopt.optimizers.stored_weights.in_place_optimizer import IN_PLACE, InPlaceOptimizer, backward_in_closure
 from ds_memopt.shards import Part, is_first_rank, on_first_rank
 from ds_memopt.support import refuse
-
-from .base import make_log_visible
-from .checksum import as_hex, checksum
-from .directions import PICKING, Directions
-from .hyper_parameters import check_range, checked, choice, either, flag, integer, path, real
-from .inplace import IN_PLACE, InPlaceOptimizer, backward_in_closure
-from .lockstep import Lockstep
-from .noise import NOISE_VERSION, Noise
-from .perturb import Perturbation
-from .trajectory import SKIPPED, TrajectoryHeader, TrajectoryWriter, check_writable
 
 logger = logging.getLogger("ds_memopt")
 

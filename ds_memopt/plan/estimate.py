@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from ds_memopt.measure import GIB
-
-from .predict import RULES, Prediction, predict
+from ds_memopt.plan.predict import RULES, Prediction, predict
 
 
 def _estimate(

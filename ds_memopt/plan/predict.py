@@ -30,12 +30,11 @@ from ds_memopt.optimizers import (
     takes,
 )
 from ds_memopt.optimizers.adamw import AdamW
-from ds_memopt.optimizers.hyper_parameters import check_range
+from ds_memopt.optimizers.base.hyper_parameters import check_range
+from ds_memopt.plan import gather
+from ds_memopt.plan.planned_layout import FlatPartitions, PlannedShards, Ranks, WholeMasters, meta_twin
 from ds_memopt.shards import Seams
 from ds_memopt.shards.gradients import BUCKET
-
-from . import gather
-from .layout import FlatPartitions, PlannedShards, Ranks, WholeMasters, meta_twin
 
 RULES: dict[str, type] = {"AdamW": AdamW} | METHODS
 """What can be planned: AdamW, to compare with, and every method."""

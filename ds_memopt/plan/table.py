@@ -15,14 +15,13 @@ from transformers.initialization import no_init_weights
 
 from ds_memopt.measure import GIB
 from ds_memopt.optimizers import METHODS, InPlaceOptimizer, takes
-from ds_memopt.optimizers.hyper_parameters import check_range
+from ds_memopt.optimizers.base.hyper_parameters import check_range
+from ds_memopt.plan.activations import Activations, measure_activations
+from ds_memopt.plan.predict import DTYPES, RULES, Prediction, predict
+from ds_memopt.results.record import write_json
 from ds_memopt.train.config import AUTO, load_config
 from ds_memopt.train.flops import model_flops
 from ds_memopt.train.presets import find_model
-from ds_memopt.train.record import write_json
-
-from .activations import Activations, measure_activations
-from .predict import DTYPES, RULES, Prediction, predict
 
 STAGES = (0, 1, 2, 3)
 USUAL_BUCKET = 500_000_000

@@ -1,8 +1,8 @@
 """Where data lies: which intervals of which parameters this rank's optimizer tensors hold."""
 
-from .gradients import GradientBuckets
-from .inplace import InPlaceShards, Part, PartitionedShards, SplitShards, WholeShards, reshard
-from .layout import (
+from ds_memopt.shards.gradients import GradientBuckets
+from ds_memopt.shards.in_place_shards import InPlaceShards, Part, PartitionedShards, SplitShards, WholeShards, reshard
+from ds_memopt.shards.layout import (
     Interval,
     Layout,
     Placement,
@@ -12,10 +12,10 @@ from .layout import (
     partition_each_parameter,
     partition_flat_buffer,
 )
-from .plain import MasterCopyPlacement, PlainPlacement, check_contiguous, trainable_parameters_changed
-from .seams import Seams, SeamTable, is_first_rank, on_first_rank
-from .zero3 import Zero3Placement
-from .zero12 import Zero12Placement
+from ds_memopt.shards.plain import MasterCopyPlacement, PlainPlacement, check_contiguous, trainable_parameters_changed
+from ds_memopt.shards.seams import Seams, SeamTable, is_first_rank, on_first_rank
+from ds_memopt.shards.zero3 import Zero3Placement
+from ds_memopt.shards.zero12 import Zero12Placement
 
 __all__ = [
     "GradientBuckets",

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from .inplace import BUCKET, InPlaceShards, Part
+from ds_memopt.shards.in_place_shards import BUCKET, InPlaceShards, Part
 
 Update = Callable[[list[tuple[Part, torch.Tensor | None]]], None]
 """update(bucket): use up the mean gradients, 1-D, of parts of this rank; None for what took no part in the loss."""

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from .layout import Interval, Layout, RankBorders, even_borders, numel_of
+from ds_memopt.shards.layout import Interval, Layout, RankBorders, even_borders, numel_of
 
 
 class PlainPlacement:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from .layout import RankBorders
+from ds_memopt.shards.layout import RankBorders
 
 Result = TypeVar("Result")
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from .layout import FlatPlacement, RankBorders, partition_flat_buffer
+from ds_memopt.shards.layout import FlatPlacement, RankBorders, partition_flat_buffer
 
 
 class Zero12Placement(FlatPlacement):

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from .layout import FlatPlacement, RankBorders, partition_each_parameter
+from ds_memopt.shards.layout import FlatPlacement, RankBorders, partition_each_parameter
 
 
 class Zero3Placement(FlatPlacement):

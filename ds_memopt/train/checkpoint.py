@@ -16,14 +16,14 @@ import deepspeed.comm as dist
 import transformers
 
 from ds_memopt.engines.checkpoint_files import errors_after_all_ranks, refuse_code
-from ds_memopt.engines.held import checkpoint_bytes, first_not_finite, is_finite
+from ds_memopt.engines.held_bytes import checkpoint_bytes, first_not_finite, is_finite
 from ds_memopt.engines.processes import SharedError
 from ds_memopt.measure import GIB
+from ds_memopt.results.record import METRICS, write_json, write_text
 from ds_memopt.train.options import RunOptions
-from ds_memopt.train.plan import Plan
 from ds_memopt.train.presets import MODEL
 from ds_memopt.train.ranks import Ranks, on_all_ranks
-from ds_memopt.train.record import METRICS, write_json, write_text
+from ds_memopt.train.settings import Plan
 
 CHECKPOINTS = "checkpoints"
 FACTS = "run.json"

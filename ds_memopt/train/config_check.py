@@ -16,7 +16,7 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
 from ds_memopt.engines.config_keys import BATCH, Watched, closest
 from ds_memopt.optimizers import METHODS
-from ds_memopt.optimizers.hyper_parameters import ADAM, check_hyper_parameters, check_values
+from ds_memopt.optimizers.base.hyper_parameters import ADAM, check_hyper_parameters, check_values
 from ds_memopt.optimizers.mezo import check_epsilon
 from ds_memopt.train.config import AUTO, places, value_at
 

@@ -18,7 +18,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 import ds_memopt
 from ds_memopt.engines.checkpoint_files import load_only_data
-from ds_memopt.engines.held import gradient_bytes, held_bytes
+from ds_memopt.engines.held_bytes import gradient_bytes, held_bytes
 from ds_memopt.measure import (
     GIB,
     CommunicationMeter,
@@ -30,16 +30,23 @@ from ds_memopt.measure import (
     write_to_monitor,
 )
 from ds_memopt.optimizers import takes
+from ds_memopt.results.record import MetricsFile, as_text, environment, write_json
 from ds_memopt.train import checkpoint
 from ds_memopt.train.config import zero_stage
-from ds_memopt.train.data import IGNORED_LABEL, Corpus, StepBatches, load_corpus, train_loader, validation_batches
+from ds_memopt.train.data.corpus import (
+    IGNORED_LABEL,
+    Corpus,
+    StepBatches,
+    load_corpus,
+    train_loader,
+    validation_batches,
+)
 from ds_memopt.train.flops import model_flops
 from ds_memopt.train.options import Options, RunOptions
 from ds_memopt.train.output_folder import claim
-from ds_memopt.train.plan import Plan, make_plan
 from ds_memopt.train.presets import MODEL, build_model, count_parameters, parameter_groups
 from ds_memopt.train.ranks import Ranks, first_rank_of_node_first, on_all_ranks, start_ranks
-from ds_memopt.train.record import MetricsFile, as_text, environment, write_json
+from ds_memopt.train.settings import Plan, make_plan
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, toke
         mfu = flops if isinstance(flops, str) else flops.formula(peak)
         print(mfu, flush=True)
         write_json(plan.output_dir / "resolved_config.json", {**plan.facts, "mfu": mfu, "deepspeed": plan.config})
-        write_json(plan.output_dir / "environment.json", environment(ranks))
+        write_json(plan.output_dir / "environment.json", environment(ranks.device, ranks.world_size, ranks.process_gib))
         metrics = MetricsFile(plan.output_dir, first_step)
     if work.validate_at_start and plan.validation_interval and not first_step:
         ranks.enter("the validation before training")

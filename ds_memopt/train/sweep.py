@@ -20,11 +20,11 @@ from tqdm import tqdm
 
 from ds_memopt.engines.processes import remove_shared_memory
 from ds_memopt.optimizers import takes
-from ds_memopt.train.compare import steady, steps, summarize
+from ds_memopt.results.comparison import steady, steps, summarize
+from ds_memopt.results.record import read_json, read_lines, write_json, write_text
+from ds_memopt.results.report_page import RESULTS, is_case
 from ds_memopt.train.config import load_config, override_optimizer
 from ds_memopt.train.launcher import free_port
-from ds_memopt.train.record import read_json, read_lines, write_json, write_text
-from ds_memopt.train.report import RESULTS, is_case
 
 SETTINGS = "sweep.json"  # what all cases of a sweep share
 OK, OUT_OF_MEMORY, FAILED, TIMEOUT = "ok", "out of memory", "failed", "timeout"

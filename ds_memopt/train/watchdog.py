@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from ds_memopt.engines.processes import end, meet, say
 from ds_memopt.measure import CommunicationMeter
-from ds_memopt.train.record import as_text
+from ds_memopt.results.record import as_text
 
 LONGEST_BEAT_S = 5.0
 

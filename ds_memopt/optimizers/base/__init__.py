@@ -1,0 +1,1 @@
+"""What all methods share: hyper-parameters and the names of parameters."""

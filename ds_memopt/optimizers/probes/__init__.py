@@ -1,0 +1,1 @@
+"""Noise that every rank recomputes, and forwards at perturbed weights."""

@@ -1,0 +1,1 @@
+"""What BAdam needs to train one block of layers at a time."""

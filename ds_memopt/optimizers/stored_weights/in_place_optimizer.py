@@ -1,0 +1,294 @@
+"""What the methods share that update the stored weights themselves, without fp32 masters by an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ds_memopt.blocks import bare_parameters
+from ds_memopt.optimizers.base.hyper_parameters import (
+    LR,
+    WEIGHT_DECAY,
+    check_hyper_parameters,
+    check_values,
+    choice,
+    rules_of,
+)
+from ds_memopt.optimizers.base.naming import check_current, check_named_group, named_groups, with_names
+from ds_memopt.optimizers.block_state.sharded_optimizer import (
+    STATE_KEY,
+    StatePart,
+    asks_for_state,
+    check_covered,
+    check_meaning,
+    refuse_copy,
+)
+from ds_memopt.optimizers.stored_weights.residual import add_residual_, residual_of
+from ds_memopt.shards import InPlaceShards, Part, WholeShards, check_contiguous, reshard
+
+PIECE = 2**20
+"""Elements that are updated at once, so that temporary memory stays small."""
+
+IN_PLACE = {
+    "lr": LR,
+    "weight_decay": WEIGHT_DECAY,
+    "keep": choice("residual", "fp32", "none", remedy="'residual' is usual."),
+}
+"""The hyper-parameters of every `InPlaceOptimizer`."""
+
+PROGRESS = "progress"
+"""Key of the param groups' entry that holds what a run has come to; the same in all groups and on all ranks."""
+
+
+class InPlaceOptimizer(torch.optim.Optimizer):
+    """An optimizer that writes the parts of the weights that are this rank's, and keeps what rounding to 16 bits drops.
+
+    params: named parameters (`model.named_parameters()`) or param groups of them.
+    defaults: the hyper-parameters of a param group, lr and weight_decay among them.
+    keep: what becomes of an update below a 16-bit weight's precision: "residual" keeps it in 2 bytes per parameter
+        (bf16 only), "fp32" in a master copy of 4 bytes, "none" rounds it away. fp32 weights lose nothing anyway.
+    model: the model that the parameters belong to.
+
+    Raises ValueError for a hyper-parameter out of range, and for keep="residual" with fp16 weights.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        defaults: dict[str, Any],
+        *,
+        keep: Literal["residual", "fp32", "none"],
+        model: nn.Module | None,
+    ) -> None:
+        method = type(self).__name__
+        if model is None:
+            raise ValueError(f"{method} needs the model, whose forwards it uses. Use {method}.from_model(model, ...).")
+        self.keep, self.hyper, self._model = keep, {}, model
+        super().__init__(params, defaults)
+        self._names = {
+            p: name
+            for group in self.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+            if p.requires_grad
+        }
+        self._realised: Any = 0.0
+        self._intended: Any = 0.0
+        InPlaceOptimizer.bind(self, WholeShards(model, self._names))  # the subclass is not built yet
+        self._check_contiguous()
+        self._built, self._checked = True, False
+
+    @classmethod
+    def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
+        """Build the optimizer for a model; params: as `ShardedOptimizer.from_model` takes them."""
+        check_hyper_parameters(cls, hyper_parameters)
+        return cls(named_groups(model, params), model=model, **hyper_parameters)
+
+    def add_param_group(self, param_group: dict) -> None:
+        method = type(self).__name__
+        if hasattr(self, "_built"):
+            raise ValueError(f"What {method} trains is fixed when it is built: list all parameters there.")
+        super().add_param_group(with_names(param_group))
+        group = self.param_groups[-1]
+        check_named_group(self, group, self._model)
+        check_values(rules_of(type(self)), group)
+        if self.keep == "residual" and any(p.dtype == torch.float16 for p in group["params"]):
+            raise ValueError('keep="residual" needs bf16 or fp32 weights, not fp16. Use bf16, or keep="fp32".')
+
+    def __getstate__(self):
+        refuse_copy(self)
+
+    def _describe(self, hyper: Mapping[str, Any], progress: Mapping[str, Any], *more: str) -> None:
+        """Write into the param groups what the state means, and what the run has come to."""
+        self.hyper = dict(hyper)
+        for group in self.param_groups:
+            words = [f"{key} {value}" for key, value in hyper.items()]
+            group[STATE_KEY] = ", ".join([type(self).__name__, *words, *more])
+            group[PROGRESS] = {"steps": 0, "skipped": 0, **progress, STATE_KEY: group[STATE_KEY]}
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What the run has come to: counters, and whatever is needed to go on. Saved with the state."""
+        return self.param_groups[0][PROGRESS]
+
+    def _set_progress(self, **changes: Any) -> None:
+        for group in self.param_groups:
+            group[PROGRESS] = group[PROGRESS] | changes
+
+    def bind(self, shards: InPlaceShards) -> None:
+        """Tell how an engine keeps the weights. Called by the engine, before the first step."""
+        self.shards = shards
+        self._group_number = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        self._checked = True  # an engine lays out the parameters that it was given
+
+    def names_by_tensor(self) -> dict[torch.Tensor, str]:
+        """The name of each parameter that is trained."""
+        return dict(self._names)
+
+    def trained_parameters(self) -> list[torch.Tensor]:
+        """All parameters that train, whether or not they require gradients."""
+        return list(self._names)
+
+    def _check_parameters(self) -> None:
+        """Before the first step: raise ValueError where what trains is no longer what the model computes with."""
+        if not self._checked:
+            reshard(self._model)
+            current = bare_parameters(self._model)
+            for parameter, name in self._names.items():
+                check_current(self, parameter, name, current)
+            self._checked = True
+
+    def release(self) -> None:
+        """Give the model back: all parameters require gradients that did, and no hook stays on it."""
+        for parameter in self._names:
+            parameter.requires_grad_(True)
+
+    def _check_contiguous(self) -> None:
+        """Before a step moves the first part: raise ValueError where a parameter was laid out anew."""
+        for parameter, name in self._names.items():
+            check_contiguous(parameter, name)
+
+    @property
+    def steps(self) -> int:
+        """Steps made so far, skipped ones included: the t of the next step."""
+        return self.progress["steps"]
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped because a loss was not finite."""
+        return self.progress["skipped"]
+
+    def _move(
+        self, part: Part, add_direction: Callable[[torch.Tensor, slice, torch.Tensor], None], rate: Any = 1.0
+    ) -> None:
+        """Make a step with a part: theta <- theta * (1 - lr * weight_decay) - lr * direction.
+
+        add_direction(direction, piece, weights): add to zeros what the elements part.elements[piece], which hold these
+            weights, are to go along. rate: multiplies lr.
+        """
+        group, store = self.param_groups[self._group_number[part.parameter]], self._store(part)
+        lr = group["lr"] * rate
+        for start in range(0, len(part.elements), PIECE):
+            piece = slice(start, start + PIECE)
+            weights, kept = part.elements[piece], store[piece] if store is not None else None
+            before = self._master(weights, kept)
+            direction = torch.zeros_like(before)
+            add_direction(direction, piece, weights)
+            after = before * (1 - lr * group["weight_decay"]) - lr * direction
+            weights.copy_(after)
+            if kept is not None:
+                kept.copy_(after if self.keep == "fp32" else residual_of(after))
+            wish = after - before
+            self._realised = self._realised + torch.dot(self._master(weights, kept) - before, wish)
+            self._intended = self._intended + torch.dot(wish, wish)
+
+    @property
+    def update_kept(self) -> float:
+        """Projection of the last step's real movement on the intended one, of this rank's part: 1 if none was lost."""
+        intended = float(self._intended)
+        return float(self._realised) / intended if intended else 1.0
+
+    def _store(self, part: Part) -> torch.Tensor | None:
+        """What is kept of a part beside its 16-bit weights, made when first needed."""
+        state = self.state[part.parameter]
+        if self.keep == "none" or part.elements.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        if "kept" not in state:
+            state["kept"] = self.shards.new_state(part, torch.int16 if self.keep == "residual" else torch.float32)
+            if self.keep == "fp32":
+                self.shards.local(state["kept"]).copy_(part.elements)
+        return self.shards.local(state["kept"])
+
+    def _master(self, weights: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """A copy of the weights, with what is kept of them, in fp32 or better."""
+        if kept is not None and self.keep == "fp32":
+            return kept.clone()
+        master = weights.to(torch.float64 if weights.dtype == torch.float64 else torch.float32, copy=True)
+        if kept is not None:
+            add_residual_(master, kept)
+        return master
+
+    def named_state(self) -> Iterator[StatePart]:
+        """Hand out what this rank keeps beside its weights, by parameter name and place in the whole parameter.
+
+        With the weights and `progress` it is all that a run on other ranks or at another stage needs to go on.
+        """
+        for part in self.shards.parts():
+            for key, (start, values) in self._states(part).items():
+                yield StatePart(part.name, key, start, values)
+
+    def _states(self, part: Part) -> dict[str, tuple[int, torch.Tensor]]:
+        """All state of a part, made if there is none: by key, number of its first entry in that of the whole."""
+        store = self._store(part)
+        return {} if store is None else {"kept": (part.start, store)}
+
+    @torch.no_grad()
+    def load_named_state(self, parts: Iterable[StatePart], progress: Mapping[str, Any]) -> None:
+        """Take back what all ranks of a run handed out, of any number and placement; first load the weights.
+
+        Raises ValueError, before anything is changed, for the state of another method or of other options, and if an
+        entry that this rank needs is missing.
+        """
+        check_meaning(self, [progress])
+        offered: dict[tuple[str, str], list[StatePart]] = {}
+        for part in parts:
+            offered.setdefault((part.name, part.key), []).append(part)
+        own = [
+            (part.name, key, start, values)
+            for part in self.shards.parts()
+            for key, (start, values) in self._states(part).items()
+        ]
+        for name, key, start, values in own:
+            check_covered(name, key, start, len(values), offered.get((name, key), []))
+        for name, key, start, values in own:
+            for given in offered[name, key]:
+                given.copy_to(values, start)
+        self._set_progress(**progress)
+        self._loaded()
+        self.shards.publish()
+
+    def _make_state(self) -> None:
+        """Of all parameters, also where a rank has no elements or nothing is kept: all ranks save the same entries."""
+        for parameter in self._names:
+            self.state.setdefault(parameter, {})
+            self._states(self.shards.part(parameter))
+
+    def _makes_state_alone(self) -> bool:
+        """Whether `step` was called without anything to go by because all state is asked for; then it is made."""
+        asked = asks_for_state(self)
+        if asked:
+            self._make_state()
+            for parameter in self._names:
+                parameter.grad = None
+        return asked
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. Under FSDP2 state is laid as the parameters are, for torch.distributed.checkpoint."""
+        self._make_state()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, with the state in its own types; torch would cast it to the weights'.
+
+        Raises ValueError, before anything is changed, for the state of another method or of other options.
+        """
+        check_meaning(self, state_dict["param_groups"])
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        for number, parameter in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                self.state[parameter][key] = value.to(parameter.device, copy=True)
+        self._loaded()
+
+    def _loaded(self) -> None:
+        """Called when `progress` was loaded."""
+
+
+def backward_in_closure(optimizer: InPlaceOptimizer) -> str:
+    """Why a closure must not call backward."""
+    return (
+        f"The closure of {type(optimizer).__name__}.step called backward, which step does itself where it needs "
+        "gradients. Let the closure only compute the loss and return it."
+    )

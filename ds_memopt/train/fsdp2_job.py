@@ -1,0 +1,92 @@
+"""The main job under FSDP2 instead of DeepSpeed's engine."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from deepspeed.monitor.config import get_monitor_config
+from deepspeed.monitor.monitor import MonitorMaster
+
+from ds_memopt.engines.fsdp2_engine import Fsdp2Engine, shard
+from ds_memopt.optimizers import METHODS, InPlaceOptimizer
+from ds_memopt.train.config import SHARED_HYPERPARAMETERS
+from ds_memopt.train.loop import announce, pretrain_under
+from ds_memopt.train.options import Options
+from ds_memopt.train.presets import build_model, parameter_groups
+from ds_memopt.train.ranks import Ranks
+from ds_memopt.train.settings import Plan, make_plan
+
+logger = logging.getLogger("ds_memopt")
+
+HEARD = {
+    "optimizer", "gradient_clipping", "bf16", "train_batch_size", "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps", "tensorboard", "wandb", "comet", "csv_monitor",
+}  # fmt: skip
+"""Keys of a DeepSpeed config that mean something here; of "zero_optimization" nothing does."""
+WITHOUT_MEANING = {"zero_optimization", "steps_per_print", "wall_clock_breakdown"}
+
+
+def pretrain_fsdp2(options: Options) -> None:
+    """Run the main job, as `pretrain` does, with the method and batch of the DeepSpeed config but FSDP2's sharding."""
+    pretrain_under(plan_fsdp2, build_fsdp2, options)
+
+
+def plan_fsdp2(options: Options, ranks: Ranks) -> Plan:
+    """The plan without ZeRO. ValueError for what the config asks of DeepSpeed alone."""
+    plan = make_plan(options, ranks)
+    config = plan.config
+    fp16 = config.get("fp16", {}).get("enabled")
+    unheard = sorted({*config} - HEARD - WITHOUT_MEANING - (set() if fp16 else {"fp16"}))
+    unheard += [key for key in config.get("zero_optimization", {}) if "offload" in key]
+    if unheard:
+        raise ValueError(
+            f"{', '.join(unheard)} in {options.deepspeed_config} is DeepSpeed's, and FSDP2 would not hear it: remove "
+            "it, or run launch/pretrain.py"
+        )
+    name, params = config["optimizer"]["type"], config["optimizer"]["params"]
+    if name != "AdamW" and name not in METHODS:
+        raise ValueError(f"optimizer {name} runs inside DeepSpeed alone: choose AdamW or {', '.join(METHODS)}")
+    if name == "Addax":
+        raise ValueError(
+            "Addax has its batches divided by DeepSpeed's engine: run launch/pretrain.py, or call "
+            "optimizer.step(zo_closure, fo_closure) in a loop of your own"
+        )
+    if params.get("clip") == "two_pass":
+        raise ValueError(
+            f'{name} with clip="two_pass" runs each batch twice, which is not done here: take "tensor" or "none", or '
+            "run launch/pretrain.py"
+        )
+    if name == "AdamW":
+        params.pop("torch_adam", None)  # it is torch's
+        if other := sorted({*params} - {*SHARED_HYPERPARAMETERS}):
+            raise ValueError(f"{', '.join(other)} is no hyper-parameter of torch's AdamW: remove it")
+    config = {key: value for key, value in config.items() if key in HEARD}
+    return replace(plan, config=config, facts=plan.facts | {"zero_stage": "FSDP2"})
+
+
+def build_fsdp2(options: Options, plan: Plan, ranks: Ranks) -> Any:
+    """The model under FSDP2, with the optimizer and schedule of the plan."""
+    model = build_model(options.model, plan.model_config, options.seed, ranks.device, partitioned=False)
+    if options.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    announce(model, options, plan, ranks, "FSDP2")
+    name, params = plan.config["optimizer"]["type"], plan.config["optimizer"]["params"]
+    bf16 = plan.facts["dtype"] == "bf16"
+    in_place = issubclass(METHODS.get(name, torch.optim.AdamW), InPlaceOptimizer)
+    if in_place and bf16:  # no masters: the stored weights are those that it computes with
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    shard(model, bf16 and not in_place)
+    groups = parameter_groups(model, params.get("weight_decay"))
+    if name == "AdamW":
+        optimizer = torch.optim.AdamW(groups, **params)
+    else:
+        optimizer = METHODS[name].from_model(model, groups, **params)
+    clipping = plan.config["gradient_clipping"]
+    if in_place and clipping and ranks.is_main:
+        logger.warning("%s never has all gradients at once: gradient_clipping=%s is not applied.", name, clipping)
+    monitor = MonitorMaster(get_monitor_config(plan.config))
+    return Fsdp2Engine(model, optimizer, plan.lr_schedule(optimizer), plan.accumulation, clipping, monitor)

@@ -1,0 +1,226 @@
+"""Settling every setting of a run before a model exists: command line, then DeepSpeed config, then recipe."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import deepspeed.comm as dist
+import torch
+import transformers
+from deepspeed.git_version_info import installed_ops
+from torch.utils.cpp_extension import CUDA_HOME
+
+from ds_memopt.optimizers import METHODS, Addax, UpdatesInBackward, takes
+from ds_memopt.optimizers.base.hyper_parameters import check_values, rules_of
+from ds_memopt.results.record import METRICS
+from ds_memopt.train.config import (
+    AUTO,
+    SHARED_HYPERPARAMETERS,
+    choose,
+    load_config,
+    override_optimizer,
+    resolve_config,
+    zero_stage,
+)
+from ds_memopt.train.config_check import check_config, check_optimizer_type, check_rules
+from ds_memopt.train.options import RunOptions
+from ds_memopt.train.presets import Recipe, find_model, split_batch
+from ds_memopt.train.ranks import Ranks
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about a run that is settled before a model exists. lr_schedule builds the scheduler, None if the
+    DeepSpeed config has its own."""
+
+    output_dir: Path
+    config: dict[str, Any]  # resolved DeepSpeed config
+    model_config: transformers.PretrainedConfig
+    seq_length: int
+    micro_batch: int
+    accumulation: int
+    steps: int
+    logging_interval: int
+    validation_interval: int
+    save_interval: int
+    lr_schedule: Callable[[torch.optim.Optimizer], Any] | None
+    facts: dict[str, Any]  # what the trajectory depends on: a resumed run must share it
+
+    def is_due(self, step: int, interval: int) -> bool:
+        return bool(interval) and (step % interval == 0 or step == self.steps)
+
+
+def make_plan(
+    options: RunOptions,
+    ranks: Ranks,
+    find: Callable[[str], tuple[transformers.PretrainedConfig, Recipe]] = find_model,
+) -> Plan:
+    """Settle all settings, from command line, DeepSpeed config and recipe. ValueError for any that is wrong.
+
+    find: the configuration and recipe of the model that `--model` names.
+    """
+    options.check()
+    output_dir = Path(options.output_dir) if options.output_dir else _new_folder(options, ranks)
+    if not options.resume and (output_dir / METRICS).exists():
+        raise ValueError(
+            f"--output_dir {output_dir} already holds a run ({METRICS} exists): "
+            "continue it with --resume, or choose another --output_dir"
+        )
+    raw = load_config(options.deepspeed_config)
+    check_config(raw, options.deepspeed_config)
+    raw = _with_command_line(raw, options)
+    model_config, recipe = find(options.model)
+
+    method = METHODS.get(raw["optimizer"]["type"], object)
+    alone = 1 if issubclass(method, UpdatesInBackward) else None  # each of their micro-batches is a step
+    accumulation = choose(raw, "gradient_accumulation_steps", options.accumulation, alone)
+    micro_batch = choose(raw, "train_micro_batch_size_per_gpu", options.micro_batch, None)
+    if issubclass(method, Addax):
+        micro_batch = _with_halves(raw["optimizer"]["params"], micro_batch, recipe, ranks.world_size)
+    micro_batch, accumulation = split_batch(recipe, micro_batch, accumulation, ranks.world_size)
+    if _lacks_fused_adam(raw, ranks):
+        raw["optimizer"]["params"]["torch_adam"] = True
+        if ranks.is_main:
+            print("no CUDA toolkit to compile DeepSpeed's FusedAdam with: AdamW runs as torch.optim.AdamW", flush=True)
+
+    steps = options.steps or recipe.steps
+    warmup_steps = math.ceil(recipe.warmup_fraction * steps) if options.warmup_steps is None else options.warmup_steps
+    dtype = options.dtype or ("fp32" if ranks.device.type == "cpu" else "bf16")
+    config = resolve_config(
+        raw,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        world_size=ranks.world_size,
+        lr=choose(raw, "optimizer.params.lr", options.lr, recipe.lr),
+        betas=choose(raw, "optimizer.params.betas", options.betas and list(options.betas), recipe.betas),
+        eps=choose(raw, "optimizer.params.eps", options.eps, 1e-8),
+        weight_decay=choose(raw, "optimizer.params.weight_decay", options.weight_decay, recipe.weight_decay),
+        gradient_clipping=choose(raw, "gradient_clipping", options.gradient_clipping, 1.0),
+        dtype=dtype,
+        hidden_size=model_config.hidden_size,
+        steps=steps,
+        warmup_steps=warmup_steps,
+    )
+    for name, value in (("total_steps", steps), ("seed", options.seed)):
+        if takes(config["optimizer"]["type"], name):
+            config["optimizer"]["params"].setdefault(name, value)
+    dtype = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
+    check_rules(config, DTYPES[dtype])
+    seq_length = options.seq_length or recipe.seq_length
+    save_interval = options.save_interval
+    if save_interval is None:
+        save_interval = 0 if options.data == "synthetic" else steps
+    validation_interval = options.validation_interval
+    if validation_interval is None:
+        validation_interval = max(1, steps // 10)
+    facts = {
+        "model": options.model,
+        "data": options.data,
+        "optimizer": config["optimizer"],
+        "zero_stage": zero_stage(config),
+        "world_size": ranks.world_size,
+        "global_batch": micro_batch * accumulation * ranks.world_size,
+        "micro_batch": micro_batch,
+        "seq_length": seq_length,
+        "steps": steps,
+        "schedule": config.get("scheduler") or [options.schedule or "linear", warmup_steps],
+        "gradient_clipping": config["gradient_clipping"],
+        "dtype": dtype,
+        "seed": options.seed,
+    }
+    return Plan(
+        output_dir=output_dir,
+        config=config,
+        model_config=model_config,
+        seq_length=seq_length,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        steps=steps,
+        logging_interval=options.logging_interval or min(10, math.ceil(steps / 40)),
+        validation_interval=validation_interval,
+        save_interval=save_interval,
+        lr_schedule=_lr_schedule(config, options.schedule, warmup_steps, steps),
+        facts=json.loads(json.dumps(facts)),  # as a checkpoint gives them back: tuples are lists
+    )
+
+
+def _new_folder(options: RunOptions, ranks: Ranks) -> Path:
+    """The first free folder of runs/<job>-1, runs/<job>-2, ..., the same on all ranks."""
+    if options.resume:
+        raise ValueError("--resume continues the run of an --output_dir: name it")
+    number = next(number for number in itertools.count(1) if not Path(f"runs/{options.job}-{number}").exists())
+    chosen = [number]
+    dist.broadcast_object_list(chosen, src=0)
+    return Path(f"runs/{options.job}-{chosen[0]}")
+
+
+def _with_command_line(raw: dict[str, Any], options: RunOptions) -> dict[str, Any]:
+    """The config with --optimizer in it, and with "auto" wherever the command line must be heard."""
+    if options.optimizer:
+        raw = override_optimizer(raw, options.optimizer)
+    if "type" not in raw.get("optimizer", {}):
+        raise ValueError(f"{options.deepspeed_config} has no optimizer.type: add that block or pass --optimizer")
+    if raw.get("scheduler") and (options.schedule or options.warmup_steps is not None):
+        raise ValueError("--schedule and --warmup_steps have no effect beside the DeepSpeed config's scheduler block")
+    check_optimizer_type(raw["optimizer"]["type"])
+    params = raw["optimizer"].setdefault("params", {})
+    for name in SHARED_HYPERPARAMETERS:
+        if name == "lr" or getattr(options, name) is not None:
+            params.setdefault(name, AUTO)
+    if options.dtype:
+        enabled = raw.setdefault("bf16", {}).setdefault("enabled", AUTO)
+        if enabled not in (AUTO, options.dtype == "bf16") or raw.get("fp16", {}).get("enabled") is True:
+            raise ValueError(f"--dtype {options.dtype} contradicts bf16 or fp16 in {options.deepspeed_config}")
+    return raw
+
+
+def _with_halves(params: dict[str, Any], micro_batch: int | None, recipe: Recipe, world_size: int) -> int:
+    """Settle Addax's zo_batch and fo_batch; where they are not given, each is half of the micro-batch. Returns its
+    size."""
+    zo_batch, fo_batch = params.get("zo_batch"), params.get("fo_batch")
+    check_values(rules_of(Addax), {"zo_batch": zo_batch, "fo_batch": fo_batch})
+    if micro_batch is None:
+        micro_batch = zo_batch + fo_batch if zo_batch and fo_batch else split_batch(recipe, None, 1, world_size)[0]
+    zo_batch = zo_batch or (micro_batch - fo_batch if fo_batch else micro_batch // 2)
+    fo_batch = fo_batch or micro_batch - zo_batch
+    if min(zo_batch, fo_batch) < 1 or zo_batch + fo_batch != micro_batch:
+        raise ValueError(
+            f"a micro-batch of {micro_batch} sequences per rank cannot be zo_batch={zo_batch} long and "
+            f"fo_batch={fo_batch} short ones: both must be at least 1, and their sum the micro-batch; leave "
+            "--micro_batch and train_micro_batch_size_per_gpu out, or change one"
+        )
+    params.update(zo_batch=zo_batch, fo_batch=fo_batch)
+    return micro_batch
+
+
+def _lacks_fused_adam(config: dict[str, Any], ranks: Ranks) -> bool:
+    """Whether DeepSpeed would compile its FusedAdam on a GPU machine that has no nvcc, and fail."""
+    return (
+        ranks.device.type == "cuda"
+        and CUDA_HOME is None
+        and not installed_ops.get("fused_adam")
+        and config["optimizer"]["type"].lower() in ("adam", "adamw")
+        and "torch_adam" not in config["optimizer"]["params"]
+        and "offload_optimizer" not in config.get("zero_optimization", {})
+    )
+
+
+def _lr_schedule(config: dict[str, Any], name: str | None, warmup_steps: int, steps: int) -> Callable | None:
+    if config.get("scheduler"):
+        return None
+    name = name or "linear"
+    schedule = partial(transformers.get_scheduler, name, num_warmup_steps=warmup_steps, num_training_steps=steps)
+    try:  # a trial: a wrong name must fail now
+        schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
+    except ValueError as error:
+        raise ValueError(f"--schedule {name}: {error}") from error
+    return schedule

@@ -1,0 +1,117 @@
+"""Pre-train the same model with every method, three seeds each, and show the validation losses beside each other.
+
+    python launch/experiments/evidence.py --jobs 2
+
+AdamW's learning rate is swept over four values with the first seed, and the others' over three; each method then
+runs all seeds at its best. Runs are single processes of launch/pretrain.py; finished ones are kept and not run again.
+Writes evidence.md and evidence.png into the output folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+from runner import Run, Runner, load_config  # noqa: E402
+
+from ds_memopt.results.comparison import summarize  # noqa: E402
+from ds_memopt.results.record import read_metrics  # noqa: E402
+
+ADAMW_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
+
+
+def methods(adamw_lr: float) -> dict[str, tuple[str, dict, tuple[float, ...]]]:
+    """Name -> type, hyper-parameters, lrs to try. GWT's matrices see lr * scale, its other weights dense_lr."""
+    gwt = {"scale": 0.25, "dense_lr": adamw_lr}
+    rates = (4 * adamw_lr, 8 * adamw_lr, 16 * adamw_lr)
+    return {
+        "AdamMini": ("AdamMini", {}, (adamw_lr, adamw_lr / 2, adamw_lr / 4)),
+        "GWT-2": ("GWT", gwt | {"level": 2}, rates),
+        "GWT-3": ("GWT", gwt | {"level": 3}, rates),
+        "GWT-2 + AdamMini": ("GWT", gwt | {"level": 2, "base": "adam_mini"}, rates),
+    }
+
+
+class Evidence:
+    def __init__(self, runner: Runner, options: list[str]) -> None:
+        self._runner, self._options = runner, options
+
+    def run(self, runs: list[tuple[str, str, dict, float, int]]) -> list[Path]:
+        """Run (name, type, hyper-parameters, lr, seed) each; returns their folders."""
+        return self._runner.run([self._describe(*run) for run in runs])
+
+    def _describe(self, name: str, kind: str, params: dict, lr: float, seed: int) -> Run:
+        config = load_config("zero2_adamw", **({"torch_adam": True} if kind == "AdamW" else {}), **params)
+        config["optimizer"]["type"] = kind
+        options = ["--lr", f"{lr:g}", "--seed", str(seed), "--save_interval", "0", *self._options]
+        return Run(f"{name.replace(' ', '')}-lr{lr:g}-seed{seed}", "pretrain.py", config, options)
+
+
+def best(runner: Evidence, name: str, kind: str, params: dict, lrs: tuple[float, ...]) -> float:
+    """The learning rate with the lowest final validation loss at the first seed."""
+    folders = runner.run([(name, kind, params, lr, 0) for lr in lrs])
+    return min(zip(folders, lrs, strict=True), key=lambda pair: summarize(pair[0])["validation_loss"])[1]
+
+
+def table(results: dict[str, tuple[tuple[float, ...], float, list[Path]]]) -> str:
+    lines = [
+        "| method | lr tried | lr used | validation loss, mean | lowest to highest | state bytes/parameter |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (tried, lr, folders) in results.items():
+        runs = [summarize(folder) for folder in folders]
+        losses = [run["validation_loss"] for run in runs]
+        lines.append(
+            f"| {name} | {', '.join(f'{rate:g}' for rate in tried)} | {lr:g} | {statistics.mean(losses):.4f} "
+            f"| {min(losses):.4f} to {max(losses):.4f} | {runs[0]['optimizer_state_bytes_per_parameter']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: dict[str, tuple[tuple[float, ...], float, list[Path]]], path: Path) -> None:
+    """Validation loss over tokens: the mean of the seeds, and a band from the lowest to the highest."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for index, (name, (_, lr, folders)) in enumerate(results.items()):
+        curves = [[row for row in read_metrics(f) if row["validation_loss"] is not None] for f in folders]
+        tokens = [row["tokens"] / 1e6 for row in curves[0]]
+        losses = list(zip(*([row["validation_loss"] for row in curve] for curve in curves), strict=True))
+        mean = [statistics.mean(values) for values in losses]
+        axes.plot(tokens, mean, marker="os^Dv"[index], ms=4, label=f"{name}, lr {lr:g}")
+        axes.fill_between(tokens, [min(v) for v in losses], [max(v) for v in losses], alpha=0.2)
+    axes.set_xlabel("tokens seen (millions)")
+    axes.set_ylabel("validation loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/evidence"))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments, options = parser.parse_known_args()  # the rest goes to launch/pretrain.py
+    runner = Evidence(Runner(arguments.output_dir, arguments.jobs), options)
+
+    adamw_lr = best(runner, "AdamW", "AdamW", {}, ADAMW_LRS)
+    chosen = {"AdamW": ("AdamW", {}, ADAMW_LRS, adamw_lr)}
+    for name, (kind, params, lrs) in methods(adamw_lr).items():
+        chosen[name] = kind, params, lrs, best(runner, name, kind, params, lrs)
+    seeds = range(arguments.seeds)
+    folders = runner.run([(n, kind, params, lr, s) for n, (kind, params, _, lr) in chosen.items() for s in seeds])
+    results = {
+        name: (lrs, lr, folders[arguments.seeds * index : arguments.seeds * (index + 1)])
+        for index, (name, (_, _, lrs, lr)) in enumerate(chosen.items())
+    }
+    (arguments.output_dir / "evidence.md").write_text(table(results) + "\n")
+    plot(results, arguments.output_dir / "evidence.png")
+    print(table(results), f"\nplot: {arguments.output_dir / 'evidence.png'}")
+
+
+if __name__ == "__main__":
+    main()

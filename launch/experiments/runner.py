@@ -1,0 +1,60 @@
+"""Many runs of the jobs in this folder, each a single process, and the choice of a method's best hyper-parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ds_memopt.results.comparison import summarize
+
+LAUNCH = Path(__file__).resolve().parent.parent
+
+
+class Run(NamedTuple):
+    """name: of its folder. script: of this folder. config: for DeepSpeed. options: of the script."""
+
+    name: str
+    script: str
+    config: dict[str, Any]
+    options: list[str]
+
+
+def load_config(name: str, **params: Any) -> dict[str, Any]:
+    """A file of ds_configs with some of the optimizer's params changed."""
+    config = json.loads((LAUNCH.parent / "ds_configs" / f"{name}.json").read_text())
+    config["optimizer"]["params"] |= params
+    return config
+
+
+class Runner:
+    """Runs some at a time, in folders of `folder`; runs that have finished are kept and not run again."""
+
+    def __init__(self, folder: Path, jobs: int) -> None:
+        self._folder, self._jobs = folder, jobs
+
+    def run(self, runs: list[Run]) -> list[Path]:
+        """Their folders."""
+        with ThreadPoolExecutor(self._jobs) as pool:
+            return list(pool.map(self._one, runs))
+
+    def _one(self, run: Run) -> Path:
+        folder = self._folder / run.name
+        if (folder / "done").exists():
+            return folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "ds_config.json").write_text(json.dumps(run.config, indent=2))
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that did not finish
+        command = [sys.executable, LAUNCH / run.script, "--deepspeed_config", folder / "ds_config.json"]
+        command += ["--output_dir", folder, *run.options]
+        threads = str(max(1, (os.cpu_count() or 1) // self._jobs))
+        with open(folder / "log.txt", "w") as log:
+            environment = os.environ | {"OMP_NUM_THREADS": threads}
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        (folder / "done").touch()
+        print(f"{run.name}: {summarize(folder)['validation_loss']:.4f}", flush=True)
+        return folder

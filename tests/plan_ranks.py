@@ -1,0 +1,102 @@
+"""Worker of test_plan.py: what DeepSpeed's engines hold and send under every method and stage."""
+
+from __future__ import annotations
+
+import torch
+from tiny import ds_config, initialize, llama, local
+
+from ds_memopt.engines.held_bytes import gradient_bytes, held_bytes
+from ds_memopt.measure import CommunicationMeter
+
+SIZES = {"hidden_size": 45, "num_hidden_layers": 3, "num_attention_heads": 15}
+"""Of which no parameter divides by the ranks, and not the sum of them."""
+METHODS = {
+    "AdamW": {},
+    "AdamMini": {},
+    "GWT": {},
+    "GWT, adam_mini": {"base": "adam_mini"},
+    "BAdam": {"order": "ascending", "start_block": 1},
+    "BAdam, adam_mini": {"base": "adam_mini", "order": "descending"},
+    "MeZO": {"compiled": False},
+    "MeZO, one-sided": {"estimator": "one_sided", "keep": "fp32", "compiled": False},
+    "IPSGD": {},
+    "IPSGD, adalomo": {"rule": "adalomo"},
+    "IPSGD, two passes": {"clip": "two_pass"},
+    "Addax": {"length_threshold": 8, "compiled": False},
+}
+SMALL = {
+    "sub_group_size": 3000, "stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 0,
+    "reduce_bucket_size": 20000,
+}  # fmt: skip
+PLACEMENTS = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero3": {"stage": 3, **SMALL, "stage3_max_reuse_distance": 0},
+    # A layer has 28,745 elements: as in a model of usual size it stays gathered for both signs.
+    "zero3, a layer": {"stage": 3, **SMALL, "stage3_max_reuse_distance": 30000},
+    "zero3, all": {"stage": 3, **SMALL},
+}
+FP32 = [("AdamW", "zero2"), ("AdamMini", "zero3"), ("GWT", "zero0"), ("IPSGD", "zero1")]
+"""Tried in fp32 as well."""
+FEW = ("zero1", "zero3, a layer")
+"""Placements that cut parameters in all ways that there are."""
+
+
+def cases(ranks: int) -> list[tuple[str, str, str]]:
+    """(method, placement, dtype). To save time, options and more ranks, which change sizes alone, under few placements,
+    and the longest distance for one method of each way through the model."""
+    if ranks > 2:
+        return [(method, placement, "bf16") for method in METHODS if "," not in method for placement in FEW]
+    tried = [(method, placement) for method in METHODS for placement in (FEW if "," in method else PLACEMENTS)]
+    left_out = [(method, "zero3, all") for method in ("AdamMini", "GWT", "IPSGD")]
+    return [(*case, "bf16") for case in tried if case not in left_out] + [(*case, "fp32") for case in FP32]
+
+
+def type_of(method: str) -> str:
+    return method.split(",")[0]
+
+
+def param_groups(model) -> list[dict]:
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    return [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def halves(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Every third row is short."""
+    mask = torch.ones_like(tokens)
+    mask[::3, 8:] = 0
+    return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+
+
+def measured(method: str, placement: str, dtype: str) -> dict:
+    model, zero = llama(**SIZES), PLACEMENTS[placement]
+    bf16 = {"bf16": {"enabled": dtype == "bf16"}}
+    config = ds_config(zero["stage"], type_of(method), {"lr": 1e-4} | METHODS[method], **bf16)
+    config["zero_optimization"] = zero
+    engine = initialize(model, config, model_parameters=param_groups(model))
+    batches = [halves(batch) if method == "Addax" else {"input_ids": batch, "labels": batch} for batch in local(5)]
+    meter = CommunicationMeter()
+    for number, batch in enumerate(batches):
+        if number == 4:  # states are there, and ZeRO-3 has traced a step
+            meter.start()
+        engine.backward(engine(**batch).loss)
+        gradients = gradient_bytes(engine, engine.device)
+        engine.step()
+    meter.stop()
+    held = held_bytes(engine, engine.device)
+    result = {
+        "weights": held.pop("weights"),
+        "masters": held.pop("masters"),
+        "gradients": gradients,
+        "states": held,
+        "sent": {name: traffic.sent_bytes for name, traffic in meter.by_collective().items()},
+        "block": getattr(engine.basic_optimizer, "active_block", None),
+    }
+    engine.destroy()
+    return result
+
+
+def everything(ranks: int) -> dict:
+    return {case: measured(*case) for case in cases(ranks)}
