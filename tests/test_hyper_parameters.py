@@ -15,7 +15,6 @@ from torch import nn
 
 from ds_memopt.blocks import matching
 from ds_memopt.optimizers import METHODS
-from ds_memopt.optimizers.base.hyper_parameters import rules_of
 
 
 class Net(nn.Module):
@@ -68,7 +67,7 @@ def step(optimizer: torch.optim.Optimizer, model: Net, method: str) -> None:
 
 def attempt(method: str, values: dict) -> bool:
     """Whether the method takes the values, and makes a step to finite weights; if not, it has named one of them."""
-    base = {"compiled": False} if "compiled" in rules_of(METHODS[method]) else {}
+    base = {"compiled": False} if "compiled" in METHODS[method].hyper_parameters.rules() else {}
     if values.get("compiled", False) is None:
         return True  # right, and slow: it compiles at once
     model = Net()
@@ -85,7 +84,9 @@ def attempt(method: str, values: dict) -> bool:
 
 def rules_and_fitting(method: str) -> tuple[dict, dict[str, list]]:
     """The method's rules, and for each what it accepts of some values."""
-    rules = {name: rule for name, rule in rules_of(METHODS[method]).items() if name != "trajectory"}  # it writes files
+    rules = {
+        name: rule for name, rule in METHODS[method].hyper_parameters.rules().items() if name != "trajectory"
+    }  # it writes files
     some = [*LEAVES, [], ["mlp"], (0.9, 0.95), [0, 0.99]]
     return rules, {name: [value for value in some if rule.accepts(value)] for name, rule in rules.items()}
 
@@ -123,7 +124,7 @@ def test_any_two_values_are_refused_by_name_or_make_a_step(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_hyper_parameter_has_a_rule(method):
     taken = set(inspect.signature(METHODS[method]).parameters) - {"params", "model"}
-    assert taken == set(rules_of(METHODS[method]))
+    assert taken == set(METHODS[method].hyper_parameters.rules())
 
 
 SLOW = "takes more than 1.0 s to search 300 names. Write it without a repetition inside a repetition."

@@ -7,8 +7,9 @@ import torch
 from ds_memopt.optimizers.adam_mini import AdamMini
 from ds_memopt.optimizers.addax import Addax
 from ds_memopt.optimizers.badam import BAdam
+from ds_memopt.optimizers.base.named_state import StatePart, check_meaning
 from ds_memopt.optimizers.base.naming import METHOD_KEY
-from ds_memopt.optimizers.block_state.sharded_optimizer import ShardedOptimizer, StatePart, check_meaning
+from ds_memopt.optimizers.block_state.sharded_optimizer import ShardedOptimizer
 from ds_memopt.optimizers.gwt import GWT
 from ds_memopt.optimizers.ipsgd import IPSGD
 from ds_memopt.optimizers.mezo import MeZO

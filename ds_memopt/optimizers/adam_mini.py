@@ -6,18 +6,44 @@ the partition of Algorithm 3 as released in the package adam-mini 1.1.1 (rows fo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
 from ds_memopt.blocks import ParamBlocks
-from ds_memopt.optimizers.base.hyper_parameters import ADAM, HEAD_DIM, VALUE_BLOCKS, checked, choice
+from ds_memopt.optimizers.base.hyper_parameters import (
+    HEAD_DIM,
+    VALUE_BLOCKS,
+    AdamHyperParameters,
+    choice,
+    hyper_parameter,
+)
 from ds_memopt.optimizers.block_state.block_index import BlockPlan, Piece
 from ds_memopt.optimizers.block_state.sharded_optimizer import ELEMENT, ShardedOptimizer
 
 STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamMiniHyperParameters(AdamHyperParameters):
+    """Those of AdamW, and three of Adam-mini's own."""
+
+    state_dtype: Literal["fp32", "bf16"] = hyper_parameter(
+        "fp32",
+        choice(*STATE_DTYPES, remedy="'fp32' is exact."),
+        "How m is kept; 'bf16' takes 2 bytes per parameter. The step itself is computed in fp32.",
+    )
+    value_blocks: Literal["rows", "whole"] = hyper_parameter(
+        "rows",
+        VALUE_BLOCKS,
+        "Blocks of the attention's V: 'rows', or 'whole' (one block), which the paper advises for runs of less than "
+        "10,000 to 20,000 steps.",
+    )
+    head_dim: int | None = hyper_parameter(
+        None, HEAD_DIM, "Rows of a head in query and key matrices; only where no model is given to read it from."
+    )
 
 
 class AdamMini(ShardedOptimizer):
@@ -32,46 +58,20 @@ class AdamMini(ShardedOptimizer):
     per parameter of a Llama with fp32 m.
 
     params: named parameters (`model.named_parameters()`) or param groups of them. Prefer `AdamMini.from_model`.
-    lr, betas, eps, weight_decay: as in AdamW; read from the param group at every step.
-    state_dtype: how m is kept, "fp32" or "bf16" (2 bytes per parameter; the step itself is computed in fp32).
-    value_blocks: blocks of the attention's V: "rows", or "whole" (one block), which the paper advises for runs of less
-        than 10,000 to 20,000 steps.
-    head_dim: rows of a head in query and key matrices; only where no model is given to read it from.
     model: the model that the parameters belong to, whose structure tells the blocks.
+    All else: `AdamMiniHyperParameters`.
 
     Raises ValueError for a hyper-parameter out of range, for parameters without names, and for query or key matrices
     whose head size nothing tells.
     """
 
+    hyper_parameters = AdamMiniHyperParameters
+    hyper: AdamMiniHyperParameters
     states = {"exp_avg": ELEMENT, "block_exp_avg_sq": "block"}
+    needs_heads = True
 
-    @checked(
-        **ADAM,
-        state_dtype=choice(*STATE_DTYPES, remedy="'fp32' is exact."),
-        value_blocks=VALUE_BLOCKS,
-        head_dim=HEAD_DIM,
-    )
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        state_dtype: Literal["fp32", "bf16"] = "fp32",
-        value_blocks: Literal["rows", "whole"] = "rows",
-        head_dim: int | None = None,
-        model: nn.Module | None = None,
-    ) -> None:
-        super().__init__(
-            params,
-            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
-            model=model,
-            head_dim=head_dim,
-            value_blocks=value_blocks,
-            element_dtype=STATE_DTYPES[state_dtype],
-        )
+    def configure(self) -> None:
+        self.element_dtype = STATE_DTYPES[self.hyper.state_dtype]
 
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
         return {"block": dict(roles)}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from ds_memopt.blocks import Contiguous, ParamBlocks
 from ds_memopt.optimizers.adam_mini import adam_piece
-from ds_memopt.optimizers.base.hyper_parameters import ADAM, checked
+from ds_memopt.optimizers.base.hyper_parameters import AdamHyperParameters
 from ds_memopt.optimizers.block_state.block_index import BlockPlan
 from ds_memopt.optimizers.block_state.sharded_optimizer import ELEMENT, ShardedOptimizer
 from ds_memopt.shards import numel_of
@@ -18,25 +17,12 @@ from ds_memopt.shards import numel_of
 class AdamW(ShardedOptimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) under any placement: torch's formula, per element.
 
-    State: "exp_avg" and "exp_avg_sq", in fp32: 8 bytes per parameter. lr, betas, eps, weight_decay: as torch's.
+    State: "exp_avg" and "exp_avg_sq", in fp32: 8 bytes per parameter.
     """
 
     states = {"exp_avg": ELEMENT, "exp_avg_sq": ELEMENT}
 
-    @checked(**ADAM)
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        model: nn.Module | None = None,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        head_dim = 1 if model is None else None  # no rule looks at heads
-        super().__init__(params, defaults, model=model, head_dim=head_dim, value_blocks="rows")
+    hyper_parameters = AdamHyperParameters
 
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
         whole = {

@@ -8,26 +8,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ds_memopt.optimizers.base.hyper_parameters import checked, either, integer, real
-from ds_memopt.optimizers.mezo import PROBE, MeZO
+from ds_memopt.optimizers.base.hyper_parameters import LR, either, hyper_parameter, integer, real
+from ds_memopt.optimizers.mezo import MeZO, ProbeHyperParameters
 from ds_memopt.optimizers.probes.noise import NOISE_VERSION
 from ds_memopt.optimizers.probes.trajectory import SKIPPED
-from ds_memopt.optimizers.stored_weights.in_place_optimizer import IN_PLACE
+from ds_memopt.optimizers.stored_weights.in_place_optimizer import InPlaceHyperParameters
 from ds_memopt.optimizers.stored_weights.repeat import repeatable
 from ds_memopt.optimizers.stored_weights.updates_in_backward import (
-    CLIPPING,
     Bucket,
+    ClippingHyperParameters,
     UpdatesInBackward,
     add_gradient,
     sum_and_count,
 )
 from ds_memopt.shards import Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class AddaxHyperParameters(ProbeHyperParameters, ClippingHyperParameters, InPlaceHyperParameters):
+    """What all in-place methods have, those of the probe, how gradients are clipped, and Addax's own."""
+
+    positional = ("lr", "alpha", "epsilon", "weight_decay")
+    probes, estimator, momentum, normalize = 1, "two_sided", 0.0, False
+    layer_fraction, rank, refresh_every, magnitude_fraction, layers = 1.0, 0, 1000, 1.0, None
+
+    lr: float = hyper_parameter(1e-4, LR, "Learning rate; lr * alpha is what MeZO has for lr.", True)
+    alpha: float = hyper_parameter(1e-3, real("[0, 1]", "1e-3 is usual."), "Share of the zeroth-order half.")
+    length_threshold: int | Literal["auto"] | None = hyper_parameter(
+        "auto",
+        either(integer(1, None, "Try 'auto'."), "auto", None),
+        "Tokens, of the longest rows in the first-order half; None: rows are not told apart (Addax-WA), and of each "
+        "rank's batch the first zo_batch rows are the zeroth-order half; 'auto': the largest number that fits "
+        "memory_gib, measured at the first batch.",
+    )
+    zo_batch: int | None = hyper_parameter(
+        None,
+        either(integer(1, None, "Leave it out."), None),
+        "Rows of the zeroth-order half on each rank, K0, for samplers, Addax-WA and 'auto'.",
+    )
+    fo_batch: int | None = hyper_parameter(
+        None, either(integer(1, None, "Leave it out."), None), "Rows of the first-order half on each rank, K1."
+    )
+    memory_gib: float | None = hyper_parameter(
+        None,
+        either(real("(0, 1e6]", "Leave it out on a GPU."), None),
+        "What a rank may use, for 'auto'; by default what the device has.",
+    )
 
 
 class Addax(UpdatesInBackward, MeZO):
@@ -44,61 +77,22 @@ class Addax(UpdatesInBackward, MeZO):
     what it has reached by then is updated, and the rest is not.
 
     params: named parameters (`model.named_parameters()`) or param groups of them. Prefer `Addax.from_model`.
-    lr, weight_decay: read from the param group at every step. alpha: share of the zeroth-order half; lr * alpha is what
-        MeZO has for lr.
-    length_threshold: tokens, of the longest rows in the first-order half; None: rows are not told apart (Addax-WA), and
-        of each rank's batch the first zo_batch rows are the zeroth-order half; "auto": the largest number that fits
-        memory_gib, measured at the first batch.
-    zo_batch, fo_batch: rows of each half on each rank, K0 and K1, for samplers, Addax-WA and "auto".
-    memory_gib: what a rank may use, for "auto"; by default what the device has.
-    epsilon, noise, keep, seed, lockstep, compiled, trajectory: as in MeZO. clip, max_norm: of g1, as in IPSGD.
-    model: the model that the parameters belong to.
+    model: the model that the parameters belong to. All else: `AddaxHyperParameters`.
 
     Raises ValueError for a hyper-parameter out of range.
     """
 
-    @checked(
-        **IN_PLACE,
-        **PROBE,
-        **CLIPPING,
-        alpha=real("[0, 1]", "1e-3 is usual."),
-        length_threshold=either(integer(1, None, "Try 'auto'."), "auto", None),
-        zo_batch=either(integer(1, None, "Leave it out."), None),
-        fo_batch=either(integer(1, None, "Leave it out."), None),
-        memory_gib=either(real("(0, 1e6]", "Leave it out on a GPU."), None),
-    )
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-4,
-        alpha: float = 1e-3,
-        epsilon: float = 1e-3,
-        weight_decay: float = 0.0,
-        *,
-        length_threshold: int | Literal["auto"] | None = "auto",
-        zo_batch: int | None = None,
-        fo_batch: int | None = None,
-        memory_gib: float | None = None,
-        noise: Literal["gaussian", "rademacher"] = "gaussian",
-        keep: Literal["residual", "fp32", "none"] = "residual",
-        clip: Literal["none", "tensor", "two_pass"] = "none",
-        max_norm: float = 1.0,
-        seed: int = 0,
-        lockstep: bool = True,
-        compiled: bool | None = None,
-        trajectory: str | None = None,
-        model: nn.Module | None = None,
-    ) -> None:
-        self.alpha, self.length_threshold, self.memory_gib = alpha, length_threshold, memory_gib
-        self.zo_batch, self.fo_batch = zo_batch, fo_batch
-        self._set_clip(clip, max_norm)
-        super().__init__(
-            params, lr, epsilon, weight_decay, noise=noise, keep=keep, seed=seed, lockstep=lockstep, compiled=compiled,
-            trajectory=trajectory, model=model,
-        )  # fmt: skip
+    hyper_parameters = AddaxHyperParameters
+    hyper: AddaxHyperParameters
+
+    def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
+        super().__init__(params, *positional, model=model, **named)
+        hyper = self.hyper
+        self.alpha, self.length_threshold, self.memory_gib = hyper.alpha, hyper.length_threshold, hyper.memory_gib
+        self.zo_batch, self.fo_batch = hyper.zo_batch, hyper.fo_batch
         # Not the threshold and the batches: with others a run may go on.
-        own = {"alpha": alpha, "clip": clip, "max_norm": max_norm}
-        self._describe(self.hyper | own, self.progress, f"noise version {NOISE_VERSION}")
+        own = {"alpha": hyper.alpha, "clip": hyper.clip, "max_norm": hyper.max_norm}
+        self._describe(self.described | own, self.progress, f"noise version {NOISE_VERSION}")
         self._watch()
         self._terms: list[tuple[int, int, float]] = []
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,25 +19,21 @@ from ds_memopt.blocks import ParamBlocks, bare_parameters, full_shape, partition
 from ds_memopt.optimizers.adam_mini import AdamMini
 from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.optimizers.base.hyper_parameters import (
-    ADAM,
     CHECKED_BY_ITS_USER,
+    AdamHyperParameters,
     check_hyper_parameters,
     check_range,
-    checked,
     choice,
     either,
     flag,
+    hyper_parameter,
     integer,
     patterns,
 )
+from ds_memopt.optimizers.base.named_optimizer import make_log_visible
+from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_meaning
 from ds_memopt.optimizers.block_state.block_index import BlockPlan
-from ds_memopt.optimizers.block_state.sharded_optimizer import (
-    STATE_KEY,
-    ShardedOptimizer,
-    StatePart,
-    check_meaning,
-    make_log_visible,
-)
+from ds_memopt.optimizers.block_state.sharded_optimizer import ShardedOptimizer
 from ds_memopt.optimizers.gwt import GWT
 from ds_memopt.optimizers.rotation.visit_order import ORDERS, Rotation
 from ds_memopt.optimizers.stored_weights.residual import add_residual_, residual_of
@@ -60,6 +57,77 @@ class Position(NamedTuple):
     visit_step: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class BAdamHyperParameters(AdamHyperParameters):
+    """Those of AdamW, and BAdam's own.
+
+    Raises ValueError for a field that its rule does not accept, and for base_options that the base rule does not take.
+    """
+
+    switch_every: int | Literal["auto"] = hyper_parameter(
+        USUAL_SWITCH_EVERY,
+        either(integer(1, None, "50 to 100 is usual."), "auto"),
+        "Steps per visit of a block, K; 'auto' is total_steps / D, but from 10 to 100.",
+    )
+    total_steps: int | None = hyper_parameter(
+        None,
+        either(integer(1, None, "Leave it out if it is not known."), None),
+        "Steps of the whole run, if known. DeepSpeed's scheduler tells it where it has total_num_steps.",
+    )
+    order: Literal["random", "descending", "ascending", "fixed"] = hyper_parameter(
+        "random",
+        choice(*ORDERS, remedy="'random' is usual."),
+        "'random' (a new permutation for every round through the blocks), 'descending' (from the output down), "
+        "'ascending' or 'fixed' (one block for ever).",
+    )
+    start_block: int | None = hyper_parameter(
+        None, CHECKED_BY_ITS_USER, "Number of the first block, except for order='random'."
+    )
+    blocks: Literal["layer", "sublayer"] | Sequence[Sequence[str]] = hyper_parameter(
+        "layer",
+        CHECKED_BY_ITS_USER,
+        "'layer', 'sublayer' (attention and MLP apart) or lists of regular expressions, one list per block.",
+    )
+    include_embedding: bool = hyper_parameter(False, flag("false is usual."), "Whether the embedding is a block.")
+    include_lm_head: bool = hyper_parameter(
+        False, flag("false is usual."), "Whether the final norm with the head is a block."
+    )
+    always_active: Sequence[str] = hyper_parameter(
+        (),
+        patterns('Try ["norm"].'),
+        "Regular expressions for parameters that train in every block; their state starts anew as well.",
+    )
+    base: Literal["adamw", "adam_mini", "gwt"] = hyper_parameter(
+        "adamw", choice(*BASES, remedy="'adamw' is the paper's."), "Rule of the active block."
+    )
+    base_options: Mapping[str, Any] | None = hyper_parameter(
+        None, CHECKED_BY_ITS_USER, "The base rule's own hyper-parameters."
+    )
+    keep_residual: bool = hyper_parameter(
+        False,
+        flag("false is usual."),
+        "Keep what rounding to bf16 drops of a block's fp32 masters, in 16 bits per parameter, sharded as they are, so "
+        "that updates far below a weight's precision add up over the visits. Not for always_active.",
+    )
+    seed: int = hyper_parameter(0, integer(0, None, "0 is usual."), "Of the random order.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options = self.own_options
+        own = isinstance(options, Mapping) and not {*options} & {*self.of_groups()}
+        limit = "an object of the base rule's own hyper-parameters"
+        check_range("base_options", options, own, limit, "Give lr, betas, eps and weight_decay to BAdam.")
+        try:
+            check_hyper_parameters(BASES[self.base], options)
+        except ValueError as error:
+            raise ValueError(f"base_options: {error}") from None
+
+    @property
+    def own_options(self) -> Mapping[str, Any]:
+        """base_options, empty where there are none."""
+        return {} if self.base_options is None else self.base_options
+
+
 class BAdam(ShardedOptimizer):
     """BAdam under any placement. The parameters are partitioned into D blocks; of these one is active for K =
     switch_every steps of the base rule, with fresh state and bias correction; the others do not require gradients.
@@ -67,60 +135,16 @@ class BAdam(ShardedOptimizer):
     State of the active block only: with base="adamw" 8 bytes per active parameter, and an engine's fp32 master besides.
 
     params: named parameters (`model.named_parameters()`) or param groups of them. Prefer `BAdam.from_model`.
-    lr, betas, eps, weight_decay: as in AdamW; read from the param group at every step.
-    switch_every: steps per visit, or "auto": total_steps / D, but from 10 to 100.
-    total_steps: steps of the whole run, if known. DeepSpeed's scheduler tells it where it has "total_num_steps".
-    order: "random" (a new permutation for every round through the blocks), "descending" (from the output down),
-        "ascending" or "fixed" (one block for ever). start_block: number of the first block, except for "random".
-    blocks: "layer", "sublayer" (attention and MLP apart) or lists of regular expressions, one list per block.
-    include_embedding, include_lm_head: whether the embedding, and final norm with head, are blocks as well.
-    always_active: regular expressions for parameters that train in every block (their state starts anew as well).
-    base: rule of the active block: "adamw", "adam_mini" or "gwt"; base_options: its own hyper-parameters.
-    keep_residual: keep what rounding to bf16 drops of a block's fp32 masters, in 16 bits per parameter, sharded as they
-        are, so that updates far below a weight's precision add up over the visits. Not for always_active.
-    seed: of the random order.
-    model: the model that the parameters belong to.
+    model: the model that the parameters belong to. All else: `BAdamHyperParameters`.
 
     Raises ValueError for a hyper-parameter out of range and for what `partition_into_blocks` refuses.
     """
 
-    @checked(
-        **ADAM,
-        switch_every=either(integer(1, None, "50 to 100 is usual."), "auto"),
-        total_steps=either(integer(1, None, "Leave it out if it is not known."), None),
-        order=choice(*ORDERS, remedy="'random' is usual."),
-        start_block=CHECKED_BY_ITS_USER,
-        blocks=CHECKED_BY_ITS_USER,
-        include_embedding=flag("false is usual."),
-        include_lm_head=flag("false is usual."),
-        always_active=patterns('Try ["norm"].'),
-        base=choice(*BASES, remedy="'adamw' is the paper's."),
-        base_options=CHECKED_BY_ITS_USER,
-        keep_residual=flag("false is usual."),
-        seed=integer(0, None, "0 is usual."),
-    )
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        switch_every: int | Literal["auto"] = USUAL_SWITCH_EVERY,
-        total_steps: int | None = None,
-        order: Literal["random", "descending", "ascending", "fixed"] = "random",
-        start_block: int | None = None,
-        blocks: Literal["layer", "sublayer"] | Sequence[Sequence[str]] = "layer",
-        include_embedding: bool = False,
-        include_lm_head: bool = False,
-        always_active: Sequence[str] = (),
-        base: Literal["adamw", "adam_mini", "gwt"] = "adamw",
-        base_options: Mapping[str, Any] | None = None,
-        keep_residual: bool = False,
-        seed: int = 0,
-        model: nn.Module | None = None,
-    ) -> None:
+    hyper_parameters = BAdamHyperParameters
+    hyper: BAdamHyperParameters
+
+    def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
+        hyper = self.hyper_parameters.bind(positional, named)
         if model is None:
             raise ValueError("BAdam needs the model, whose layers are its blocks. Use BAdam.from_model(model, ...).")
         groups = list(params)
@@ -128,51 +152,45 @@ class BAdam(ShardedOptimizer):
         groups = [group | {"params": list(group["params"])} for group in groups]
         if not all(isinstance(entry, tuple) for group in groups for entry in group["params"]):
             raise ValueError("BAdam needs the parameters' names. Build it with BAdam.from_model(model, ...).")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        base_options = {} if base_options is None else base_options
-        self.check_together(base, base_options)
-        self.rule = BASES[base]([dict(group) for group in groups], **defaults, **base_options, model=model)
-        self.states, self.keep_residual = self.rule.states, keep_residual
+        defaults = hyper.of_groups()
+        self.rule = BASES[hyper.base]([dict(group) for group in groups], **defaults, **hyper.own_options, model=model)
+        self.states, self.element_dtype = self.rule.states, self.rule.element_dtype
+        self.keep_residual = hyper.keep_residual
         self._residuals: dict[str, torch.Tensor] = {}
         self._stepped = self._warned = False
-        super().__init__(
-            groups, defaults, model=model, head_dim=None, value_blocks="rows", element_dtype=self.rule.element_dtype
-        )
+        super().__init__(groups, *positional, model=model, **named)
         self._pairs = [
             [(name, p) for name, p in zip(group["param_names"], group["params"], strict=True) if p.requires_grad]
             for group in self.param_groups
         ]
         self._groups = list(self.param_groups)
         self.partition = partition_into_blocks(
-            model, self._named(), blocks, include_embedding, include_lm_head, always_active
+            model,
+            self._named(),
+            hyper.blocks,
+            hyper.include_embedding,
+            hyper.include_lm_head,
+            hyper.always_active,
         )
         self._blocks = list(self.partition.blocks)
-        last = len(self._blocks) - 1
-        if start_block is None:
-            start_block = last if order == "descending" else 0
-        elif order == "random":
-            raise ValueError(f'start_block={start_block} has no meaning with order="random". Leave it out.')
-        integer(0, last, "Leave it out.").check("start_block", start_block)
-        self.rotation = Rotation(len(self._blocks), order, start_block, seed)
-        self.switch_every = _automatic(total_steps, len(self._blocks)) if switch_every == "auto" else switch_every
+        self.rotation = Rotation(len(self._blocks), hyper.order, self._first_block(), hyper.seed)
+        automatic = hyper.switch_every == "auto"
+        self.switch_every = _automatic(hyper.total_steps, len(self._blocks)) if automatic else hyper.switch_every
         listed = zlib.crc32(repr((self.partition, self.rotation)).encode())
         for group in self.param_groups:
             group[STATE_KEY] = f"BAdam, switch_every {self.switch_every}, rotation {listed:08x}, {group[STATE_KEY]}"
         self._guard = BlockGuard(model, type(self))
-        self._log(total_steps)
+        self._log(hyper.total_steps)
         self._activate(Position(0, 0))
 
-    @staticmethod
-    def check_together(base: str = "adamw", base_options: Mapping[str, Any] | None = None, **_: Any) -> None:
-        """Raise ValueError for base_options that the base rule does not take."""
-        base_options = {} if base_options is None else base_options
-        own = isinstance(base_options, Mapping) and not {*base_options} & {*ADAM}
-        limit = "an object of the base rule's own hyper-parameters"
-        check_range("base_options", base_options, own, limit, "Give lr, betas, eps and weight_decay to BAdam.")
-        try:
-            check_hyper_parameters(BASES[base], base_options)
-        except ValueError as error:
-            raise ValueError(f"base_options: {error}") from None
+    def _first_block(self) -> int:
+        last, start, order = len(self._blocks) - 1, self.hyper.start_block, self.hyper.order
+        if start is None:
+            return last if order == "descending" else 0
+        if order == "random":
+            raise ValueError(f'start_block={start} has no meaning with order="random". Leave it out.')
+        integer(0, last, "Leave it out.").check("start_block", start)
+        return start
 
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
         return self.rule.structures

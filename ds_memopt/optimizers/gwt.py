@@ -17,21 +17,21 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from torch import nn
 
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled, format_assignment, matching
 from ds_memopt.optimizers.adam_mini import adam_piece, block_adam
 from ds_memopt.optimizers.base.hyper_parameters import (
-    ADAM,
     HEAD_DIM,
     VALUE_BLOCKS,
+    AdamHyperParameters,
     check_range,
-    checked,
     choice,
     either,
+    hyper_parameter,
     integer,
     patterns,
     real,
@@ -57,6 +57,57 @@ BASES = {
 
 LARGEST_RATIO = 1e6
 """Of dense_lr to lr: it multiplies steps in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GWTHyperParameters(AdamHyperParameters):
+    """Those of AdamW, and GWT's own.
+
+    Raises ValueError for a field that its rule does not accept, and for a dense_lr of more than 1e6 times lr.
+    """
+
+    level: int = hyper_parameter(2, integer(1, 5, "2 is usual."), "Depth of the transform.")
+    scale: float = hyper_parameter(
+        0.25, real("(0, 1e6]", "0.25 is usual."), "Factor on the updates of transformed matrices."
+    )
+    dense_lr: float | None = hyper_parameter(
+        None,
+        either(real("[0, 1e6]", "Leave it out to use lr."), None),
+        "Learning rate of all other parameters where the group's is `lr`; it follows the group's schedule.",
+    )
+    limiter: float | None = hyper_parameter(
+        1.01,
+        either(real("(1, 1e6]", "Try 1.01, or null for no limit."), None),
+        "Largest growth of an update that is larger than usual from one step to the next, or None.",
+    )
+    variant: Literal["stable", "paper"] = hyper_parameter(
+        "stable", choice("stable", "paper", remedy="'stable' is safe."), "See `GWT`: 'paper' needs a warm-up from 0."
+    )
+    base: Literal["adam", "adam_mini"] = hyper_parameter(
+        "adam",
+        choice(*BASES, remedy="'adam' is the paper's."),
+        "'adam', or 'adam_mini': one v per row or head, from all of the row's or head's elements.",
+    )
+    include: Sequence[str] = hyper_parameter(
+        (), patterns('Try ["mlp"].'), "Regular expressions for parameter names to transform besides."
+    )
+    exclude: Sequence[str] = hyper_parameter(
+        (), patterns('Try ["mlp"].'), "Regular expressions for parameter names to leave dense; it wins over include."
+    )
+    head_dim: int | None = hyper_parameter(None, HEAD_DIM, "As in AdamMini; it matters for base='adam_mini' only.")
+    value_blocks: Literal["rows", "whole"] = hyper_parameter(
+        "rows", VALUE_BLOCKS, "As in AdamMini; it matters for base='adam_mini' only."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limit = "at most 1e6 times lr"
+        check_range("dense_lr", self.dense_lr, self.dense_ratio <= LARGEST_RATIO, limit, "Leave it out to use lr.")
+
+    @property
+    def dense_ratio(self) -> float:
+        """dense_lr / lr."""
+        return 1.0 if self.dense_lr is None else self.dense_lr / self.lr if self.lr else math.inf
 
 
 class GWT(ShardedOptimizer):
@@ -88,73 +139,28 @@ class GWT(ShardedOptimizer):
     8 * (rho / k + 1 - rho) bytes per parameter. With base="adam_mini" "block_exp_avg_sq", one entry per row and head,
     takes the place of both second moments: 4 * (rho / k + 1 - rho) bytes and a little.
 
+    With variant="paper" v is the moving average of A^2, both bias corrections multiply the whole update, eps is added
+    to sqrt(v) before them, L looks at the norm of the approximation only, has n in the place of max(n, 1) and freezes a
+    matrix whose first gradient is zero, and weight decay comes last. Its first steps are up to 300 times larger than
+    later ones: it needs a warm-up from a learning rate of 0.
+
     params: named parameters (`model.named_parameters()`) or param groups of them. Prefer `GWT.from_model`.
-    lr, betas, eps, weight_decay: as in AdamW; read from the param group at every step.
-    level: depth of the transform, 1 to 5. scale: factor on the updates of transformed matrices.
-    dense_lr: learning rate of all other parameters where the group's is `lr`; it follows the group's schedule.
-    limiter: largest growth of an update that is larger than usual from one step to the next, or None.
-    variant: "stable" as above, or "paper": v is the moving average of A^2, both bias corrections multiply the whole
-        update, eps is added to sqrt(v) before them, L looks at the norm of the approximation only, has n in the place
-        of max(n, 1) and freezes a matrix whose first gradient is zero, and weight decay comes last. Its first steps
-        are up to 300 times larger than later ones: it needs a warm-up from a learning rate of 0.
-    base: "adam", or "adam_mini": one v per row or head, from all of the row's or head's elements.
-    include, exclude: regular expressions for parameter names to transform besides, or to leave dense; exclude wins.
-    head_dim, value_blocks, model: as in `AdamMini`; the first two matter for base="adam_mini" only. Weights stored
-        [in, out] have blocks of rows there.
+    model: as in `AdamMini`. Weights stored [in, out] have blocks of rows here. All else: `GWTHyperParameters`.
 
     Raises ValueError for a hyper-parameter out of range and for a pattern that matches nothing or what cannot be
     transformed (fewer than two dimensions, or a last axis shorter than k).
     """
 
-    @checked(
-        **ADAM,
-        level=integer(1, 5, "2 is usual."),
-        scale=real("(0, 1e6]", "0.25 is usual."),
-        dense_lr=either(real("[0, 1e6]", "Leave it out to use lr."), None),
-        limiter=either(real("(1, 1e6]", "Try 1.01, or null for no limit."), None),
-        variant=choice("stable", "paper", remedy="'stable' is safe."),
-        base=choice(*BASES, remedy="'adam' is the paper's."),
-        include=patterns('Try ["mlp"].'),
-        exclude=patterns('Try ["mlp"].'),
-        head_dim=HEAD_DIM,
-        value_blocks=VALUE_BLOCKS,
-    )
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        *,
-        level: int = 2,
-        scale: float = 0.25,
-        dense_lr: float | None = None,
-        limiter: float | None = 1.01,
-        variant: Literal["stable", "paper"] = "stable",
-        base: Literal["adam", "adam_mini"] = "adam",
-        include: Sequence[str] = (),
-        exclude: Sequence[str] = (),
-        head_dim: int | None = None,
-        value_blocks: Literal["rows", "whole"] = "rows",
-        model: nn.Module | None = None,
-    ) -> None:
-        ratio = 1.0 if dense_lr is None else dense_lr / lr if lr else math.inf
-        check_range("dense_lr", dense_lr, ratio <= LARGEST_RATIO, "at most 1e6 times lr", "Leave it out to use lr.")
-        self.period, self.limiter, self.paper = 2**level, limiter, variant == "paper"
-        self.by_block = base == "adam_mini"
-        self.scale, self.dense_scale = scale, ratio
-        self.include, self.exclude = tuple(include), tuple(exclude)
-        self.states = {"approximation": "group", "exp_avg": "dense", "update_norm": "matrix", **BASES[base]}
-        if base == "adam" and model is None and head_dim is None:
-            head_dim = 1  # no rule of "adam" looks at heads
-        super().__init__(
-            params,
-            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
-            model=model,
-            head_dim=head_dim,
-            value_blocks=value_blocks,
-        )
+    hyper_parameters = GWTHyperParameters
+    hyper: GWTHyperParameters
+
+    def configure(self) -> None:
+        hyper = self.hyper
+        self.period, self.limiter, self.paper = 2**hyper.level, hyper.limiter, hyper.variant == "paper"
+        self.by_block = self.needs_heads = hyper.base == "adam_mini"
+        self.scale, self.dense_scale = hyper.scale, hyper.dense_ratio
+        self.include, self.exclude = tuple(hyper.include), tuple(hyper.exclude)
+        self.states = {"approximation": "group", "exp_avg": "dense", "update_norm": "matrix", **BASES[hyper.base]}
 
     def state_meaning(self) -> str:
         return f"GWT, level {self.period.bit_length() - 1}, {'paper' if self.paper else 'stable by root mean square'}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -16,14 +17,14 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import full_shape
-from ds_memopt.optimizers.base.hyper_parameters import checked, choice
-from ds_memopt.optimizers.block_state.sharded_optimizer import make_log_visible
+from ds_memopt.optimizers.base.hyper_parameters import choice, hyper_parameter
+from ds_memopt.optimizers.base.named_optimizer import make_log_visible
 from ds_memopt.optimizers.stored_weights.adalomo import AdaLomo
-from ds_memopt.optimizers.stored_weights.in_place_optimizer import IN_PLACE
+from ds_memopt.optimizers.stored_weights.in_place_optimizer import InPlaceHyperParameters
 from ds_memopt.optimizers.stored_weights.repeat import repeatable
 from ds_memopt.optimizers.stored_weights.updates_in_backward import (
-    CLIPPING,
     Bucket,
+    ClippingHyperParameters,
     UpdatesInBackward,
     add_gradient,
     sum_and_count,
@@ -31,6 +32,18 @@ from ds_memopt.optimizers.stored_weights.updates_in_backward import (
 from ds_memopt.shards import Part, is_first_rank
 
 logger = logging.getLogger("ds_memopt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class IPSGDHyperParameters(InPlaceHyperParameters, ClippingHyperParameters):
+    """What all in-place methods have, how gradients are clipped, and the rule."""
+
+    rule: Literal["sgd", "adalomo"] = hyper_parameter(
+        "sgd",
+        choice("sgd", "adalomo", remedy="'sgd' is usual."),
+        "'sgd', or 'adalomo': g over the root of its factored second moment, in steps relative to the size of a "
+        "parameter, see `AdaLomo`. Its state is one number per row and column of a matrix.",
+    )
 
 
 class IPSGD(UpdatesInBackward):
@@ -41,34 +54,19 @@ class IPSGD(UpdatesInBackward):
     If backward raises an exception, what it has reached by then is updated, and the rest is not.
 
     params: named parameters (`model.named_parameters()`) or param groups of them. Prefer `IPSGD.from_model`.
-    lr, weight_decay: read from the param group at every step.
-    rule: "sgd", or "adalomo": g over the root of its factored second moment, in steps relative to the size of a
-        parameter, see `AdaLomo`. Its state is one number per row and column of a matrix.
-    clip, max_norm: "none"; "tensor": no parameter's gradient has a larger norm than max_norm; "two_pass": nor have all
-        together, which takes a second forward and backward.
-    keep: what becomes of an update below a 16-bit weight's precision, see `InPlaceOptimizer`.
-    model: the model that the parameters belong to.
+    model: the model that the parameters belong to. All else: `IPSGDHyperParameters`.
 
     Raises ValueError for a hyper-parameter out of range.
     """
 
-    @checked(**IN_PLACE, **CLIPPING, rule=choice("sgd", "adalomo", remedy="'sgd' is usual."))
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-3,
-        weight_decay: float = 0.0,
-        *,
-        rule: Literal["sgd", "adalomo"] = "sgd",
-        clip: Literal["none", "tensor", "two_pass"] = "none",
-        max_norm: float = 1.0,
-        keep: Literal["residual", "fp32", "none"] = "residual",
-        model: nn.Module | None = None,
-    ) -> None:
-        self._set_clip(clip, max_norm)
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, keep=keep, model=model)
-        self._rule = AdaLomo() if rule == "adalomo" else None
-        self._describe({"rule": rule, "clip": clip, "max_norm": max_norm, "keep": keep}, {})
+    hyper_parameters = IPSGDHyperParameters
+    hyper: IPSGDHyperParameters
+
+    def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
+        super().__init__(params, *positional, model=model, **named)
+        hyper = self.hyper
+        self._rule = AdaLomo() if hyper.rule == "adalomo" else None
+        self._describe({"rule": hyper.rule, "clip": hyper.clip, "max_norm": hyper.max_norm, "keep": hyper.keep}, {})
         self._watch()
         self._told = False
 

@@ -12,6 +12,7 @@ import logging
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -19,15 +20,30 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import bare_parameters, partition_into_blocks
-from ds_memopt.optimizers.base.hyper_parameters import check_range, checked, choice, either, flag, integer, path, real
-from ds_memopt.optimizers.block_state.sharded_optimizer import make_log_visible
+from ds_memopt.optimizers.base.hyper_parameters import (
+    LR,
+    HyperParameters,
+    check_range,
+    choice,
+    either,
+    flag,
+    hyper_parameter,
+    integer,
+    path,
+    real,
+)
+from ds_memopt.optimizers.base.named_optimizer import make_log_visible
 from ds_memopt.optimizers.probes.checksum import as_hex, checksum
-from ds_memopt.optimizers.probes.directions import PICKING, Directions
+from ds_memopt.optimizers.probes.directions import DirectionHyperParameters, Directions
 from ds_memopt.optimizers.probes.lockstep import Lockstep
 from ds_memopt.optimizers.probes.noise import NOISE_VERSION, Noise
 from ds_memopt.optimizers.probes.perturb import Perturbation
 from ds_memopt.optimizers.probes.trajectory import SKIPPED, TrajectoryHeader, TrajectoryWriter, check_writable
-from ds_memopt.optimizers.stored_weights.in_place_optimizer import IN_PLACE, InPlaceOptimizer, backward_in_closure
+from ds_memopt.optimizers.stored_weights.in_place_optimizer import (
+    InPlaceHyperParameters,
+    InPlaceOptimizer,
+    backward_in_closure,
+)
 from ds_memopt.shards import Part, is_first_rank, on_first_rank
 from ds_memopt.support import refuse
 
@@ -50,15 +66,60 @@ def check_epsilon(epsilon: float, dtype: torch.dtype) -> None:
     check_range("epsilon", epsilon, epsilon >= least, limit, "1e-3 is usual.")
 
 
-PROBE = {
-    "epsilon": real("(0, 1]", "1e-3 is usual."),
-    "noise": choice("gaussian", "rademacher", remedy="'gaussian' is the paper's."),
-    "seed": integer(-(2**63), 2**64 - 1, "0 is usual."),
-    "lockstep": flag("true is usual."),
-    "compiled": either(flag("Leave it out."), None),
-    "trajectory": either(path("Name a new file."), None),
-}
-"""The hyper-parameters that Addax has as well."""
+@dataclass(frozen=True, kw_only=True)
+class ProbeHyperParameters(HyperParameters):
+    """Those of a probe of the loss, which Addax has as well."""
+
+    epsilon: float = hyper_parameter(1e-3, real("(0, 1]", "1e-3 is usual."), "Size of the probe.")
+    noise: Literal["gaussian", "rademacher"] = hyper_parameter(
+        "gaussian",
+        choice("gaussian", "rademacher", remedy="'gaussian' is the paper's."),
+        "Distribution of z; 'rademacher': +1 and -1.",
+    )
+    seed: int = hyper_parameter(0, integer(-(2**63), 2**64 - 1, "0 is usual."), "Of all noise.")
+    lockstep: bool = hyper_parameter(
+        True,
+        flag("true is usual."),
+        "At ZeRO-3 run both signs through a layer while it is gathered, if the first step shows the same losses.",
+    )
+    compiled: bool | None = hyper_parameter(
+        None,
+        either(flag("Leave it out."), None),
+        "Generate noise with torch.compile, the same numbers faster; None: if that works here.",
+    )
+    trajectory: str | None = hyper_parameter(
+        None,
+        either(path("Name a new file."), None),
+        "File to write each step's scalars to, from which `ds-memopt replay` rebuilds the weights, or None. A new one, "
+        "unless the run resumes: then its own. The first rank writes it; with it, building the method is a collective.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeZOHyperParameters(DirectionHyperParameters, ProbeHyperParameters, InPlaceHyperParameters):
+    """What all in-place methods have, those of the probe and of its directions, and MeZO's own."""
+
+    positional = ("lr", "epsilon", "weight_decay")
+
+    lr: float = hyper_parameter(1e-6, LR, "Learning rate; the paper uses 1e-7 to 1e-6.", True)
+    probes: int = hyper_parameter(1, integer(1, 10_000, "1 is usual."), "n, directions per step.")
+    estimator: Literal["two_sided", "one_sided"] = hyper_parameter(
+        "two_sided",
+        choice("two_sided", "one_sided", remedy="'two_sided' is the paper's."),
+        "How g is taken from the losses, see `MeZO`.",
+    )
+    momentum: float = hyper_parameter(
+        0.0,
+        real("[0, 0.999]", "0 is usual."),
+        "b of the average (1 - b) * sum_i b^i g_{t-i} z_{t-i}, whose noise is recomputed at every step from the last "
+        "g: no state per parameter, but up to log(0.01) / log(b) times the noise of an update.",
+    )
+    normalize: bool = hyper_parameter(
+        False,
+        flag("false is usual."),
+        "Divide g by the root of its squares' moving average (decay 0.99): what is left of Adam's second moment, which "
+        "is nearly the same for all parameters here.",
+    )
 
 
 class _Unwritten:
@@ -86,80 +147,41 @@ class MeZO(InPlaceOptimizer):
     parameter's name and the element's index, so that it is the same on any number of ranks. No gradients, no masters.
 
     params: named parameters (`model.named_parameters()`) or param groups of them. Prefer `MeZO.from_model`.
-    lr: the paper uses 1e-7 to 1e-6. weight_decay: read, as lr is, from the param group at every step.
-    epsilon: size of the probe. probes: n. noise: "gaussian", or "rademacher": +1 and -1.
-    keep: what becomes of an update below a 16-bit weight's precision: "residual" keeps it in 2 bytes per parameter
-        (bf16 only), "fp32" in a master copy of 4 bytes, "none" rounds it away. fp32 weights lose nothing anyway.
-    momentum: b of the average (1 - b) * sum_i b^i g_{t-i} z_{t-i}, whose noise is recomputed at every step from the
-        last g: no state per parameter, but up to log(0.01) / log(b) times the noise of an update.
-    normalize: divide g by the root of its squares' moving average (decay 0.99): what is left of Adam's second moment,
-        which is nearly the same for all parameters here.
-    layer_fraction, rank, refresh_every, magnitude_fraction, layers: LeZO, SubZero and Sparse-MeZO, see `Directions`.
-    seed: of all noise. compiled: generate it with torch.compile, the same numbers faster; None: if that works here.
-    lockstep: at ZeRO-3 run both signs through a layer while it is gathered, if the first step shows the same losses.
-    trajectory: file to write each step's scalars to, from which `ds-memopt replay` rebuilds the weights, or None. A new
-        one, unless the run resumes: then its own. The first rank writes it; with it, building MeZO is a collective.
-    model: the model that the parameters belong to.
+    model: the model that the parameters belong to. All else: `MeZOHyperParameters`.
 
     Raises ValueError for a hyper-parameter out of range, for keep="residual" with fp16 weights, and for a trajectory
     that cannot be written.
     """
 
-    @checked(
-        **IN_PLACE,
-        **PROBE,
-        **PICKING,
-        probes=integer(1, 10_000, "1 is usual."),
-        estimator=choice("two_sided", "one_sided", remedy="'two_sided' is the paper's."),
-        momentum=real("[0, 0.999]", "0 is usual."),
-        normalize=flag("false is usual."),
-    )
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 1e-6,
-        epsilon: float = 1e-3,
-        weight_decay: float = 0.0,
-        *,
-        probes: int = 1,
-        noise: Literal["gaussian", "rademacher"] = "gaussian",
-        estimator: Literal["two_sided", "one_sided"] = "two_sided",
-        keep: Literal["residual", "fp32", "none"] = "residual",
-        momentum: float = 0.0,
-        normalize: bool = False,
-        layer_fraction: float = 1.0,
-        rank: int = 0,
-        refresh_every: int = 1000,
-        magnitude_fraction: float = 1.0,
-        layers: list[list[str]] | None = None,
-        seed: int = 0,
-        lockstep: bool = True,
-        compiled: bool | None = None,
-        trajectory: str | None = None,
-        model: nn.Module | None = None,
-    ) -> None:
-        self.epsilon, self.probes, self.two_sided = epsilon, probes, estimator == "two_sided"
-        self.momentum, self.normalize, self.lockstep = momentum, normalize, lockstep
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay}, keep=keep, model=model)
+    hyper_parameters = MeZOHyperParameters
+    hyper: MeZOHyperParameters
+
+    def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
+        super().__init__(params, *positional, model=model, **named)
+        hyper = self.hyper
+        epsilon, noise, keep, seed, layers = hyper.epsilon, hyper.noise, hyper.keep, hyper.seed, hyper.layers
+        self.epsilon, self.probes, self.two_sided = epsilon, hyper.probes, hyper.estimator == "two_sided"
+        self.momentum, self.normalize, self.lockstep = hyper.momentum, hyper.normalize, hyper.lockstep
         for weights_dtype in {p.dtype for p in self._names}:
             check_epsilon(epsilon, weights_dtype)
         self._perturbation: Perturbation | None = None
         self._reach_checked = False
         self._sums: torch.Tensor | None = None
-        compiled = self._can_compile(noise) if compiled is None else compiled
-        picked = layer_fraction, rank, refresh_every, magnitude_fraction, layers
+        compiled = self._can_compile(noise) if hyper.compiled is None else hyper.compiled
+        picked = hyper.layer_fraction, hyper.rank, hyper.refresh_every, hyper.magnitude_fraction, layers
         self.directions = Directions(model, self._names, noise, seed, compiled, *picked)
-        hyper = {
-            "epsilon": epsilon, "probes": probes, "noise": noise, "estimator": estimator, "keep": keep,
-            "momentum": momentum, "normalize": normalize, "layer_fraction": layer_fraction, "rank": rank,
-            "refresh_every": refresh_every, "magnitude_fraction": magnitude_fraction, "seed": seed,
+        described = {
+            "epsilon": epsilon, "probes": hyper.probes, "noise": noise, "estimator": hyper.estimator, "keep": keep,
+            "momentum": hyper.momentum, "normalize": hyper.normalize, "layer_fraction": hyper.layer_fraction,
+            "rank": hyper.rank, "refresh_every": hyper.refresh_every, "magnitude_fraction": hyper.magnitude_fraction,
+            "seed": seed,
         }  # fmt: skip
         start = {"history": [], "mean_square": 0.0, "thresholds": {}, "base_checksum": ""}
         told = [] if layers is None else [f"layers {zlib.crc32(json.dumps(self.directions.layers).encode()):08x}"]
-        self._describe(hyper, start, *told, f"noise version {NOISE_VERSION}")
-        self.trajectory, self._writer = trajectory, None
-        if trajectory is not None:
-            on_first_rank(partial(check_writable, trajectory))
+        self._describe(described, start, *told, f"noise version {NOISE_VERSION}")
+        self.trajectory, self._writer = hyper.trajectory, None
+        if self.trajectory is not None:
+            on_first_rank(partial(check_writable, self.trajectory))
 
     def release(self) -> None:
         super().release()
@@ -374,7 +396,7 @@ class MeZO(InPlaceOptimizer):
         decays = [group["weight_decay"] for group in self.param_groups]
         header = TrajectoryHeader(
             method=type(self).__name__,
-            hyper=self.hyper | {"weight_decay": decays, "layers": self.directions.layers},
+            hyper=self.described | {"weight_decay": decays, "layers": self.directions.layers},
             probes=self.probes,
             parameters=[[self._names[p] for p in group["params"] if p in self._names] for group in self.param_groups],
             base_checksum=self.progress["base_checksum"],

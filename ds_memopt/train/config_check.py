@@ -16,12 +16,18 @@ from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
 from ds_memopt.engines.config_keys import BATCH, Watched, closest
 from ds_memopt.optimizers import METHODS
-from ds_memopt.optimizers.base.hyper_parameters import ADAM, check_hyper_parameters, check_values
+from ds_memopt.optimizers.base.hyper_parameters import (
+    AdamHyperParameters,
+    check_hyper_parameters,
+    check_values,
+)
 from ds_memopt.optimizers.mezo import check_epsilon
 from ds_memopt.train.config import AUTO, places, value_at
 
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-_ANY_ADAM = {name: rule for name, rule in ADAM.items() if name != "eps"}  # which may be 0 elsewhere
+_ANY_ADAM = {
+    name: rule for name, rule in AdamHyperParameters.rules().items() if name != "eps"
+}  # which may be 0 elsewhere
 _BLOCKS = ("optimizer", "scheduler", "zero_optimization", "bf16", "fp16")
 
 

@@ -18,7 +18,7 @@ from deepspeed.git_version_info import installed_ops
 from torch.utils.cpp_extension import CUDA_HOME
 
 from ds_memopt.optimizers import METHODS, Addax, UpdatesInBackward, takes
-from ds_memopt.optimizers.base.hyper_parameters import check_values, rules_of
+from ds_memopt.optimizers.base.hyper_parameters import check_values
 from ds_memopt.results.record import METRICS
 from ds_memopt.train.config import (
     AUTO,
@@ -187,7 +187,7 @@ def _with_halves(params: dict[str, Any], micro_batch: int | None, recipe: Recipe
     """Settle Addax's zo_batch and fo_batch; where they are not given, each is half of the micro-batch. Returns its
     size."""
     zo_batch, fo_batch = params.get("zo_batch"), params.get("fo_batch")
-    check_values(rules_of(Addax), {"zo_batch": zo_batch, "fo_batch": fo_batch})
+    check_values(Addax.hyper_parameters.rules(), {"zo_batch": zo_batch, "fo_batch": fo_batch})
     if micro_batch is None:
         micro_batch = zo_batch + fo_batch if zo_batch and fo_batch else split_batch(recipe, None, 1, world_size)[0]
     zo_batch = zo_batch or (micro_batch - fo_batch if fo_batch else micro_batch // 2)

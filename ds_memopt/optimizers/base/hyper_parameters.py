@@ -1,4 +1,6 @@
-"""What hyper-parameters may be: one rule for each, held against every value before anything is built of it.
+"""What a method may be told: a frozen dataclass per method, with a default, a rule and a meaning for each field.
+
+From it come the signature, the check of a ds_config, the texts of `ds-memopt methods` and the tables of the documents.
 
 JSON may hold a string, a list or 1e400 where a number is meant, so a rule takes any object and answers without an
 error.
@@ -7,11 +9,11 @@ error.
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 
@@ -101,19 +103,15 @@ CHECKED_BY_ITS_USER = Rule(lambda value: True, "", "")
 
 LR = real("[0, 1e6]", "1e-3 to 1e-5 is usual.", tensor=True)
 WEIGHT_DECAY = real("[0, 1e6]", "Try 0.1.", tensor=True)
+"""The limits of 1e6, here and elsewhere, keep products within fp32."""
 _BETA = real("[0, 1)", "", tensor=True)
-ADAM = {
-    "lr": LR,
-    "betas": Rule(
-        lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_BETA.accepts, value)),
-        "two numbers in [0, 1)",
-        "Try (0.9, 0.95).",
-    ),
-    # Neither 0 nor what fp32 rounds to it: a block without gradient would divide 0 by 0.
-    "eps": real("[1e-30, 1)", "1e-8 is usual.", tensor=True),
-    "weight_decay": WEIGHT_DECAY,
-}
-"""The hyper-parameters of AdamW. The limits of 1e6, here and elsewhere, keep products within fp32."""
+BETAS = Rule(
+    lambda value: isinstance(value, tuple | list) and len(value) == 2 and all(map(_BETA.accepts, value)),
+    "two numbers in [0, 1)",
+    "Try (0.9, 0.95).",
+)
+# Neither 0 nor what fp32 rounds to it: a block without gradient would divide 0 by 0.
+EPS = real("[1e-30, 1)", "1e-8 is usual.", tensor=True)
 
 VALUE_BLOCKS = choice("rows", "whole", remedy="'rows' is usual.")
 HEAD_DIM = either(integer(1, None, "Leave it out where there is a model."), None)
@@ -124,26 +122,73 @@ OF_ADAMW_ALONE = (
 )  # fmt: skip
 """Words of a config that was written for an AdamW, DeepSpeed's or torch's. No word of ours is meant by them."""
 
-_NOT_HYPER_PARAMETERS = ("self", "params", "model")
+
+def hyper_parameter(default: Any, rule: Rule, meaning: str, per_group: bool = False) -> Any:
+    """A field of `HyperParameters`. meaning: a sentence or two. per_group: param groups have it, and may change it."""
+    return field(default=default, metadata={"rule": rule, "meaning": meaning, "per_group": per_group})
 
 
-def checked(**rules: Rule) -> Callable:
-    """An optimizer's __init__ that holds its arguments against the rules first: there must be one for each."""
+@dataclass(frozen=True, kw_only=True)
+class HyperParameters:
+    """What one method may be told. positional: the fields that may be given without their names, in this order.
 
-    def decorate(init: Callable) -> Callable:
-        signature = inspect.signature(init)
-        named = [name for name in signature.parameters if name not in _NOT_HYPER_PARAMETERS]
-        assert sorted(named) == sorted(rules), f"rules for {sorted(rules)}, arguments {sorted(named)}"
+    Raises ValueError for the first field whose value its rule does not accept.
+    """
 
-        @functools.wraps(init)
-        def checking(*args: Any, **kwargs: Any) -> None:
-            check_values(rules, signature.bind(*args, **kwargs).arguments)
-            init(*args, **kwargs)
+    positional: ClassVar[tuple[str, ...]] = ()
 
-        checking.rules = rules
-        return checking
+    def __post_init__(self) -> None:
+        check_values(self.rules(), {one.name: getattr(self, one.name) for one in fields(self)})
 
-    return decorate
+    @classmethod
+    def rules(cls) -> dict[str, Rule]:
+        return {one.name: one.metadata["rule"] for one in fields(cls)}
+
+    @classmethod
+    def signature(cls) -> inspect.Signature:
+        """Of the method's constructor: the parameters, the fields, the model."""
+        by_name, made = {one.name: one for one in fields(cls)}, []
+        for name in (*cls.positional, *(name for name in by_name if name not in cls.positional)):
+            kind = inspect.Parameter.POSITIONAL_OR_KEYWORD if name in cls.positional else inspect.Parameter.KEYWORD_ONLY
+            one = by_name[name]
+            made.append(inspect.Parameter(name, kind, default=one.default, annotation=one.type))
+        params = inspect.Parameter("params", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Iterable)
+        model = inspect.Parameter("model", inspect.Parameter.KEYWORD_ONLY, default=None, annotation="nn.Module | None")
+        return inspect.Signature([params, *made, model])
+
+    @classmethod
+    def bind(cls, positional: tuple, named: Mapping[str, Any]) -> Self:
+        """From what a constructor was given after the parameters. TypeError as of any function."""
+        given = cls.signature().bind(None, *positional, **named).arguments
+        del given["params"]
+        return cls(**given)
+
+    def of_groups(self) -> dict[str, Any]:
+        """The defaults of a param group."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["per_group"]}
+
+    @classmethod
+    def table(cls) -> str:
+        """A Markdown table of the fields."""
+        rows = [
+            f"| `{one.name}` | `{one.default!r}` | {one.metadata['rule'].limit} | {one.metadata['meaning']} |"
+            for one in fields(cls)
+        ]
+        return "\n".join(["| name | default | must be | meaning |", "|---|---|---|---|", *rows])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamHyperParameters(HyperParameters):
+    """Those of AdamW."""
+
+    positional = ("lr", "betas", "eps", "weight_decay")
+
+    lr: float = hyper_parameter(1e-3, LR, "Learning rate; read from the param group at every step.", True)
+    betas: tuple[float, float] = hyper_parameter(
+        (0.9, 0.999), BETAS, "Decay of the first and of the second moment, as in AdamW.", True
+    )
+    eps: float = hyper_parameter(1e-8, EPS, "Added to the root of the second moment, as in AdamW.", True)
+    weight_decay: float = hyper_parameter(0.0, WEIGHT_DECAY, "Decoupled from the gradient, as in AdamW.", True)
 
 
 def check_values(rules: Mapping[str, Rule], values: Mapping[str, Any]) -> None:
@@ -153,20 +198,16 @@ def check_values(rules: Mapping[str, Rule], values: Mapping[str, Any]) -> None:
             rules[name].check(name, value)
 
 
-def rules_of(cls: type) -> dict[str, Rule]:
-    return getattr(cls.__init__, "rules", {})
-
-
-def check_hyper_parameters(cls: type, given: Mapping[str, Any]) -> None:
+def check_hyper_parameters(method: type, given: Mapping[str, Any]) -> None:
     """Raise ValueError for the first of `given` that is no hyper-parameter of the method, with the nearest that is, or
     whose value can be none."""
-    known = [name for name in inspect.signature(cls.__init__).parameters if name not in _NOT_HYPER_PARAMETERS]
+    known = list(method.hyper_parameters.rules())
     for name in given:
         if name in known:
             continue
         listed = f"It takes {', '.join(known)}."
         if name in OF_ADAMW_ALONE:
-            adams = f"{name!r} is AdamW's and has no meaning for {cls.__name__}: leave it out."
+            adams = f"{name!r} is AdamW's and has no meaning for {method.__name__}: leave it out."
             if name == "eps" and "epsilon" in known:
                 adams += (
                     " The 'epsilon' here is another thing, the size of the probe, 1e-3 as a rule: with Adam's 1e-8 the "
@@ -175,7 +216,5 @@ def check_hyper_parameters(cls: type, given: Mapping[str, Any]) -> None:
             raise ValueError(f"{adams} {listed}")
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5) if isinstance(name, str) else []
         hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise ValueError(f"{name!r} is no hyper-parameter of {cls.__name__}.{hint} {listed}")
-    check_values(rules_of(cls), given)
-    if hasattr(cls, "check_together"):  # hyper-parameters that depend on each other
-        cls.check_together(**given)
+        raise ValueError(f"{name!r} is no hyper-parameter of {method.__name__}.{hint} {listed}")
+    method.hyper_parameters(**given)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,79 +19,63 @@ from ds_memopt.blocks import (
     format_assignment,
     full_shape,
 )
-from ds_memopt.optimizers.base.hyper_parameters import check_hyper_parameters, check_values, rules_of
-from ds_memopt.optimizers.base.naming import check_current, check_named_group, named_groups, with_names
+from ds_memopt.optimizers.base.named_optimizer import NamedOptimizer, asks_for_state, make_log_visible
+from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_covered, check_meaning
+from ds_memopt.optimizers.base.naming import check_current
 from ds_memopt.optimizers.block_state.block_index import BlockPlan, step_dtype
 from ds_memopt.shards import Placement, PlainPlacement, is_first_rank
 
 logger = logging.getLogger("ds_memopt")
 
 
-class StatePart(NamedTuple):
-    """Entries [start, start + len(values)) of the state `key` of a whole parameter, whatever rank holds them.
-
-    Per-element states count elements of the flattened parameter, per-block states its blocks; "step" is one entry.
-    """
-
-    name: str
-    key: str
-    start: int
-    values: torch.Tensor
-
-    def copy_to(self, target: torch.Tensor, start: int) -> None:
-        """Copy into target, which holds the entries from `start` on, what the two have in common."""
-        low, high = max(start, self.start), min(start + len(target), self.start + len(self.values))
-        if low < high:
-            target[low - start : high - start].copy_(self.values[low - self.start : high - self.start])
-
-
-STATE_KEY = "ds_memopt_state"
-"""Key of every param group of ours: what its state means, so that state of another meaning is refused on load."""
-
 ELEMENT = "element"
 """The structure of a state that has one entry per element and is laid like the parameter itself."""
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(NamedOptimizer):
     """An optimizer whose rule knows which parameter, and which part of it, each of its elements belongs to.
 
     params: named parameters, as `model.named_parameters()` gives them, or param groups of such pairs.
-    defaults: the hyper-parameters of a param group.
     model: the model that the parameters belong to; its structure tells the roles. Without it names and shapes must do.
-    head_dim, value_blocks: see `ds_memopt.blocks`.
-    element_dtype: how states of one entry per element are kept; by default in fp32 (fp64 for fp64 parameters).
 
     A subclass names in `states` each tensor of its state and the structure whose blocks it has one entry of, or
-    ELEMENT; it cuts the parameters into those structures in `build_structures`, and implements `update`.
+    ELEMENT; it cuts the parameters into those structures in `build_structures`, and implements `update`. In
+    `configure` it may set what follows, `states` and whatever it makes of its hyper-parameters.
+
+    element_dtype: how states of one entry per element are kept; by default in fp32 (fp64 for fp64 parameters).
+    needs_heads: whether the rule looks at heads, so that without a model `head_dim` must be given.
     """
 
-    states: ClassVar[dict[str, str]] = {}
+    states: Mapping[str, str] = {}
+    element_dtype: torch.dtype | None = None
+    needs_heads = False
 
-    def __init__(
-        self,
-        params: Iterable,
-        defaults: dict[str, Any],
-        *,
-        model: nn.Module | None,
-        head_dim: int | None,
-        value_blocks: str,
-        element_dtype: torch.dtype | None = None,
-    ) -> None:
-        if model is not None and head_dim is not None:
-            raise ValueError(f"head_dim={head_dim} has no meaning where a model tells its heads. Leave it out.")
-        self.element_dtype = element_dtype
+    def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
+        self.hyper = self.hyper_parameters.bind(positional, named)
+        self.configure()
+        self._head_dim = getattr(self.hyper, "head_dim", None)
+        if model is not None and self._head_dim is not None:
+            raise ValueError(f"head_dim={self._head_dim} has no meaning where a model tells its heads. Leave it out.")
+        if model is None and self._head_dim is None and not self.needs_heads:
+            self._head_dim = 1
+        self._value_blocks = getattr(self.hyper, "value_blocks", "rows")
         self._placement: Placement = PlainPlacement()
         self._bound = False
         self._plans: dict[tuple, tuple[tuple[weakref.ref, ...], dict[str, BlockPlan]]] = {}
         self._model = weakref.ref(model) if model is not None else None
-        self._head_dim, self._value_blocks = head_dim, value_blocks
-        self.roles: dict[str, ParamBlocks] = assign_blocks(model, value_blocks) if model is not None else {}
+        self.roles: dict[str, ParamBlocks] = assign_blocks(model, self._value_blocks) if model is not None else {}
         self.structures: dict[str, dict[str, ParamBlocks]] = {}
-        super().__init__(params, defaults)
+        super().__init__(params, self.hyper.of_groups())
         self._rebuild_structures()
         if is_first_rank():
             make_log_visible()
             self.log_structures()
+
+    def configure(self) -> None:
+        """Take what is needed from the hyper-parameters. The parameters are not known yet."""
+
+    def the_model(self) -> nn.Module | None:
+        return self._model() if self._model is not None else None
 
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
         """For each structure that the rule needs, how it cuts each parameter. roles: what each parameter is."""
@@ -114,23 +97,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """What the state holds, as far as the method's options change it: state of another meaning is not loaded."""
         return type(self).__name__
 
-    @classmethod
-    def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
-        """Build the optimizer for a model, whose structure tells heads, rows and layers.
-
-        params: the model's parameters to train, or param groups of them; by default all that require gradients, in two
-        groups: matrices, and biases, norms and all with fewer than two dimensions, which get no weight decay.
-
-        Raises ValueError for an unknown hyper-parameter, one out of range, or a parameter that is not the model's.
-        """
-        check_hyper_parameters(cls, hyper_parameters)
-        return cls(named_groups(model, params), model=model, **hyper_parameters)
-
     def add_param_group(self, param_group: dict) -> None:
-        super().add_param_group(with_names(param_group))
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_named_group(self, group, self._model() if self._model is not None else None)
-        check_values(rules_of(type(self)), group)
         if self._model is None:
             shapes = dict(zip(group["param_names"], map(full_shape, group["params"]), strict=True))
             self.roles |= assign_blocks_by_name(shapes, self._head_dim, self._value_blocks)
@@ -141,14 +110,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         if self.structures:
             self._rebuild_structures()
-
-    def __getstate__(self):
-        refuse_copy(self)
-
-    def names_by_tensor(self) -> dict[torch.Tensor, str]:
-        """The name of each parameter in param_groups."""
-        pairs = [zip(group["params"], group["param_names"], strict=True) for group in self.param_groups]
-        return dict(itertools.chain.from_iterable(pairs))
 
     def bind(self, placement: Placement) -> None:
         """Tell where an engine has laid the parameters. Called by the engine after it has replaced param_groups."""
@@ -246,7 +207,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _check_tensors(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> None:
         """Raise ValueError where a tensor is not the parameter that it was when the optimizer was built."""
-        model = self._model() if self._model is not None else None
+        model = self.the_model()
         current = bare_parameters(model, remove_duplicate=False) if model is not None else {}
         for tensor, name in zip(tensors, names, strict=True):
             if name is None:
@@ -323,66 +284,3 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 if key in self.states:
                     dtype = self.element_dtype if self.states[key] == ELEMENT else None
                     self.state[tensor][key] = value.detach().to(tensor.device, dtype or step_dtype(tensor.dtype))
-
-
-def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether this call of `step` is that of torch's get_optimizer_state_dict: it wants all state made, and no step.
-
-    It has set all learning rates and gradients to zero. A collective under FSDP2 if the former are.
-    """
-    groups = optimizer.param_groups
-    if any(group["lr"] != 0 for group in groups):
-        return False
-    gradients = [p.grad for group in groups for p in group["params"] if p.requires_grad]
-    return bool(gradients) and not any(gradient is None or _total(gradient.abs()) != 0 for gradient in gradients)
-
-
-def _total(tensor: torch.Tensor) -> float:
-    total = tensor.sum()
-    return (total.full_tensor() if hasattr(total, "full_tensor") else total).item()
-
-
-def refuse_copy(optimizer: torch.optim.Optimizer):
-    """Raise ValueError: a copy would go on with the model, the hooks or the placement of the original."""
-    raise ValueError(
-        f"{type(optimizer).__name__} cannot be copied or pickled. Build another one and load state_dict() into it."
-    )
-
-
-def check_meaning(optimizer: torch.optim.Optimizer, saved_groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raise ValueError if param groups of a state_dict come from another method, other options or other blocks."""
-    needed = optimizer.param_groups[0][STATE_KEY]
-    for group in saved_groups:
-        saved = group.get(STATE_KEY, "an optimizer of another library")
-        if saved != needed:
-            found, needs = (
-                ", ".join([one[0], *(word for word in one[1:] if word not in other[1:])])
-                for one, other in itertools.permutations((saved.split(", "), needed.split(", ")))
-            )
-            raise ValueError(
-                f"The checkpoint's optimizer state is of {found}, but this optimizer needs {needs}. Resume with the "
-                "method, its options and the model, names included, that saved it, or start without optimizer state."
-            )
-
-
-def check_covered(name: str, key: str, start: int, length: int, offered: list[StatePart]) -> None:
-    """Raise ValueError unless what is offered covers entries [start, start + length) of a state."""
-    covered = start
-    for part in sorted(offered, key=lambda part: part.start):
-        if part.start > covered:
-            break
-        covered = max(covered, part.start + len(part.values))
-    if covered < start + length:
-        raise ValueError(
-            f"The state offered for {name} lacks {key}[{covered}:{start + length}]. Hand in what all ranks gave out."
-        )
-
-
-def make_log_visible() -> None:
-    """Print what ds_memopt logs unless the program has set logging up: what rule each parameter got must be seen."""
-    if not logging.getLogger().handlers and not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("[ds_memopt] %(message)s"))
-        logger.addHandler(handler)
-    if logger.level == logging.NOTSET:
-        logger.setLevel(logging.INFO)

@@ -19,21 +19,45 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import bare_name, full_shape, partition_into_blocks
-from ds_memopt.optimizers.base.hyper_parameters import CHECKED_BY_ITS_USER, check_range, integer, real
+from ds_memopt.optimizers.base.hyper_parameters import (
+    CHECKED_BY_ITS_USER,
+    HyperParameters,
+    check_range,
+    hyper_parameter,
+    integer,
+    real,
+)
 from ds_memopt.optimizers.probes.noise import Noise
 from ds_memopt.shards import InPlaceShards
 
 BINS = 2**15
 """Magnitudes are told apart by exponent and 7 bits of mantissa, as bf16 has them."""
 
-PICKING = {
-    "layer_fraction": real("(0, 1]", "1.0 is plain MeZO."),
-    "rank": integer(0, None, "0 is plain MeZO."),
-    "refresh_every": integer(1, None, "Try 1000."),
-    "magnitude_fraction": real("(0, 1]", "1.0 is plain MeZO."),
-    "layers": CHECKED_BY_ITS_USER,
-}
-"""The hyper-parameters of what picks directions."""
+
+@dataclass(frozen=True, kw_only=True)
+class DirectionHyperParameters(HyperParameters):
+    """What picks directions: LeZO, SubZero and Sparse-MeZO, see `Directions`."""
+
+    layer_fraction: float = hyper_parameter(
+        1.0, real("(0, 1]", "1.0 is plain MeZO."), "LeZO: share of the layers, drawn anew in each step, that has noise."
+    )
+    rank: int = hyper_parameter(
+        0, integer(0, None, "0 is plain MeZO."), "SubZero: rank of the noise of a matrix; 0 is full noise."
+    )
+    refresh_every: int = hyper_parameter(
+        1000, integer(1, None, "Try 1000."), "SubZero: steps after which the noise's subspace is drawn anew."
+    )
+    magnitude_fraction: float = hyper_parameter(
+        1.0,
+        real("(0, 1]", "1.0 is plain MeZO."),
+        "Sparse-MeZO: share of each matrix's weights, the smallest, that has noise.",
+    )
+    layers: list[list[str]] | None = hyper_parameter(
+        None,
+        CHECKED_BY_ITS_USER,
+        "LeZO: the names of each layer's parameters; None: what the model's structure tells.",
+    )
+
 
 LAYERS = 'Name the parameters of each layer, as layers=[["first.weight", "first.bias"], ["second.weight"]].'
 

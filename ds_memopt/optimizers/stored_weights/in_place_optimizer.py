@@ -3,71 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ds_memopt.blocks import bare_parameters
-from ds_memopt.optimizers.base.hyper_parameters import (
-    LR,
-    WEIGHT_DECAY,
-    check_hyper_parameters,
-    check_values,
-    choice,
-    rules_of,
-)
-from ds_memopt.optimizers.base.naming import check_current, check_named_group, named_groups, with_names
-from ds_memopt.optimizers.block_state.sharded_optimizer import (
-    STATE_KEY,
-    StatePart,
-    asks_for_state,
-    check_covered,
-    check_meaning,
-    refuse_copy,
-)
+from ds_memopt.optimizers.base.hyper_parameters import LR, WEIGHT_DECAY, HyperParameters, choice, hyper_parameter
+from ds_memopt.optimizers.base.named_optimizer import NamedOptimizer, asks_for_state
+from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_covered, check_meaning
+from ds_memopt.optimizers.base.naming import check_current
 from ds_memopt.optimizers.stored_weights.residual import add_residual_, residual_of
 from ds_memopt.shards import InPlaceShards, Part, WholeShards, check_contiguous, reshard
 
 PIECE = 2**20
 """Elements that are updated at once, so that temporary memory stays small."""
 
-IN_PLACE = {
-    "lr": LR,
-    "weight_decay": WEIGHT_DECAY,
-    "keep": choice("residual", "fp32", "none", remedy="'residual' is usual."),
-}
-"""The hyper-parameters of every `InPlaceOptimizer`."""
+
+@dataclass(frozen=True, kw_only=True)
+class InPlaceHyperParameters(HyperParameters):
+    """Those of every `InPlaceOptimizer`."""
+
+    positional = ("lr", "weight_decay")
+
+    lr: float = hyper_parameter(1e-3, LR, "Learning rate; read from the param group at every step.", True)
+    weight_decay: float = hyper_parameter(
+        0.0, WEIGHT_DECAY, "Decoupled from the gradient, as in AdamW; read from the param group at every step.", True
+    )
+    keep: Literal["residual", "fp32", "none"] = hyper_parameter(
+        "residual",
+        choice("residual", "fp32", "none", remedy="'residual' is usual."),
+        "What becomes of an update below a 16-bit weight's precision: 'residual' keeps it in 2 bytes per parameter "
+        "(bf16 only), 'fp32' in a master copy of 4 bytes, 'none' rounds it away. fp32 weights lose nothing anyway.",
+    )
+
 
 PROGRESS = "progress"
 """Key of the param groups' entry that holds what a run has come to; the same in all groups and on all ranks."""
 
 
-class InPlaceOptimizer(torch.optim.Optimizer):
+class InPlaceOptimizer(NamedOptimizer):
     """An optimizer that writes the parts of the weights that are this rank's, and keeps what rounding to 16 bits drops.
 
     params: named parameters (`model.named_parameters()`) or param groups of them.
-    defaults: the hyper-parameters of a param group, lr and weight_decay among them.
-    keep: what becomes of an update below a 16-bit weight's precision: "residual" keeps it in 2 bytes per parameter
-        (bf16 only), "fp32" in a master copy of 4 bytes, "none" rounds it away. fp32 weights lose nothing anyway.
     model: the model that the parameters belong to.
 
     Raises ValueError for a hyper-parameter out of range, and for keep="residual" with fp16 weights.
     """
 
-    def __init__(
-        self,
-        params: Iterable,
-        defaults: dict[str, Any],
-        *,
-        keep: Literal["residual", "fp32", "none"],
-        model: nn.Module | None,
-    ) -> None:
-        method = type(self).__name__
+    hyper: InPlaceHyperParameters
+
+    def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
+        self.hyper = self.hyper_parameters.bind(positional, named)
         if model is None:
+            method = type(self).__name__
             raise ValueError(f"{method} needs the model, whose forwards it uses. Use {method}.from_model(model, ...).")
-        self.keep, self.hyper, self._model = keep, {}, model
-        super().__init__(params, defaults)
+        self.keep, self._model = self.hyper.keep, model
+        super().__init__(params, self.hyper.of_groups())
         self._names = {
             p: name
             for group in self.param_groups
@@ -80,29 +73,20 @@ class InPlaceOptimizer(torch.optim.Optimizer):
         self._check_contiguous()
         self._built, self._checked = True, False
 
-    @classmethod
-    def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
-        """Build the optimizer for a model; params: as `ShardedOptimizer.from_model` takes them."""
-        check_hyper_parameters(cls, hyper_parameters)
-        return cls(named_groups(model, params), model=model, **hyper_parameters)
+    def the_model(self) -> nn.Module:
+        return self._model
 
     def add_param_group(self, param_group: dict) -> None:
-        method = type(self).__name__
         if hasattr(self, "_built"):
+            method = type(self).__name__
             raise ValueError(f"What {method} trains is fixed when it is built: list all parameters there.")
-        super().add_param_group(with_names(param_group))
-        group = self.param_groups[-1]
-        check_named_group(self, group, self._model)
-        check_values(rules_of(type(self)), group)
-        if self.keep == "residual" and any(p.dtype == torch.float16 for p in group["params"]):
+        super().add_param_group(param_group)
+        if self.keep == "residual" and any(p.dtype == torch.float16 for p in self.param_groups[-1]["params"]):
             raise ValueError('keep="residual" needs bf16 or fp32 weights, not fp16. Use bf16, or keep="fp32".')
-
-    def __getstate__(self):
-        refuse_copy(self)
 
     def _describe(self, hyper: Mapping[str, Any], progress: Mapping[str, Any], *more: str) -> None:
         """Write into the param groups what the state means, and what the run has come to."""
-        self.hyper = dict(hyper)
+        self.described = dict(hyper)
         for group in self.param_groups:
             words = [f"{key} {value}" for key, value in hyper.items()]
             group[STATE_KEY] = ", ".join([type(self).__name__, *words, *more])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ds_memopt.optimizers.base.hyper_parameters import choice, real
+from ds_memopt.optimizers.base.hyper_parameters import HyperParameters, choice, hyper_parameter, real
 from ds_memopt.optimizers.stored_weights.in_place_optimizer import InPlaceOptimizer, backward_in_closure
 from ds_memopt.shards import GradientBuckets, InPlaceShards, Part
 from ds_memopt.support import refuse
@@ -17,11 +18,19 @@ from ds_memopt.support import refuse
 Bucket = list[tuple[Part, torch.Tensor | None]]
 """Parts of this rank and their mean gradients, 1-D, or None where a parameter took no part in the loss."""
 
-CLIPPING = {
-    "clip": choice("none", "tensor", "two_pass", remedy="'none' is usual."),
-    "max_norm": real("(0, 1e6]", "1.0 is usual."),
-}
-"""The hyper-parameters of every `UpdatesInBackward`."""
+
+@dataclass(frozen=True, kw_only=True)
+class ClippingHyperParameters(HyperParameters):
+    """Those of every `UpdatesInBackward`."""
+
+    clip: Literal["none", "tensor", "two_pass"] = hyper_parameter(
+        "none",
+        choice("none", "tensor", "two_pass", remedy="'none' is usual."),
+        "'tensor': no parameter's gradient has a larger norm than max_norm; 'two_pass': nor have all together, which "
+        "takes a second forward and backward.",
+    )
+    max_norm: float = hyper_parameter(1.0, real("(0, 1e6]", "1.0 is usual."), "Largest norm of a gradient, see clip.")
+
 
 FIRST_LOSS_SCALE, GROW_EVERY = 2.0**16, 2000
 """Of fp16: the loss is scaled up so that gradients do not vanish, by half after an overflow, by twice after these."""
@@ -30,15 +39,15 @@ FIRST_LOSS_SCALE, GROW_EVERY = 2.0**16, 2000
 class UpdatesInBackward(InPlaceOptimizer):
     """What the first-order methods share that hold no set of gradients: IPSGD and Addax.
 
-    A step is `begin`, `first_order` and `end_step`. A subclass implements `update_bucket`, and calls `_set_clip` before
-    and `_watch` after it is initialised.
+    A step is `begin`, `first_order` and `end_step`. A subclass implements `update_bucket`, and calls `_watch` after it
+    is initialised.
     """
 
-    clip: Literal["none", "tensor", "two_pass"]
-    max_norm: float
+    hyper: ClippingHyperParameters
 
-    def _set_clip(self, clip: str, max_norm: float) -> None:
-        self.clip, self.max_norm = clip, max_norm
+    @property
+    def clip(self) -> Literal["none", "tensor", "two_pass"]:
+        return self.hyper.clip
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -118,7 +127,7 @@ class UpdatesInBackward(InPlaceOptimizer):
                 return False
             del loss
             loss = again()
-            self._scale = min(1.0, self.max_norm / (norm + 1e-6)) / scale
+            self._scale = min(1.0, self.hyper.max_norm / (norm + 1e-6)) / scale
         self._backward(loss, factor * scale)
         self._scale = 1.0
         return True
@@ -178,7 +187,7 @@ class UpdatesInBackward(InPlaceOptimizer):
         if self.clip == "tensor":
             squares = torch.stack([_square(part, gradient) for part, gradient in bucket])
             self.shards.sum_of_parts(squares)
-            scales = (self.max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+            scales = (self.hyper.max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         else:
             scales = [self._scale] * len(bucket)
         if self.clip != "none":

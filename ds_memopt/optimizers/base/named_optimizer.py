@@ -1,0 +1,91 @@
+"""What all methods share: hyper-parameters, and parameters that have the names of the model."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Iterable
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from ds_memopt.optimizers.base.hyper_parameters import HyperParameters, check_hyper_parameters, check_values
+from ds_memopt.optimizers.base.naming import check_named_group, named_groups, with_names
+
+logger = logging.getLogger("ds_memopt")
+
+
+class NamedOptimizer(torch.optim.Optimizer):
+    """An optimizer that knows which parameter of the model each of its tensors is.
+
+    A method names the class of its hyper-parameters in `hyper_parameters`; its constructor takes the parameters, these
+    and the model, and finds their values in `hyper`.
+    """
+
+    hyper_parameters: ClassVar[type[HyperParameters]]
+    hyper: HyperParameters
+
+    def __init_subclass__(cls, **keywords) -> None:
+        super().__init_subclass__(**keywords)
+        if "hyper_parameters" in vars(cls):
+            cls.__signature__ = cls.hyper_parameters.signature()
+
+    @classmethod
+    def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
+        """Build the optimizer for a model, whose structure tells heads, rows and layers.
+
+        params: the model's parameters to train, or param groups of them; by default all that require gradients, in two
+        groups: matrices, and biases, norms and all with fewer than two dimensions, which get no weight decay.
+
+        Raises ValueError for an unknown hyper-parameter, one out of range, or a parameter that is not the model's.
+        """
+        check_hyper_parameters(cls, hyper_parameters)
+        return cls(named_groups(model, params), model=model, **hyper_parameters)
+
+    def the_model(self) -> nn.Module | None:
+        """The model that the parameters belong to, if it was given."""
+        raise NotImplementedError
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(with_names(param_group))
+        check_named_group(self, self.param_groups[-1], self.the_model())
+        check_values(self.hyper_parameters.rules(), self.param_groups[-1])
+
+    def names_by_tensor(self) -> dict[torch.Tensor, str]:
+        """The name of each parameter that is trained now."""
+        pairs = [zip(group["params"], group["param_names"], strict=True) for group in self.param_groups]
+        return dict(itertools.chain.from_iterable(pairs))
+
+    def __getstate__(self):
+        """A copy would go on with the model, the hooks or the placement of the original."""
+        raise ValueError(
+            f"{type(self).__name__} cannot be copied or pickled. Build another one and load state_dict() into it."
+        )
+
+
+def asks_for_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether this call of `step` is that of torch's get_optimizer_state_dict: it wants all state made, and no step.
+
+    It has set all learning rates and gradients to zero. A collective under FSDP2 if the former are.
+    """
+    groups = optimizer.param_groups
+    if any(group["lr"] != 0 for group in groups):
+        return False
+    gradients = [p.grad for group in groups for p in group["params"] if p.requires_grad]
+    return bool(gradients) and not any(gradient is None or _total(gradient.abs()) != 0 for gradient in gradients)
+
+
+def _total(tensor: torch.Tensor) -> float:
+    total = tensor.sum()
+    return (total.full_tensor() if hasattr(total, "full_tensor") else total).item()
+
+
+def make_log_visible() -> None:
+    """Print what ds_memopt logs unless the program has set logging up: what rule each parameter got must be seen."""
+    if not logging.getLogger().handlers and not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("[ds_memopt] %(message)s"))
+        logger.addHandler(handler)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
