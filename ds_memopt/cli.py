@@ -20,10 +20,13 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("report", help="one page, with plots, that lays runs side by side")
     command.add_argument("run", nargs="+", type=Path, help="the folder of a run or of a sweep")
     command.add_argument("--output", type=Path, help="folder to write, by default in the sweep or in runs/")
+    command = commands.add_parser("methods", help="the methods, and what each may be told")
+    command.add_argument("method", nargs="?", help="the one whose hyper-parameters to list")
+    command.add_argument("--markdown", action="store_true", help="as the table of the documents")
     commands.add_parser("doctor", help="what this machine has for training, and what will not work")
     given = parser.parse_args(arguments)
     try:
-        {"replay": _replay, "plan": _plan, "report": _report, "doctor": _doctor}[given.command](given)
+        COMMANDS[given.command](given)
     except ValueError as error:
         print(f"ds-memopt {given.command}: {error}", file=sys.stderr)
         return 2
@@ -56,6 +59,19 @@ def _report(given: argparse.Namespace) -> None:
     print(write_report(given.run, given.output))
 
 
+def _methods(given: argparse.Namespace) -> None:
+    from ds_memopt.optimizers import METHODS
+
+    if given.method is None:
+        for word, method in METHODS.items():
+            print(f"{word}: {sys.modules[method.__module__].__doc__.splitlines()[0].partition(': ')[2]}")
+        return
+    if given.method not in METHODS:
+        raise ValueError(f"{given.method!r} is no method: choose {', '.join(METHODS)}")
+    hyper_parameters = METHODS[given.method].hyper_parameters
+    print(hyper_parameters.table() if given.markdown else hyper_parameters.listing())
+
+
 def _doctor(given: argparse.Namespace) -> None:
     from ds_memopt.doctor import report
 
@@ -71,6 +87,8 @@ def _replay(given: argparse.Namespace) -> None:
     steps = replay(given.base, given.trajectory, given.out, partial(tqdm, unit="step", disable=not sys.stderr.isatty()))
     print(f"{given.out}: {steps} steps applied")
 
+
+COMMANDS = {"replay": _replay, "plan": _plan, "report": _report, "methods": _methods, "doctor": _doctor}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import os
+import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple, Self
@@ -166,6 +167,17 @@ class HyperParameters:
     def of_groups(self) -> dict[str, Any]:
         """The defaults of a param group."""
         return {one.name: getattr(self, one.name) for one in fields(self) if one.metadata["per_group"]}
+
+    @classmethod
+    def listing(cls) -> str:
+        """The fields for a terminal: default, rule and meaning of each."""
+        return "\n".join(
+            f"{one.name} = {one.default!r}"
+            + (f", {one.metadata['rule'].limit}" if one.metadata["rule"].limit else "")
+            + "\n"
+            + textwrap.fill(one.metadata["meaning"], 100, initial_indent="    ", subsequent_indent="    ")
+            for one in fields(cls)
+        )
 
     @classmethod
     def table(cls) -> str:
