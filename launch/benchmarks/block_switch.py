@@ -46,8 +46,8 @@ def main() -> None:
         print("stage  optimizer  step ms  sent MB  masters + state MB  switch ms  share of the visit's time")
     for stage in arguments.stages:
         rows = {method: measure(method, stage, arguments, ranks) for method in ("AdamW", "BAdam")}
-        for method, (step, sent, held, switch) in rows.items() if ranks.is_main else ():
-            line = f"{stage:5}  {method:9}  {1e3 * step:7.1f}  {sent / 1e6:7.2f}  {held / 1e6:18.2f}"
+        for method, (step, sent, held_bytes, switch) in rows.items() if ranks.is_main else ():
+            line = f"{stage:5}  {method:9}  {1e3 * step:7.1f}  {sent / 1e6:7.2f}  {held_bytes / 1e6:18.2f}"
             if method == "BAdam":
                 line += f"  {1e3 * switch:9.1f}  {switch / (arguments.switch_every * step):.2%}"
             print(line)
@@ -79,7 +79,7 @@ def measure(method: str, stage: int, arguments: argparse.Namespace, ranks: Ranks
     engine = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
     ids = torch.randint(arguments.vocab_size, (arguments.micro_batch, arguments.seq_length), device=ranks.device)
     times: dict[int, list[float]] = {place: [] for place in range(VISIT)}
-    sent, held = [], 0
+    sent, held_bytes = [], 0
     for number in range(VISIT * (arguments.visits + 1)):
         place = number % VISIT  # the last step of a visit makes the switch, the first after it builds buffers
         with CommunicationMeter() as meter:
@@ -92,11 +92,12 @@ def measure(method: str, stage: int, arguments: argparse.Namespace, ranks: Ranks
             times[place].append(time.perf_counter() - start)
             if 0 < place < VISIT - 1:
                 sent.append(meter.bytes_sent())
-                held = max(held, sum(state_bytes(engine.optimizer).values()) + master_bytes(engine.optimizer))
+                now_held = sum(state_bytes(engine.optimizer).values()) + master_bytes(engine.optimizer)
+                held_bytes = max(held_bytes, now_held)
     engine.destroy()
     step = statistics.median(seconds for place in range(1, VISIT - 1) for seconds in times[place])
     switch = statistics.median(times[VISIT - 1]) + statistics.median(times[0]) - 2 * step
-    return step, statistics.mean(sent), held, switch
+    return step, statistics.mean(sent), held_bytes, switch
 
 
 def master_bytes(zero) -> int:

@@ -43,10 +43,10 @@ def main() -> None:
         for rank in sorted({0, ranks // 2, ranks - 1}):
             start = time.perf_counter()
             if stage == "ZeRO-3":
-                held, borders = partition_each_parameter(pieces, rank)
+                intervals, borders = partition_each_parameter(pieces, rank)
             else:
-                held, borders = partition_flat_buffer(offsets, -(-total // ranks), rank)
-            plan = BlockPlan(Layout(tuple(held), (RankBorders(None, borders),)), blocks, [None], [torch.empty(0)])
+                intervals, borders = partition_flat_buffer(offsets, -(-total // ranks), rank)
+            plan = BlockPlan(Layout(tuple(intervals), (RankBorders(None, borders),)), blocks, [None], [torch.empty(0)])
             slowest = max(slowest, time.perf_counter() - start)
             seam_bytes = 4 * plan.seams.num_slots
         print(f"{stage}: table in {slowest:.2f} s, seam buffer {seam_bytes:,} bytes")

@@ -17,7 +17,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
-from runner import Run, Runner, load_config  # noqa: E402
+from runner import Runner, Trial, load_config  # noqa: E402
 
 from ds_memopt.results.comparison import summarize  # noqa: E402
 from ds_memopt.results.record import read_metrics  # noqa: E402
@@ -45,11 +45,11 @@ class Evidence:
         """Run (name, type, hyper-parameters, lr, seed) each; returns their folders."""
         return self._runner.run([self._describe(*run) for run in runs])
 
-    def _describe(self, name: str, kind: str, params: dict, lr: float, seed: int) -> Run:
+    def _describe(self, name: str, kind: str, params: dict, lr: float, seed: int) -> Trial:
         config = load_config("zero2_adamw", **({"torch_adam": True} if kind == "AdamW" else {}), **params)
         config["optimizer"]["type"] = kind
         options = ["--lr", f"{lr:g}", "--seed", str(seed), "--save_interval", "0", *self._options]
-        return Run(f"{name.replace(' ', '')}-lr{lr:g}-seed{seed}", "pretrain.py", config, options)
+        return Trial(f"{name.replace(' ', '')}-lr{lr:g}-seed{seed}", "pretrain.py", config, options)
 
 
 def best(runner: Evidence, name: str, kind: str, params: dict, lrs: tuple[float, ...]) -> float:

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # Fine-tuning from start to end, in a few minutes on 2 CPU cores: pre-trains a small Llama on the source text of the
-# Python standard library (once), makes a task from that text (launch/experiments/make_task.py: does the line go on with ":"?), and
-# fine-tunes on it, on all GPUs of this machine or on 2 CPU ranks. Prints the accuracy on held-out rows before and
-# after, beside earlier runs. Choose the method with OPTIMIZER, LR and STEPS; more options of launch/finetune.py may
-# follow:
+# Python standard library (once), makes a task from that text (launch/experiments/make_task.py: does the line go on
+# with ":"?), and fine-tunes on it, on all GPUs of this machine or on 2 CPU ranks. Prints the accuracy on held-out rows
+# before and after, beside earlier runs. Choose the method with OPTIMIZER, LR and STEPS; more options of
+# launch/finetune.py may follow:
 #     bash launch/experiments/finetune_example.sh
 #     OPTIMIZER=MeZO bash launch/experiments/finetune_example.sh --seed 1
 set -euo pipefail
 trap 'echo "finetune_example: interrupted" >&2; exit 130' INT TERM
 trap 'echo "finetune_example: failed, see the messages above" >&2' ERR
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . launch/setup.sh train
 
 optimizer=${OPTIMIZER:-AdamW}

@@ -50,10 +50,10 @@ def read_lines(root: Path, longest: int, long_tail: int) -> dict[bool, dict[str,
     return {False: {key: line for key, line in train.items() if key not in found[True]}, True: held_out}
 
 
-def choose_rows(lines: dict[str, Line], most: int, long_tail: int) -> list[dict]:
-    """As many rows of either kind, `most` together at most, in an order that looks random."""
+def choose_rows(lines: dict[str, Line], limit: int, long_tail: int) -> list[dict]:
+    """As many rows of either kind, `limit` together at most, in an order that looks random."""
     kinds = [sorted(key for key, line in lines.items() if end in line.ends) for end in CHOICES]
-    count = min(most // 2, *map(len, kinds))
+    count = min(limit // 2, *map(len, kinds))
     draw = random.Random(0)
     rows = [
         {"prompt": _context(lines[key].before, long_tail, draw) + key, "completion": end, "choices": list(CHOICES)}
@@ -66,9 +66,9 @@ def choose_rows(lines: dict[str, Line], most: int, long_tail: int) -> list[dict]
 
 def _context(before: str, long_tail: int, draw: random.Random) -> str:
     """Whole lines from the end of `before`: half as many rows have twice as much of it."""
-    most = min(long_tail, int(SHORT_CONTEXT * draw.paretovariate(1.0))) if long_tail else 0
-    lines = before[len(before) - most :].splitlines(keepends=True)
-    return "".join(lines if len(before) <= most else lines[1:])
+    length = min(long_tail, int(SHORT_CONTEXT * draw.paretovariate(1.0))) if long_tail else 0
+    lines = before[len(before) - length :].splitlines(keepends=True)
+    return "".join(lines if len(before) <= length else lines[1:])
 
 
 def main() -> None:
@@ -81,8 +81,8 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     lines = read_lines(Path(sysconfig.get_path("stdlib")), arguments.longest, arguments.long_tail)
-    for held_out, name, most in ((False, "train", arguments.train_rows), (True, "valid", arguments.validation_rows)):
-        rows = choose_rows(lines[held_out], most, arguments.long_tail)
+    for held_out, name, limit in ((False, "train", arguments.train_rows), (True, "valid", arguments.validation_rows)):
+        rows = choose_rows(lines[held_out], limit, arguments.long_tail)
         if held_out and arguments.long_tail:
             rows.sort(key=lambda row: len(row["prompt"]))
         path = arguments.output_dir / f"{name}.jsonl"

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import transformers
-from runner import LAUNCH, Run, Runner, load_config
+from runner import LAUNCH, Runner, Trial, load_config
 
 from ds_memopt.results.comparison import summarize
 from ds_memopt.results.record import read_metrics
@@ -66,19 +66,19 @@ def prepare(runner: Runner, folder: Path) -> list[str]:
     config.save_pretrained(folder / "config")
     options = f"--model {folder / 'config'} --seq_length {SEQ_LENGTH} --micro_batch 4 --accumulation 1 --lr 2e-3"
     options += " --steps 1200 --warmup_steps 40 --validation_batches 4"
-    (model,) = runner.run([Run("pretrained", "pretrain.py", load_config("zero2_adamw"), options.split())])
+    (model,) = runner.run([Trial("pretrained", "pretrain.py", load_config("zero2_adamw"), options.split())])
     task = [sys.executable, LAUNCH / "experiments/make_task.py", "--output_dir", folder / "task"]
     subprocess.run([*task, "--long_tail", "470", "--longest", "40"], check=True)
     data = ["--data", folder / "task" / "train.jsonl", "--validation_data", folder / "task" / "valid.jsonl"]
     return list(map(str, ["--model", model, *data, "--seq_length", SEQ_LENGTH, "--save_interval", 0]))
 
 
-def describe(name: str, params: dict[str, Any], seed: int, options: list[str]) -> Run:
+def describe(name: str, params: dict[str, Any], seed: int, options: list[str]) -> Trial:
     method = METHODS[name]
     tried = "-".join(f"{key}{params[key]:g}" for key in ("lr", "alpha") if key in params)
     steps = ["--steps", str(method.steps), "--validation_interval", str(method.steps), "--seed", str(seed)]
     folder = f"{name.replace(' ', '_').replace(',', '')}-{tried}-seed{seed}"
-    return Run(folder, "finetune.py", load_config(method.config, **params), [*options, *method.options, *steps])
+    return Trial(folder, "finetune.py", load_config(method.config, **params), [*options, *method.options, *steps])
 
 
 def quality(folders: list[Path]) -> tuple[float, float]:
@@ -121,10 +121,10 @@ def main() -> None:
     runner = Runner(arguments.output_dir, arguments.jobs)
     options = prepare(runner, arguments.output_dir)
 
-    def run(asked: list[tuple[str, dict[str, Any]]], seeds: int) -> list[list[Path]]:
+    def run(settings: list[tuple[str, dict[str, Any]]], seeds: int) -> list[list[Path]]:
         """The folders of each method and its params, of all seeds."""
-        folders = iter(runner.run([describe(*one, seed, options) for one in asked for seed in range(seeds)]))
-        return [[next(folders) for _ in range(seeds)] for _ in asked]
+        folders = iter(runner.run([describe(*one, seed, options) for one in settings for seed in range(seeds)]))
+        return [[next(folders) for _ in range(seeds)] for _ in settings]
 
     tried = [(name, params) for name, method in METHODS.items() for params in method.tries]
     ranking = sorted(zip(tried, run(tried, 1), strict=True), key=lambda pair: quality(pair[1]), reverse=True)

@@ -1,4 +1,4 @@
-"""Many runs of the jobs in this folder, each a single process, and the choice of a method's best hyper-parameters."""
+"""Many runs of the jobs of launch/, each a single process, some at a time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from ds_memopt.results.comparison import summarize
 LAUNCH = Path(__file__).resolve().parent.parent
 
 
-class Run(NamedTuple):
-    """name: of its folder. script: of this folder. config: for DeepSpeed. options: of the script."""
+class Trial(NamedTuple):
+    """name: of its folder. script: of launch/. config: for DeepSpeed. options: of the script."""
 
     name: str
     script: str
@@ -37,24 +37,24 @@ class Runner:
     def __init__(self, folder: Path, jobs: int) -> None:
         self._folder, self._jobs = folder, jobs
 
-    def run(self, runs: list[Run]) -> list[Path]:
+    def run(self, trials: list[Trial]) -> list[Path]:
         """Their folders."""
         with ThreadPoolExecutor(self._jobs) as pool:
-            return list(pool.map(self._one, runs))
+            return list(pool.map(self._one, trials))
 
-    def _one(self, run: Run) -> Path:
-        folder = self._folder / run.name
+    def _one(self, trial: Trial) -> Path:
+        folder = self._folder / trial.name
         if (folder / "done").exists():
             return folder
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "ds_config.json").write_text(json.dumps(run.config, indent=2))
+        (folder / "ds_config.json").write_text(json.dumps(trial.config, indent=2))
         (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that did not finish
-        command = [sys.executable, LAUNCH / run.script, "--deepspeed_config", folder / "ds_config.json"]
-        command += ["--output_dir", folder, *run.options]
+        command = [sys.executable, LAUNCH / trial.script, "--deepspeed_config", folder / "ds_config.json"]
+        command += ["--output_dir", folder, *trial.options]
         threads = str(max(1, (os.cpu_count() or 1) // self._jobs))
         with open(folder / "log.txt", "w") as log:
             environment = os.environ | {"OMP_NUM_THREADS": threads}
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
         (folder / "done").touch()
-        print(f"{run.name}: {summarize(folder)['validation_loss']:.4f}", flush=True)
+        print(f"{trial.name}: {summarize(folder)['validation_loss']:.4f}", flush=True)
         return folder
