@@ -1,9 +1,23 @@
 """Memory-efficient training methods that live inside DeepSpeed and FSDP2."""
 
-from ds_memopt.optimizers import GWT, IPSGD, AdamMini, Addax, BAdam, MeZO
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ds_memopt.optimizers import GWT, IPSGD, AdamMini, Addax, BAdam, MeZO
 
 __version__ = "0.1.0"
 __all__ = ["GWT", "IPSGD", "AdamMini", "Addax", "BAdam", "MeZO", "register"]
+
+
+def __getattr__(name: str) -> Any:
+    """The methods, imported at their first use: torch takes seconds to import, and a command's --help needs none."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ds_memopt import optimizers
+
+    return getattr(optimizers, name)
 
 
 def register() -> None:

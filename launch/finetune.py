@@ -13,28 +13,16 @@ fo_batch others. "auto", the default, is what fits the GPU; without a GPU give m
 where all rows are longer or none is, both halves are drawn from all rows.
 """
 
-import argparse
+from arguments import parse_options, run_job
 
-from arguments import run_job, shared_parser
-
-
-def parse() -> argparse.Namespace:
-    parser = shared_parser(__doc__, "finetune", "zero2_adamw.json", "data order and method")
-    what = parser.add_argument_group("model and data")
-    what.add_argument("--model", required=True, help="output folder of a run, or a local HF folder with weights")
-    what.add_argument("--data", required=True, help="JSONL file of rows to train on; a row too long is an error")
-    what.add_argument("--validation_data", help="JSONL file of rows to validate on, all of them, also before training")
-    what.add_argument("--tokenizer", help="local HF tokenizer folder; default: the model's own, else bytes")
-    return parser.parse_args()
+from ds_memopt.train.options import FinetuneOptions
 
 
 def main() -> None:
-    arguments = parse()
-    # These are slow to import: --help and a wrong option should answer at once.
-    from ds_memopt.train.finetune_job import finetune
-    from ds_memopt.train.options import FinetuneOptions
+    options = parse_options(FinetuneOptions, __doc__, "zero2_adamw.json")
+    from ds_memopt.train.finetune_job import finetune  # slow to import: --help and a wrong option should answer at once
 
-    run_job(finetune, FinetuneOptions, arguments)
+    run_job(finetune, options)
 
 
 if __name__ == "__main__":

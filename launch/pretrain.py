@@ -6,22 +6,16 @@ A larger model, another config:     deepspeed --num_gpus 8 launch/pretrain.py --
                                         --deepspeed_config ds_configs/zero3_adam_mini.json --data FILE --tokenizer DIR
 """
 
-import argparse
+from arguments import parse_options, run_job
 
-from arguments import pretrain_parser, run_job
-
-
-def parse() -> argparse.Namespace:
-    return pretrain_parser(__doc__, "zero2_adam_mini.json").parse_args()
+from ds_memopt.train.options import Options
 
 
 def main() -> None:
-    arguments = parse()
-    # These are slow to import: --help and a wrong option should answer at once.
-    from ds_memopt.train.loop import pretrain
-    from ds_memopt.train.options import Options
+    options = parse_options(Options, __doc__, "zero2_adam_mini.json")
+    from ds_memopt.train.loop import pretrain  # slow to import: --help and a wrong option should answer at once
 
-    run_job(pretrain, Options, arguments)
+    run_job(pretrain, options)
 
 
 if __name__ == "__main__":

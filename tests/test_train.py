@@ -23,7 +23,9 @@ from ds_memopt.train.settings import make_plan
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
-ARGUMENTS = dict(micro_batch=2, accumulation=3, world_size=4, lr=5e-4)
+BATCH = dict(micro_batch=2, accumulation=3, world_size=4)
+ADAM = dict(lr=5e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+ARGUMENTS = {**BATCH, **ADAM, "gradient_clipping": 1.0, "dtype": "fp32"}
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
@@ -43,7 +45,7 @@ def test_resolve_fills_every_auto_and_leaves_its_input_alone():
         "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_param_persistence_threshold": "auto"},
     }
     before = json.dumps(raw)
-    resolved = config.resolve_config(raw, **ARGUMENTS, dtype="bf16", hidden_size=64, steps=100, warmup_steps=7)
+    resolved = config.resolve_config(raw, **ARGUMENTS | {"dtype": "bf16"}, hidden_size=64, steps=100, warmup_steps=7)
     assert json.dumps(raw) == before
     assert resolved == {
         "train_batch_size": 24,
@@ -63,7 +65,7 @@ def test_resolve_fills_every_auto_and_leaves_its_input_alone():
 
 def test_resolve_makes_batch_sizes_and_clipping_explicit():
     """DeepSpeed's own defaults are a micro-batch of 1 and, since 0.19.3, clipping at 1.0."""
-    assert config.resolve_config({}, **ARGUMENTS, gradient_clipping=0.5) == {
+    assert config.resolve_config({}, **ARGUMENTS | {"gradient_clipping": 0.5}) == {
         "train_batch_size": 24,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": 3,
@@ -91,7 +93,7 @@ def test_resolve_refuses(raw, message):
 
 def test_unknown_dtype_is_refused():
     with pytest.raises(ValueError, match='dtype \'fp8\' is unknown: choose "fp32" or "bf16"'):
-        config.resolve_config({}, **ARGUMENTS, dtype="fp8")
+        config.resolve_config({}, **ARGUMENTS | {"dtype": "fp8"})
 
 
 def test_choose_lets_config_and_command_line_disagree_loudly():

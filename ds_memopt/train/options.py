@@ -1,85 +1,135 @@
-"""What a run may be told. launch/pretrain.py and launch/finetune.py offer each field as an option of the same name."""
+"""What a run may be told: the one list of options. launch/arguments.py makes the command line from it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, Literal
 
 LARGEST = 2**31 - 1
 """Of any number that a run is told: beyond it, sums of steps, seeds and ranks do not fit into 64 bits."""
 
+RUN = "run"
+SIZE = "size (default: what the DeepSpeed config fixes, else the model's recipe)"
+OPTIMIZER = "optimizer (default: the DeepSpeed config, else the model's recipe)"
+INTERVALS = "how often, in steps"
+DATA = "model and data"
+
+
+def option(group: str, help: str, default: Any = None, at_least: int | None = None, **argparse: Any) -> Any:
+    """A field of the classes below. group, help: of `--help`. at_least: less is refused. argparse: arguments of
+    add_argument, for an option whose type does not tell how to read it."""
+    return field(default=default, metadata={"group": group, "help": help, "at_least": at_least, "argparse": argparse})
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Settings of every run. None means: what the DeepSpeed config says, else the recipe, else the stated default."""
+    """Options of every run. None means: what the DeepSpeed config says, else the model's recipe (`presets.Recipe`),
+    else what `defaults` gives."""
 
-    job: ClassVar[str]  # names the default output folder
+    job: ClassVar[str]
+    """Names the default output folder."""
 
-    deepspeed_config: str  # path of a DeepSpeed JSON; may hold "auto" values
-    model: str
-    data: str
-    tokenizer: str | None = None  # local Hugging Face tokenizer folder
-    output_dir: str | None = None  # default: the first free of runs/<job>-1, runs/<job>-2, ...
-    resume: bool | int = False  # continue from the latest whole checkpoint of output_dir, or from that of this step
-    trust_checkpoint: bool = False  # load it even if its files name functions, which loading them may call
+    deepspeed_config: str = option(RUN, 'DeepSpeed JSON; "auto" values are filled', MISSING)
+    output_dir: str | None = option(
+        RUN, "metrics.jsonl, checkpoints, ... go here; default: the first free of runs/{job}-1, runs/{job}-2, ..."
+    )
+    resume: bool | int = option(
+        RUN, "continue from the latest whole checkpoint of --output_dir, or from that of a step",
+        default=False, at_least=1, nargs="?", type=int, const=True, metavar="STEP",
+    )  # fmt: skip
+    trust_checkpoint: bool = option(RUN, "resume even if its files name code that loading them may run", default=False)
+    timeout_minutes: float = option(
+        RUN, "until the job ends because a rank does not answer, or the others wait for it in a step or validation; "
+        "default: 10", default=10,
+    )  # fmt: skip
+    seed: int = option(RUN, "of new weights, data order and method; default: 0", default=0, at_least=0)
 
-    steps: int | None = None  # optimizer steps of the whole run, resumed parts included
-    seq_length: int | None = None  # tokens
-    micro_batch: int | None = None  # sequences per rank and forward pass
-    accumulation: int | None = None  # micro-batches per step; default: recipe's global batch / (micro_batch * ranks)
-    gradient_checkpointing: bool = False
-    dtype: str | None = None  # "fp32" or "bf16"; default fp32 on CPU, bf16 elsewhere
-    memory_limit_gib: float | None = None  # a rank that needs more fails, as on a smaller GPU
-    timeout_minutes: float = 10  # until the job ends for a rank that the others wait for
-    seed: int = 0  # of random weights, data order, and methods that draw at random
+    steps: int | None = option(SIZE, "optimizer steps of the whole run, resumed parts included", at_least=1)
+    seq_length: int | None = option(SIZE, "tokens per sequence", at_least=2)
+    micro_batch: int | None = option(SIZE, "sequences per rank and forward pass", at_least=1)
+    accumulation: int | None = option(
+        SIZE, "micro-batches per step; default: what makes up the recipe's global batch", at_least=1
+    )
+    gradient_checkpointing: bool = option(SIZE, "recompute activations in backward, to save memory", default=False)
+    memory_limit_gib: float | None = option(SIZE, "fail beyond it, as on a GPU of this size")
+    dtype: Literal["fp32", "bf16"] | None = option(SIZE, "default: fp32 on CPU, bf16 on GPU")
 
-    optimizer: str | None = None  # replaces the type in the DeepSpeed config
-    lr: float | None = None
-    betas: tuple[float, float] | None = None
-    eps: float | None = None  # default 1e-8
-    weight_decay: float | None = None  # on weights with 2 or more dimensions
-    gradient_clipping: float | None = None  # default 1.0; 0 switches clipping off
-    schedule: str | None = None  # a name of transformers.get_scheduler; default "linear": decay to 0
-    warmup_steps: int | None = None  # default: the recipe's fraction of the steps
+    optimizer: str | None = option(OPTIMIZER, "replaces the type in the DeepSpeed config: AdamW, AdamMini, ...")
+    lr: float | None = option(OPTIMIZER, "learning rate after warm-up", at_least=0)
+    betas: tuple[float, float] | None = option(OPTIMIZER, "decay rates of the two moments")
+    eps: float | None = option(OPTIMIZER, "added to the root of the second moment; default: 1e-8", at_least=0)
+    weight_decay: float | None = option(
+        OPTIMIZER, "on weights with 2 or more dimensions; norms and biases: none", at_least=0
+    )
+    gradient_clipping: float | None = option(
+        OPTIMIZER, "largest gradient norm; default: 1.0; 0 = no clipping", at_least=0
+    )
+    schedule: str | None = option(
+        OPTIMIZER, "linear (default), cosine, constant, ...: a name of transformers.get_scheduler"
+    )
+    warmup_steps: int | None = option(OPTIMIZER, "default: the recipe's fraction of the steps", at_least=0)
 
-    logging_interval: int | None = None  # steps; default a fortieth of the run, at most 10
-    validation_interval: int | None = None  # steps; default a tenth of the run; 0 = never
-    save_interval: int | None = None  # steps; default: only after the last step (never with synthetic data); 0 = never
+    logging_interval: int | None = option(
+        INTERVALS, "lines of metrics.jsonl; default: a fortieth of the run, at most 10", at_least=1
+    )
+    validation_interval: int | None = option(INTERVALS, "default: a tenth of the run; 0 = never", at_least=0)
+    save_interval: int | None = option(
+        INTERVALS, "checkpoints; default: after the last step (never if synthetic); 0 = never", at_least=0
+    )
+
+    model: str = option(DATA, "local Hugging Face folder", MISSING)
+    data: str = option(DATA, "file", MISSING)
+    tokenizer: str | None = option(DATA, "local Hugging Face tokenizer folder")
+
+    def defaults(self, steps: int, warmup_fraction: float, on_cpu: bool) -> dict[str, Any]:
+        """Values of options that are None here and that neither DeepSpeed config nor recipe knows.
+
+        steps, warmup_fraction: of the run and its recipe.
+        """
+        return {
+            "dtype": "fp32" if on_cpu else "bf16",
+            "eps": 1e-8,
+            "gradient_clipping": 1.0,
+            "schedule": "linear",
+            "warmup_steps": math.ceil(warmup_fraction * steps),
+            "logging_interval": min(10, math.ceil(steps / 40)),
+            "validation_interval": max(1, steps // 10),
+            "save_interval": 0 if self.data == "synthetic" else steps,
+        }
 
     def check(self) -> None:
         """ValueError for a number out of range, naming the option, the value and the limit."""
-        for name, least in self._limits().items():
-            value = getattr(self, name)
-            if value is not None and not least <= value <= LARGEST:
+        for one in fields(self):
+            value, least = getattr(self, one.name), one.metadata["at_least"]
+            if least is None or value is None or value is False:
+                continue
+            if not least <= value <= LARGEST:
                 limit = f"at least {least}" if value < least else f"a number, at most {LARGEST}"
-                raise ValueError(f"--{name} {value} is out of range: it must be {limit}")
-
-    def _limits(self) -> dict[str, int]:
-        limits = {"resume": 1} if self.resume is not False else {}
-        limits |= {"steps": 1, "seq_length": 2, "micro_batch": 1, "accumulation": 1, "logging_interval": 1}
-        others = "seed", "validation_interval", "save_interval", "warmup_steps", "gradient_clipping", "lr", "eps"
-        return limits | dict.fromkeys((*others, "weight_decay"), 0)
+                raise ValueError(f"--{one.name} {value} is out of range: it must be {limit}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(RunOptions):
-    """Settings of a pre-training run."""
+    """Options of a pre-training run."""
 
     job: ClassVar[str] = "pretrain"
 
-    model: str = "tiny"  # a preset, or a local Hugging Face folder
-    data: str = "stdlib"  # "stdlib", "synthetic", or a text/JSONL file or folder
-    validation_batches: int = 32  # global batches of held-out sequences
-
-    def _limits(self) -> dict[str, int]:
-        return super()._limits() | {"validation_batches": 1}
+    model: str = option(DATA, "tiny, llama-39m ... llama-1b, llama2-7b, ... or a local HF folder", "tiny")
+    data: str = option(DATA, "stdlib, synthetic, or a text/JSONL file or folder", "stdlib")
+    tokenizer: str | None = option(DATA, "local Hugging Face tokenizer folder, for text and JSONL data")
+    validation_batches: int = option(DATA, "global batches of held-out text; default: 32", default=32, at_least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptions(RunOptions):
-    """Settings of a fine-tuning run. model: the output folder of an earlier run, or a local Hugging Face folder. data
-    and validation_data: JSONL files, see `train.rows`. tokenizer: default the model folder's, else bytes."""
+    """Options of a fine-tuning run. The files are described in `train.data.rows`."""
 
     job: ClassVar[str] = "finetune"
 
-    validation_data: str | None = None  # without it nothing is validated
+    model: str = option(DATA, "output folder of a run, or a local HF folder with weights", MISSING)
+    data: str = option(DATA, "JSONL file of rows to train on; a row too long is an error", MISSING)
+    validation_data: str | None = option(
+        DATA, "JSONL file of rows to validate on, all of them, also before training; default: no validation"
+    )
+    tokenizer: str | None = option(DATA, "local HF tokenizer folder; default: the model's own, else bytes")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -93,8 +92,13 @@ def make_plan(
             print("no CUDA toolkit to compile DeepSpeed's FusedAdam with: AdamW runs as torch.optim.AdamW", flush=True)
 
     steps = options.steps or recipe.steps
-    warmup_steps = math.ceil(recipe.warmup_fraction * steps) if options.warmup_steps is None else options.warmup_steps
-    dtype = options.dtype or ("fp32" if ranks.device.type == "cpu" else "bf16")
+    defaults = options.defaults(steps, recipe.warmup_fraction, ranks.device.type == "cpu")
+
+    def setting(name: str) -> Any:
+        given = getattr(options, name)
+        return defaults[name] if given is None else given
+
+    warmup_steps, dtype = setting("warmup_steps"), setting("dtype")
     config = resolve_config(
         raw,
         micro_batch=micro_batch,
@@ -102,9 +106,9 @@ def make_plan(
         world_size=ranks.world_size,
         lr=choose(raw, "optimizer.params.lr", options.lr, recipe.lr),
         betas=choose(raw, "optimizer.params.betas", options.betas and list(options.betas), recipe.betas),
-        eps=choose(raw, "optimizer.params.eps", options.eps, 1e-8),
+        eps=choose(raw, "optimizer.params.eps", options.eps, defaults["eps"]),
         weight_decay=choose(raw, "optimizer.params.weight_decay", options.weight_decay, recipe.weight_decay),
-        gradient_clipping=choose(raw, "gradient_clipping", options.gradient_clipping, 1.0),
+        gradient_clipping=choose(raw, "gradient_clipping", options.gradient_clipping, defaults["gradient_clipping"]),
         dtype=dtype,
         hidden_size=model_config.hidden_size,
         steps=steps,
@@ -116,12 +120,6 @@ def make_plan(
     dtype = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
     check_rules(config, DTYPES[dtype])
     seq_length = options.seq_length or recipe.seq_length
-    save_interval = options.save_interval
-    if save_interval is None:
-        save_interval = 0 if options.data == "synthetic" else steps
-    validation_interval = options.validation_interval
-    if validation_interval is None:
-        validation_interval = max(1, steps // 10)
     facts = {
         "model": options.model,
         "data": options.data,
@@ -132,7 +130,7 @@ def make_plan(
         "micro_batch": micro_batch,
         "seq_length": seq_length,
         "steps": steps,
-        "schedule": config.get("scheduler") or [options.schedule or "linear", warmup_steps],
+        "schedule": config.get("scheduler") or [setting("schedule"), warmup_steps],
         "gradient_clipping": config["gradient_clipping"],
         "dtype": dtype,
         "seed": options.seed,
@@ -145,10 +143,10 @@ def make_plan(
         micro_batch=micro_batch,
         accumulation=accumulation,
         steps=steps,
-        logging_interval=options.logging_interval or min(10, math.ceil(steps / 40)),
-        validation_interval=validation_interval,
-        save_interval=save_interval,
-        lr_schedule=_lr_schedule(config, options.schedule, warmup_steps, steps),
+        logging_interval=setting("logging_interval"),
+        validation_interval=setting("validation_interval"),
+        save_interval=setting("save_interval"),
+        lr_schedule=_lr_schedule(config, setting("schedule"), warmup_steps, steps),
         facts=json.loads(json.dumps(facts)),  # as a checkpoint gives them back: tuples are lists
     )
 
@@ -214,10 +212,9 @@ def _lacks_fused_adam(config: dict[str, Any], ranks: Ranks) -> bool:
     )
 
 
-def _lr_schedule(config: dict[str, Any], name: str | None, warmup_steps: int, steps: int) -> Callable | None:
+def _lr_schedule(config: dict[str, Any], name: str, warmup_steps: int, steps: int) -> Callable | None:
     if config.get("scheduler"):
         return None
-    name = name or "linear"
     schedule = partial(transformers.get_scheduler, name, num_warmup_steps=warmup_steps, num_training_steps=steps)
     try:  # a trial: a wrong name must fail now
         schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
