@@ -10,9 +10,7 @@ trap 'echo "quickstart: failed, see the messages above" >&2' ERR
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh train
 
-number=1
-while [ -e "runs/quickstart-$number" ]; do number=$((number + 1)); done
-folder=runs/quickstart-$number
+folder=$(python -c 'from ds_memopt.results.record import first_free; print(first_free("runs/quickstart"))')
 mkdir -p "$folder"
 
 ranks=$(python -c 'import torch; print(torch.cuda.device_count())')

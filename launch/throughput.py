@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
 import sys
 from collections import Counter
@@ -73,6 +72,8 @@ def main() -> int:
     import torch
     from tqdm import tqdm
 
+    from ds_memopt.results.record import RESULTS, first_free
+    from ds_memopt.results.schema import OK
     from ds_memopt.train import sweep
     from ds_memopt.train.config_check import check_optimizer_type
     from ds_memopt.train.presets import find_model
@@ -99,7 +100,7 @@ def main() -> int:
             check_optimizer_type(sweep.ds_config(optimizer, arguments.stage[0], CONFIGS)["optimizer"]["type"])
         find_model(arguments.model)
         settings = shared | steps | {"gpus": gpus, "gradient_checkpointing": arguments.gradient_checkpointing}
-        folder = arguments.output_dir or _first_free()
+        folder = arguments.output_dir or first_free("runs/throughput")
         cases = sweep.Sweep(folder, settings, command, arguments.timeout, arguments.resume, tqdm.write)
     except ValueError as error:
         sys.exit(f"ValueError: {error}")
@@ -109,15 +110,8 @@ def main() -> int:
         sweep.run_all(cases, arguments.optimizer, arguments.stage, sizes, arguments.largest_micro_batch), total
     )
     print(sweep.summary(cases.results))
-    print(f"{folder}/{sweep.RESULTS} has all figures; a page: ds-memopt report {folder}")
-    return 0 if any(row["status"] == sweep.OK for row in cases.results.values()) else 1
-
-
-def _first_free() -> Path:
-    number = 1
-    while os.path.exists(f"runs/throughput-{number}"):
-        number += 1
-    return Path(f"runs/throughput-{number}")
+    print(f"{folder}/{RESULTS} has all figures; a page: ds-memopt report {folder}")
+    return 0 if any(result["status"] == OK for result in cases.results.values()) else 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import io
 import json
@@ -11,16 +12,18 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 
 import pytest
 import transformers
 from PIL import Image
 
 from ds_memopt import cli
-from ds_memopt.results import plots
+from ds_memopt.results import plots, schema
 from ds_memopt.results.plots import PROCESS, REST, UNDIVIDED
 from ds_memopt.results.record import read_json, read_metrics
 from ds_memopt.results.report_page import write_report
+from ds_memopt.results.schema import Environment, MetricsRow
 
 ROOT = Path(__file__).parent.parent
 MIB = 1024**2
@@ -147,7 +150,11 @@ def test_a_real_run(real, tmp_path, capsys):
     assert cli.main(["report", str(real), "--output", str(tmp_path / "out")]) == 0
     path = Path(capsys.readouterr().out.strip())
     assert path == tmp_path / "out" / "index.html"
-    page, rows = Page(path), read_metrics(real)
+    page, rows = Page(path), read_metrics(real, [])
+    assert len(rows) == len((real / "metrics.jsonl").read_text().splitlines())  # all are whole
+    for row in rows:
+        assert MetricsRow.__required_keys__ <= row.keys() <= get_type_hints(MetricsRow).keys()
+    assert read_json(real / "environment.json").keys() == get_type_hints(Environment).keys()
     steady = sorted(rows[1:], key=lambda row: row["step_ms"])
     middle = steady[(len(steady) - 1) // 2]
 
@@ -170,6 +177,14 @@ def test_a_real_run(real, tmp_path, capsys):
     versions = page.tables["Versions"]["run"]
     assert versions["torch"] == environment["packages"]["torch"] and versions["GPUs"] == "0 (1 on CPU)"
     assert page.commands == [" ".join(environment["command"])]
+
+
+def test_every_key_of_a_metrics_row_says_what_it_is():
+    classes = [node for node in ast.parse(Path(schema.__file__).read_text()).body if isinstance(node, ast.ClassDef)]
+    for row in classes[:2]:
+        keys, texts = row.body[1::2], row.body[2::2]
+        assert all(isinstance(key, ast.AnnAssign) for key in keys) and len(keys) == len(texts)
+        assert all(isinstance(text, ast.Expr) and isinstance(text.value.value, str) for text in texts), row.name
 
 
 def test_figures_of_a_sweep(swept):

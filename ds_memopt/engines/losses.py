@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 IGNORED_LABEL = -100
+"""Cross-entropy of transformers and of PyTorch skips it."""
 
 
 class HandedOut:

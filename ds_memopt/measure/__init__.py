@@ -3,6 +3,7 @@
 from ds_memopt.measure.communication import CommunicationMeter, Traffic, sent_per_payload_byte
 from ds_memopt.measure.memory import (
     GIB,
+    MIB,
     limit_memory,
     peak_memory_gib,
     reset_peak_memory,
@@ -11,11 +12,13 @@ from ds_memopt.measure.memory import (
     state_bytes_per_parameter,
 )
 from ds_memopt.measure.monitor import write_to_monitor
-from ds_memopt.measure.step_timer import PHASES, StepTimer
+from ds_memopt.measure.step_timer import OTHER, PHASES, StepTimer
 from ds_memopt.measure.utilisation import ModelFlops, peak_flops
 
 __all__ = [
     "GIB",
+    "MIB",
+    "OTHER",
     "PHASES",
     "CommunicationMeter",
     "ModelFlops",

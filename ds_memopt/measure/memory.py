@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 GIB = 1024**3
+MIB = 1024**2
 
 
 def peak_memory_gib(device: torch.device) -> dict[str, float]:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from ds_memopt.measure import GIB
+from ds_memopt.measure import GIB, MIB
 from ds_memopt.optimizers import METHODS, InPlaceOptimizer, takes
 from ds_memopt.optimizers.base.hyper_parameters import check_range
 from ds_memopt.plan.activations import Activations, measure_activations
@@ -43,7 +43,7 @@ faster: a step for a sequence, than AdamW's where that is fastest, if GPUs keep 
 second, and
 wait. How far a step gets is not compared: MeZO needs many more."""
 
-UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": 2**20}
+UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": MIB}
 
 
 @dataclass(frozen=True)

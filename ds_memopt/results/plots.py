@@ -14,6 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from ds_memopt.results.schema import MetricsRow
+
 matplotlib.rcParams["text.parse_math"] = False  # the name of a run may hold a $
 
 REST = "activations, buffers and the rest"
@@ -95,7 +97,7 @@ def stacked(
     return figure
 
 
-def losses(names: Sequence[str], optimizers: Sequence[str], runs: Sequence[Sequence[Mapping[str, Any]]]) -> Figure:
+def losses(names: Sequence[str], optimizers: Sequence[str], runs: Sequence[Sequence[MetricsRow]]) -> Figure:
     """Training loss (thin) and validation loss (markers) of each run over the tokens seen, whole and second half."""
     figure = Figure(figsize=(12, 5.2 + 0.2 * (len(names) // 3)), layout="constrained")
     whole, end = figure.subplots(1, 2)
@@ -197,5 +199,5 @@ def _number(value: float) -> str:
     return f"{value:,.{digits}f}" if value >= 0.1 else f"{value:.2g}"
 
 
-def _millions(rows: Sequence[Mapping[str, Any]]) -> list[float]:
+def _millions(rows: Sequence[MetricsRow]) -> list[float]:
     return [row["tokens"] / 1e6 for row in rows]

@@ -1,7 +1,8 @@
-"""What a run leaves in its output folder: metrics.jsonl, resolved_config.json, environment.json."""
+"""Writing and reading what runs and sweeps leave in their folders. What is in the files: `results.schema`."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -10,12 +11,21 @@ import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 
+from ds_memopt.results.schema import PEAKS, CaseResult, Environment, MetricsRow, ValidationRow
+
 METRICS = "metrics.jsonl"
+RESULTS = "results.jsonl"
 PACKAGES = ("ds_memopt", "torch", "deepspeed", "transformers", "accelerate", "datasets", "numpy")
+
+
+def first_free(stem: str | Path) -> Path:
+    """The first of <stem>-1, <stem>-2, ... that does not exist."""
+    candidates = (Path(f"{stem}-{number}") for number in itertools.count(1))
+    return next(candidate for candidate in candidates if not candidate.exists())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,15 +48,26 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}; remove the run's folder and run it again") from error
 
 
-def read_metrics(folder: Path, damaged: list[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of folder/metrics.jsonl. damaged: takes a sentence for each row that is not whole, which is left out.
+def read_metrics(folder: Path, damaged: list[str] | None = None) -> list[MetricsRow]:
+    """The rows of folder/metrics.jsonl, of which one of step 0 is a mere ValidationRow.
+
+    damaged: takes a sentence for each row that is not whole, which is left out.
 
     ValueError if the file is missing, and without `damaged` for a line that is no row.
     """
-    return read_lines(folder / METRICS, _has_step if damaged is None else _is_whole, damaged)
+    return _read_lines(folder / METRICS, _has_step if damaged is None else _is_whole, damaged)
 
 
-def read_lines(path: Path, is_row: Callable[[Any], bool], damaged: list[str] | None = None) -> list[dict[str, Any]]:
+def read_results(folder: Path, damaged: list[str] | None = None) -> dict[str, CaseResult]:
+    """The cases of the sweep in a folder, by name; the last line of a case counts. damaged: as `read_metrics`."""
+    return {line["case"]: line for line in _read_lines(folder / RESULTS, _is_case, damaged)}
+
+
+def write_results(folder: Path, results: Iterable[CaseResult]) -> None:
+    write_text(folder / RESULTS, "".join(json.dumps(result) + "\n" for result in results))
+
+
+def _read_lines(path: Path, is_row: Callable[[Any], bool], damaged: list[str] | None) -> list[Any]:
     """The JSON objects in a file's lines. is_row: whether one is whole. damaged: as `read_metrics`."""
     rows = []
     for number, line in enumerate(_read(path).splitlines(), start=1):
@@ -64,33 +85,36 @@ def read_lines(path: Path, is_row: Callable[[Any], bool], damaged: list[str] | N
     return rows
 
 
-PEAKS = {"peak_allocated_gib": "allocated", "peak_rss_gib": "resident set"}
-"""The peak memory of a rank: its key, on a GPU and on a CPU, and what it is."""
-
-_NEEDED = ("tokens", "step_ms", "tokens_per_s", "optimizer_state_bytes_per_parameter", "bytes_sent_per_step")
-_DIVIDED = ("held_gib", "sent_by_collective", "sent_by_group")
-
-
 def _has_step(row: Any) -> bool:
     return isinstance(row, dict) and isinstance(row.get("step"), int)
 
 
 def _is_whole(row: Any) -> bool:
-    """Whether a row holds what a report needs, in its types; the row before training has no figures of steps."""
-
-    def is_number(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
-
-    def is_fitting(key: str, value: Any) -> bool:
-        if key in _DIVIDED:
-            return isinstance(value, dict) and all(map(is_number, value.values()))
-        return isinstance(value, str) if key == "active_block" else is_number(value)
-
-    if not _has_step(row) or "loss" not in row or "validation_loss" not in row:
+    """Whether a row holds what a report needs, in its types."""
+    if not _has_step(row) or not ValidationRow.__required_keys__ <= row.keys():
         return False
-    needed = () if row["step"] == 0 else (*_NEEDED, next((key for key in PEAKS if key in row), "peak"), "loss")
-    fitting = all(value is None or is_fitting(key, value) for key, value in row.items())
-    return fitting and all(is_number(row.get(key)) for key in needed)
+    needed = {"tokens"}
+    if row["step"]:
+        peak = next((key for key in PEAKS if key in row), "peak")
+        needed = MetricsRow.__required_keys__ - {"validation_loss"} | {peak}
+    if any(row.get(key) is None for key in needed):
+        return False
+    kinds = get_type_hints(MetricsRow)
+    return all(value is None or _fits(value, kinds[key]) for key, value in row.items() if key in kinds)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value has one of the types that `MetricsRow` names."""
+    if kind is str:
+        return isinstance(value, str)
+    if get_origin(kind) is dict:
+        return isinstance(value, dict) and all(_fits(one, float) for one in value.values())
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+
+
+def _is_case(line: Any) -> bool:
+    kinds = get_type_hints(CaseResult)
+    return isinstance(line, dict) and all(isinstance(line.get(key), kinds[key]) for key in CaseResult.__required_keys__)
 
 
 def _read(path: Path) -> str:
@@ -116,7 +140,7 @@ class MetricsFile:
         rows = read_metrics(folder) if after_step and self._path.exists() else []
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= after_step))
 
-    def append(self, row: dict[str, Any]) -> None:
+    def append(self, row: ValidationRow) -> None:
         with self._path.open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
@@ -137,8 +161,7 @@ def as_text(ranks: Iterable[int]) -> str:
     return ",".join(map(str, ranks))
 
 
-def environment(device: torch.device, world_size: int, process_gib: float | None) -> dict[str, Any]:
-    """What is needed to run this again: command, versions, device, commit of this source (None if unknown)."""
+def environment(device: torch.device, world_size: int, process_gib: float | None) -> Environment:
     on_gpu = device.type == "cuda"
     return {
         "command": [sys.executable, *sys.argv],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import itertools
 import os
 import shlex
 import shutil
@@ -12,28 +11,27 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
 from ds_memopt.results import sections
 from ds_memopt.results.comparison import steps, summarize
-from ds_memopt.results.record import METRICS, read_json, read_lines
+from ds_memopt.results.record import METRICS, RESULTS, first_free, read_json, read_results
+from ds_memopt.results.schema import OK, CaseResult
 from ds_memopt.results.sections import Failure, Run
 
-RESULTS = "results.jsonl"  # of a sweep: a line for each case
 PAGE = "index.html"
 GENERATOR = "ds-memopt report"  # what a former report is known by
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A run that was wanted. sweep: the folder of the sweep that it belongs to, if to any. line: what results.jsonl
-    says about it."""
+    """A run that was wanted. sweep, result: as in `Run`."""
 
     folder: Path
-    sweep: Path | None
-    line: dict[str, Any]
+    name: str
+    sweep: Path | None = None
+    result: CaseResult | None = None
 
 
 def write_report(given: list[Path], output: Path | None = None) -> Path:
@@ -79,29 +77,24 @@ def _cases(folder: Path, damaged: list[str]) -> list[_Case]:
                 f"{folder} is neither the folder of a run nor that of a sweep: it has no {METRICS} and no {RESULTS}; "
                 "name the --output_dir of a run or of a sweep"
             )
-        return [_Case(folder, None, {"case": folder.name, "status": "ok"})]
-    lines = {line["case"]: line for line in read_lines(folder / RESULTS, is_case, damaged)}
-    if not lines:
+        return [_Case(folder, folder.name)]
+    results = read_results(folder, damaged)
+    if not results:
         raise ValueError(f"{folder / RESULTS} has no whole line yet: wait until the sweep has finished a case")
-    return [_Case(folder / (line.get("folder") or name), folder, line) for name, line in lines.items()]
-
-
-def is_case(line: Any) -> bool:
-    """Whether a line of a sweep's results is whole."""
-    needed = {"case": str, "status": str, "optimizer": str, "zero_stage": int, "micro_batch": int}
-    return isinstance(line, dict) and all(isinstance(line.get(key), kind) for key, kind in needed.items())
+    return [_Case(folder / (result.get("folder") or name), name, folder, result) for name, result in results.items()]
 
 
 def _read(cases: list[_Case], damaged: list[str]) -> tuple[list[Run], list[Failure]]:
     runs, failures = [], []
     for case, name in zip(cases, _names(cases), strict=True):
         try:
-            if case.line["status"] == "ok":
-                runs.append(_read_run(case, name, damaged))
+            if case.result and case.result["status"] != OK:
+                status, reason = case.result["status"], case.result.get("reason")
+                failures.append(Failure(name, case.sweep, case.result, status, reason))
             else:
-                failures.append(Failure(name, case.sweep, case.line, case.line["status"], case.line.get("reason")))
+                runs.append(_read_run(case, name, damaged))
         except ValueError as error:
-            failures.append(Failure(name, case.sweep, case.line, "cannot be read", str(error)))
+            failures.append(Failure(name, case.sweep, case.result, "cannot be read", str(error)))
     if not runs and all(failure.sweep is None for failure in failures):
         raise ValueError("; ".join(failure.reason for failure in failures))
     return runs, failures
@@ -112,7 +105,7 @@ def _read_run(case: _Case, name: str, damaged: list[str]) -> Run:
     return Run(
         name=name,
         sweep=case.sweep,
-        line=case.line,
+        result=case.result,
         rows=steps(case.folder, damaged),
         summary=summarize(case.folder, []),
         settings=read_json(case.folder / "resolved_config.json"),
@@ -122,23 +115,21 @@ def _read_run(case: _Case, name: str, damaged: list[str]) -> Run:
 
 def _names(cases: list[_Case]) -> list[str]:
     """Cases by their own names; those that share one, by their paths as far as they differ."""
-    count = Counter(case.line["case"] for case in cases)
+    count = Counter(case.name for case in cases)
     above = os.path.commonpath([case.folder.parent for case in cases])
-    return [
-        case.line["case"] if count[case.line["case"]] == 1 else os.path.relpath(case.folder, above) for case in cases
-    ]
+    return [case.name if count[case.name] == 1 else os.path.relpath(case.folder, above) for case in cases]
 
 
 def _command(run: Run) -> str:
-    command = run.line.get("command") or run.environment.get("command")
+    command = run.result.get("command") if run.result else None
+    command = command or run.environment.get("command")
     return shlex.join(command) if command else "-"
 
 
 def _default_output(given: list[Path]) -> Path:
     if len(given) == 1 and (given[0] / RESULTS).exists():
         return given[0] / "report"
-    candidates = (Path(f"runs/report-{number}") for number in itertools.count(1))
-    return next(candidate for candidate in candidates if not candidate.exists())
+    return first_free("runs/report")
 
 
 def _check_output(output: Path) -> None:

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_memopt.measure import GIB, MIB, OTHER, PHASES
 from ds_memopt.results import plots
-from ds_memopt.results.comparison import MIB, figures, number, peak_gib, steady
+from ds_memopt.results.comparison import Summary, figures, number, peak_gib, steady
 from ds_memopt.results.plots import PROCESS, REST, UNDIVIDED
+from ds_memopt.results.schema import CaseResult, Environment, MetricsRow
 
-GIB = 1024 * MIB
-_TIMES = ("forward", "backward", "optimizer", "communication", "other")
 _FIRST, _LAST = [PROCESS, "weights", "masters", "gradients"], [REST, UNDIVIDED]  # of the parts of a bar
 _ONE_BAR = "no parts recorded, so it is drawn as one bar"
 _TOO_LARGE = "the parts add up to more than the peak, so it is drawn as one bar"
@@ -28,21 +28,21 @@ _NO_PROCESS = f'the process was not measured before the model, so it is part of 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run wrote, see `results.record`, and its `summary`, see `comparison.summarize`.
+    """What a run wrote. settings: its resolved_config.json.
 
-    sweep: the folder of the sweep that the run belongs to, if to any. line: what its results.jsonl says about the run.
+    sweep: the folder of the sweep that the run belongs to, None if to none. result: what the sweep says about the run.
     """
 
     name: str
     sweep: Path | None
-    line: dict[str, Any]
-    rows: list[dict[str, Any]]
-    summary: dict[str, Any]
+    result: CaseResult | None
+    rows: list[MetricsRow]
+    summary: Summary
     settings: dict[str, Any]
-    environment: dict[str, Any]
+    environment: Environment
 
     @property
-    def median_step(self) -> dict[str, Any]:
+    def median_step(self) -> MetricsRow:
         """The row with the median step time: a real one, so that its parts add up."""
         rows = sorted(steady(self.rows), key=lambda row: row["step_ms"])
         return rows[(len(rows) - 1) // 2]
@@ -54,11 +54,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Failure:
-    """A case that left no figures."""
+    """A case that left no figures. sweep, result: as in `Run`."""
 
     name: str
     sweep: Path | None
-    line: dict[str, Any]
+    result: CaseResult | None
     status: str
     reason: str | None
 
@@ -137,20 +137,20 @@ def _sweep(runs: Sequence[Run], failures: Sequence[Failure], name: str, image_na
     """Of each optimizer and ZeRO stage the largest micro-batch that ran and the best speed, and gains over AdamW."""
     speeds: dict[tuple[str, int], dict[int, float]] = {_setting(case): {} for case in (*runs, *failures)}
     for run in runs:
-        speeds[_setting(run)][run.line["micro_batch"]] = run.summary["tokens_per_s"]
+        speeds[_setting(run)][run.result["micro_batch"]] = run.summary.tokens_per_s
     rows = []
     for (optimizer, stage), of_batch in speeds.items():
         largest = max(of_batch, default=0)
         best = max(of_batch, key=of_batch.get, default=None)
-        beyond = [f for f in failures if _setting(f) == (optimizer, stage) and f.line["micro_batch"] > largest]
-        next_one = min(beyond, key=lambda failure: failure.line["micro_batch"], default=None)
+        beyond = [f for f in failures if _setting(f) == (optimizer, stage) and f.result["micro_batch"] > largest]
+        next_one = min(beyond, key=lambda failure: failure.result["micro_batch"], default=None)
         rows.append([
             f"{optimizer}, ZeRO-{stage}",
             str(largest or "none"),
             number(of_batch.get(largest), ".0f"),
             number(of_batch.get(best), ".0f"),
             number(best, ""),
-            f"{next_one.line['micro_batch']}: {next_one.status}" if next_one else "-",
+            f"{next_one.result['micro_batch']}: {next_one.status}" if next_one else "-",
         ])  # fmt: skip
     ran = {setting: of_batch for setting, of_batch in speeds.items() if of_batch}
     several = any(len(of_batch) > 1 for of_batch in ran.values())
@@ -183,10 +183,10 @@ def _gains(speeds: Mapping[tuple[str, int], Mapping[int, float]]) -> Iterator[st
 
 def _speed(runs: Sequence[Run]) -> Section:
     rank = _rank(runs)
-    total, each = [run.summary["tokens_per_s"] for run in runs], [run.median("tokens_per_s_per_gpu") for run in runs]
+    total, each = [run.summary.tokens_per_s for run in runs], [run.median("tokens_per_s_per_gpu") for run in runs]
     figure = plots.speed(
         [run.name for run in runs],
-        [run.summary["optimizer"] for run in runs],
+        [run.summary.optimizer for run in runs],
         {f"all {rank}s together": total, f"per {rank}": each},
     )
     return Section("Tokens per second", image_name="tokens_per_s.png", image=plots.png(figure))
@@ -195,23 +195,23 @@ def _speed(runs: Sequence[Run]) -> Section:
 def _losses(runs: Sequence[Run]) -> Section:
     notes: dict[str, list[str]] = defaultdict(list)
     for run in runs:
-        if run.summary["validation_loss"] is None:
+        if run.summary.validation_loss is None:
             notes["no validation loss recorded"].append(run.name)
     figure = plots.losses(
-        [run.name for run in runs], [run.summary["optimizer"] for run in runs], [run.rows for run in runs]
+        [run.name for run in runs], [run.summary.optimizer for run in runs], [run.rows for run in runs]
     )
     return Section("Loss", image_name="loss.png", image=plots.png(figure), notes=_notes(notes, runs))
 
 
 def _sent(runs: Sequence[Run]) -> Section:
     """The stacked section, with the bytes sent within each process group beside."""
-    size, unit = (GIB, "GiB") if max(run.summary["bytes_sent_per_step"] for run in runs) >= GIB else (MIB, "MiB")
+    size, unit = (GIB, "GiB") if max(run.summary.bytes_sent_per_step for run in runs) >= GIB else (MIB, "MiB")
 
     def parts(run: Run, notes: dict[str, list[str]]) -> dict[str, float]:
         sent = run.rows[-1].get("sent_by_collective")
         if sent is None:
             notes[_ONE_BAR].append(run.name)
-            sent = {UNDIVIDED: run.summary["bytes_sent_per_step"]}
+            sent = {UNDIVIDED: run.summary.bytes_sent_per_step}
         return {collective: count / size for collective, count in sent.items()}
 
     section = _stacked(runs, "Sent per rank and step", _OF_SENT, "sent.png", unit, ".4g", parts)
@@ -257,7 +257,7 @@ def _stacked(
 
 
 def _peaks(runs: Sequence[Run]) -> Section:
-    of = " / ".join(sorted({run.summary["peak_of"] for run in runs}))
+    of = " / ".join(sorted({run.summary.peak_of for run in runs}))
     return _stacked(runs, f"Peak memory of a rank ({of})", _OF_PEAKS, "memory.png", "GiB", ".3f", _memory)
 
 
@@ -273,14 +273,14 @@ def _memory(run: Run, notes: dict[str, list[str]]) -> dict[str, float]:
     if rest < 0:
         notes[_TOO_LARGE].append(run.name)
         return {UNDIVIDED: peak}
-    if process is None and run.summary["peak_of"] == "resident set":
+    if process is None and run.summary.peak_of == "resident set":
         notes[_NO_PROCESS].append(run.name)
     return {**known, REST: rest}
 
 
 def _times(run: Run, notes: dict[str, list[str]]) -> dict[str, float]:
     row = run.median_step
-    parts = {name: row.get(f"{name}_ms") for name in _TIMES}
+    parts = {name: row.get(f"{name}_ms") for name in (*PHASES, OTHER)}
     if None in parts.values():
         notes[_ONE_BAR].append(run.name)
         return {UNDIVIDED: row["step_ms"]}
@@ -322,13 +322,13 @@ def _notes(remarks: Mapping[str, list[str]], runs: Sequence[Run]) -> list[str]:
 
 def _rank(runs: Sequence[Run]) -> str:
     """What a rank of these runs is."""
-    kinds = {"GPU" if run.summary["peak_of"] == "allocated" else "CPU rank" for run in runs}
+    kinds = {"GPU" if run.summary.peak_of == "allocated" else "CPU rank" for run in runs}
     return kinds.pop() if len(kinds) == 1 else "GPU or CPU rank"
 
 
 def _setting(case: Run | Failure) -> tuple[str, int]:
     """Optimizer, which a sweep may also name by the file of a ds_config, and ZeRO stage."""
-    return Path(case.line["optimizer"].removesuffix(".json")).name, case.line["zero_stage"]
+    return Path(case.result["optimizer"].removesuffix(".json")).name, case.result["zero_stage"]
 
 
 def _largest(runs: Sequence[Run]) -> list[Run]:
@@ -337,6 +337,6 @@ def _largest(runs: Sequence[Run]) -> list[Run]:
     for run in runs:
         if run.sweep:
             rival = largest.setdefault((run.sweep, *_setting(run)), run)
-            if run.line["micro_batch"] > rival.line["micro_batch"]:
+            if run.result["micro_batch"] > rival.result["micro_batch"]:
                 largest[run.sweep, *_setting(run)] = run
     return list(largest.values())

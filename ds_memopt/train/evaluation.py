@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import deepspeed.comm as dist
 import torch
 
-from ds_memopt.train.data.corpus import IGNORED_LABEL
+from ds_memopt.engines.losses import IGNORED_LABEL
 from ds_memopt.train.data.rows import Pair, Row, collate
 from ds_memopt.train.ranks import Ranks
 

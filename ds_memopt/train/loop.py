@@ -19,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 import ds_memopt
 from ds_memopt.engines.checkpoint_files import load_only_data
 from ds_memopt.engines.held_bytes import gradient_bytes, held_bytes
+from ds_memopt.engines.losses import IGNORED_LABEL
 from ds_memopt.measure import (
     GIB,
     CommunicationMeter,
@@ -31,16 +32,10 @@ from ds_memopt.measure import (
 )
 from ds_memopt.optimizers import takes
 from ds_memopt.results.record import MetricsFile, as_text, environment, write_json
+from ds_memopt.results.schema import MetricsRow, ValidationRow
 from ds_memopt.train import checkpoint
 from ds_memopt.train.config import zero_stage
-from ds_memopt.train.data.corpus import (
-    IGNORED_LABEL,
-    Corpus,
-    StepBatches,
-    load_corpus,
-    train_loader,
-    validation_batches,
-)
+from ds_memopt.train.data.corpus import Corpus, StepBatches, load_corpus, train_loader, validation_batches
 from ds_memopt.train.flops import model_flops
 from ds_memopt.train.options import Options, RunOptions
 from ds_memopt.train.output_folder import claim
@@ -155,7 +150,7 @@ def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, toke
         metrics = MetricsFile(plan.output_dir, first_step)
     if work.validate_at_start and plan.validation_interval and not first_step:
         ranks.enter("the validation before training")
-        row = {"step": 0, "tokens": 0, "loss": None, **work.validate(engine)}
+        row: ValidationRow = {"step": 0, "tokens": 0, "loss": None, **work.validate(engine)}
         _refuse_no_number(row)
         if metrics:
             metrics.append(row)
@@ -258,7 +253,7 @@ def _train(
             continue
         steps = step - logged_step
         speed = timer.read()
-        held = held_bytes(engine, ranks.device) | {"gradients": gradients}
+        held_by_kind = held_bytes(engine, ranks.device) | {"gradients": gradients}
         sums = torch.stack([loss_sum, loss_sum.new_tensor(sum(state_bytes(engine.optimizer).values()))])
         dist.all_reduce(sums)
         memory = peak_memory_gib(ranks.device)
@@ -266,7 +261,7 @@ def _train(
         dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
         if validate:
             ranks.enter(f"the validation after step {step}")
-        row = {
+        row: MetricsRow = {
             "step": step,
             "tokens": work.tokens[step],
             "loss": sums[0].item() / (steps * plan.accumulation * ranks.world_size),
@@ -278,7 +273,7 @@ def _train(
             **speed,
             "mfu": mfu(speed["tokens_per_s_per_gpu"]),
             **dict(zip(memory, peaks.tolist(), strict=True)),
-            "held_gib": {name: size / GIB for name, size in held.items()},
+            "held_gib": {name: size / GIB for name, size in held_by_kind.items()},
             "bytes_sent_per_step": meter.bytes_sent() // steps,
             "sent_by_collective": {name: one.sent_bytes // steps for name, one in meter.by_collective().items()},
             "sent_by_group": {as_text(group): one.sent_bytes // steps for group, one in meter.by_group().items()},
@@ -306,7 +301,7 @@ def _finite(value: Any) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _refuse_no_number(row: dict[str, Any]) -> None:
+def _refuse_no_number(row: ValidationRow) -> None:
     if not all(math.isfinite(row[key]) for key in ("loss", "validation_loss") if row[key] is not None):
         raise RuntimeError(
             f"the loss is {row['loss']}, in validation {row['validation_loss']}, at step {row['step']} "
@@ -314,7 +309,7 @@ def _refuse_no_number(row: dict[str, Any]) -> None:
         )
 
 
-def _progress(row: dict[str, Any], steps: int) -> str:
+def _progress(row: MetricsRow, steps: int) -> str:
     return (
         f"step {row['step']}/{steps}: loss {row['loss']:.4f}, {_figures(row)}, "
         f"{row['step_ms']:.0f} ms a step, {row['tokens_per_s']:.0f} tokens/s"
@@ -322,7 +317,7 @@ def _progress(row: dict[str, Any], steps: int) -> str:
     )
 
 
-def _figures(row: dict[str, Any]) -> str:
+def _figures(row: ValidationRow) -> str:
     return ", ".join(
         f"{name.replace('_', ' ')} {value:.4f}" for name, value in row.items() if name.startswith("validation_")
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 from ds_memopt.optimizers import METHODS, Addax, UpdatesInBackward, takes
 from ds_memopt.optimizers.base.hyper_parameters import check_values
-from ds_memopt.results.record import METRICS
+from ds_memopt.results.record import METRICS, first_free
 from ds_memopt.train.config import (
     AUTO,
     SHARED_HYPERPARAMETERS,
@@ -155,10 +154,9 @@ def _new_folder(options: RunOptions, ranks: Ranks) -> Path:
     """The first free folder of runs/<job>-1, runs/<job>-2, ..., the same on all ranks."""
     if options.resume:
         raise ValueError("--resume continues the run of an --output_dir: name it")
-    number = next(number for number in itertools.count(1) if not Path(f"runs/{options.job}-{number}").exists())
-    chosen = [number]
+    chosen = [first_free(f"runs/{options.job}")]
     dist.broadcast_object_list(chosen, src=0)
-    return Path(f"runs/{options.job}-{chosen[0]}")
+    return chosen[0]
 
 
 def _with_command_line(raw: dict[str, Any], options: RunOptions) -> dict[str, Any]:

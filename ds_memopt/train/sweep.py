@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -14,20 +13,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from ds_memopt.engines.processes import remove_shared_memory
 from ds_memopt.optimizers import takes
 from ds_memopt.results.comparison import steady, steps, summarize
-from ds_memopt.results.record import read_json, read_lines, write_json, write_text
-from ds_memopt.results.report_page import RESULTS, is_case
+from ds_memopt.results.record import RESULTS, read_json, read_results, write_json, write_results
+from ds_memopt.results.schema import FAILED, OK, OUT_OF_MEMORY, TIMEOUT, CaseResult
 from ds_memopt.train.config import load_config, override_optimizer
 from ds_memopt.train.launcher import free_port
 
 SETTINGS = "sweep.json"  # what all cases of a sweep share
-OK, OUT_OF_MEMORY, FAILED, TIMEOUT = "ok", "out of memory", "failed", "timeout"
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|bad_alloc|MemoryError")
 _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt)\b.*)")
 
@@ -75,14 +73,12 @@ def largest_that_fits(fits: Callable[[int], bool], smallest: int, largest: int) 
 
 
 class Sweep:
-    """Runs cases, each in a process group of its own, and keeps a line for each in folder/results.jsonl.
+    """Runs cases, each in a process group of its own, and keeps a `CaseResult` for each in folder/results.jsonl.
 
     settings: what all cases share; `--resume` needs the same. command: (case, its folder, a free port) -> the command
     that runs it, and whose job writes metrics.jsonl there. timeout: seconds that a case may take. tell: shows a line.
 
-    A line: the case, "status" ("ok", "out of memory", "failed" or "timeout"), "reason", "folder", "command", "seconds",
-    and of a case that is ok its figures: medians over the logged intervals without the first. ValueError if the folder
-    holds a sweep and resume is false, or one with other settings.
+    ValueError if the folder holds a sweep and resume is false, or one with other settings.
     """
 
     def __init__(
@@ -96,12 +92,13 @@ class Sweep:
     ) -> None:
         self._folder, self._settings, self._command = folder, settings, command
         self._timeout, self._tell = timeout, tell
-        self.results: dict[str, dict[str, Any]] = {}
+        self.results: dict[str, CaseResult] = {}
         if (folder / SETTINGS).exists():
             if not resume:
                 raise ValueError(f"{folder} already holds a sweep: continue it with --resume, or choose another folder")
             self._check_settings(read_json(folder / SETTINGS))
-            self._read_results()
+            if (folder / RESULTS).exists():
+                self.results = read_results(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / SETTINGS, settings)
 
@@ -114,22 +111,17 @@ class Sweep:
         if changed:
             raise ValueError(f"--resume needs the settings of the sweep in {self._folder}: {'; '.join(changed)}")
 
-    def _read_results(self) -> None:
-        path = self._folder / RESULTS
-        for row in read_lines(path, is_case) if path.exists() else ():
-            self.results[row["case"]] = row
+    def run(self, case: Case) -> CaseResult:
+        """The result of a case, which is run unless an earlier one was ok or out of memory."""
+        result = self.results.get(case.name)
+        if result is None or result["status"] not in (OK, OUT_OF_MEMORY):
+            result = self._run(case)
+            self.results[case.name] = result
+            write_results(self._folder, self.results.values())
+            self._tell(describe(result))
+        return result
 
-    def run(self, case: Case) -> dict[str, Any]:
-        """The line of a case, which is run unless an earlier one was ok or out of memory."""
-        row = self.results.get(case.name)
-        if row is None or row["status"] not in (OK, OUT_OF_MEMORY):
-            row = self._run(case)
-            self.results[case.name] = row
-            write_text(self._folder / RESULTS, "".join(json.dumps(one) + "\n" for one in self.results.values()))
-            self._tell(describe(row))
-        return row
-
-    def _run(self, case: Case) -> dict[str, Any]:
+    def _run(self, case: Case) -> CaseResult:
         folder = self._folder / case.name
         shutil.rmtree(folder, ignore_errors=True)  # of a run that did not finish
         folder.mkdir()
@@ -140,7 +132,7 @@ class Sweep:
             status, reason = _execute(command, folder / "log.txt", self._timeout)
         finally:
             remove_shared_memory("*", port, "*")  # of ranks that were killed
-        row = {
+        result: CaseResult = {
             "case": case.name,
             **asdict(case),
             "gpus": self._settings["gpus"],
@@ -150,16 +142,16 @@ class Sweep:
             "command": command,
             "seconds": round(time.monotonic() - began, 1),
         }
-        return row | (_figures(folder) if status == OK else {})
+        return result | (_figures(folder) if status == OK else {})
 
     def largest_micro_batch(self, optimizer: str, zero_stage: int, largest: int) -> None:
         """Find it, by running cases. A case that fails for another reason than memory ends the search."""
 
         def fits(size: int) -> bool:
-            row = self.run(Case(optimizer, zero_stage, size))
-            if row["status"] not in (OK, OUT_OF_MEMORY):
+            status = self.run(Case(optimizer, zero_stage, size))["status"]
+            if status not in (OK, OUT_OF_MEMORY):
                 raise _SearchEnded
-            return row["status"] == OK
+            return status == OK
 
         smallest = 2 if takes(_type(optimizer), "zo_batch") else 1  # a row for each half
         with contextlib.suppress(_SearchEnded):
@@ -225,7 +217,7 @@ def _figures(folder: Path) -> dict[str, Any]:
     """Of a finished run, over the ranks together but where the name says otherwise."""
     rows, summary = steady(steps(folder)), summarize(folder)
 
-    def median(key: str) -> float | None:
+    def median(key: Literal["tokens_per_s", "tokens_per_s_per_gpu", "step_ms", "mfu"]) -> float | None:
         values = [row[key] for row in rows if row[key] is not None]
         return statistics.median(values) if values else None
 
@@ -233,30 +225,30 @@ def _figures(folder: Path) -> dict[str, Any]:
     speeds = [row["tokens_per_s"] for row in rows]
     figures["tokens_per_s_range"] = [min(speeds), max(speeds)]
     kept = ("peak_gib", "peak_of", "bytes_sent_per_step", "optimizer_state_bytes_per_parameter")
-    return figures | {key: summary[key] for key in kept}
+    return figures | {key: getattr(summary, key) for key in kept}
 
 
-def describe(row: dict[str, Any]) -> str:
+def describe(result: CaseResult) -> str:
     """A line for the terminal."""
-    if row["status"] != OK:
-        return f"{row['case']}: {row['status']} after {row['seconds']:.0f} s: {row['reason']}"
-    return f"{row['case']}: {row['tokens_per_s']:.0f} tokens/s, peak {row['peak_gib']:.2f} GiB"
+    if result["status"] != OK:
+        return f"{result['case']}: {result['status']} after {result['seconds']:.0f} s: {result['reason']}"
+    return f"{result['case']}: {result['tokens_per_s']:.0f} tokens/s, peak {result['peak_gib']:.2f} GiB"
 
 
-def summary(results: dict[str, dict[str, Any]]) -> str:
+def summary(results: dict[str, CaseResult]) -> str:
     """The fastest case of each optimizer and stage, beside the fastest of AdamW at any stage, as text."""
-    best: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in results.values():
-        place = row["optimizer"], row["zero_stage"]
-        if row["status"] == OK and row["tokens_per_s"] > best.get(place, {"tokens_per_s": 0})["tokens_per_s"]:
-            best[place] = row
-    of_adamw = [row["tokens_per_s"] for (optimizer, _), row in best.items() if optimizer == "AdamW"]
+    best: dict[tuple[str, int], CaseResult] = {}
+    for result in results.values():
+        setting = result["optimizer"], result["zero_stage"]
+        if result["status"] == OK and (setting not in best or result["tokens_per_s"] > best[setting]["tokens_per_s"]):
+            best[setting] = result
+    of_adamw = [result["tokens_per_s"] for (optimizer, _), result in best.items() if optimizer == "AdamW"]
     lines = []
-    for (optimizer, stage), row in best.items():
-        gain = f", {row['tokens_per_s'] / max(of_adamw):.2f} x the fastest AdamW" if of_adamw else ""
+    for (optimizer, stage), result in best.items():
+        gain = f", {result['tokens_per_s'] / max(of_adamw):.2f} x the fastest AdamW" if of_adamw else ""
         lines.append(
-            f"{Path(optimizer).stem} at ZeRO-{stage}: {row['tokens_per_s']:.0f} tokens/s with micro-batches of "
-            f"{row['micro_batch']}{gain}"
+            f"{Path(optimizer).stem} at ZeRO-{stage}: {result['tokens_per_s']:.0f} tokens/s with micro-batches of "
+            f"{result['micro_batch']}{gain}"
         )
     return "\n".join(lines) or "no case was ok: see the reasons above"
 

@@ -55,7 +55,7 @@ class Evidence:
 def best(runner: Evidence, name: str, kind: str, params: dict, lrs: tuple[float, ...]) -> float:
     """The learning rate with the lowest final validation loss at the first seed."""
     folders = runner.run([(name, kind, params, lr, 0) for lr in lrs])
-    return min(zip(folders, lrs, strict=True), key=lambda pair: summarize(pair[0])["validation_loss"])[1]
+    return min(zip(folders, lrs, strict=True), key=lambda pair: summarize(pair[0]).validation_loss)[1]
 
 
 def table(results: dict[str, tuple[tuple[float, ...], float, list[Path]]]) -> str:
@@ -65,10 +65,10 @@ def table(results: dict[str, tuple[tuple[float, ...], float, list[Path]]]) -> st
     ]
     for name, (tried, lr, folders) in results.items():
         runs = [summarize(folder) for folder in folders]
-        losses = [run["validation_loss"] for run in runs]
+        losses = [run.validation_loss for run in runs]
         lines.append(
             f"| {name} | {', '.join(f'{rate:g}' for rate in tried)} | {lr:g} | {statistics.mean(losses):.4f} "
-            f"| {min(losses):.4f} to {max(losses):.4f} | {runs[0]['optimizer_state_bytes_per_parameter']:.3f} |"
+            f"| {min(losses):.4f} to {max(losses):.4f} | {runs[0].optimizer_state_bytes_per_parameter:.3f} |"
         )
     return "\n".join(lines)
 

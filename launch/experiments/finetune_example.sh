@@ -21,9 +21,8 @@ case $optimizer in
 esac
 
 folder=runs/finetune-example
-number=1
-while [ -e "$folder/$optimizer-$number" ]; do number=$((number + 1)); done
-run=$folder/$optimizer-$number
+run=$(python -c 'import sys; from ds_memopt.results.record import first_free; print(first_free(sys.argv[1]))' \
+    "$folder/$optimizer")
 mkdir -p "$folder"
 
 ranks=$(python -c 'import torch; print(torch.cuda.device_count())')

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import transformers
 from runner import LAUNCH, Runner, Trial, load_config
 
+from ds_memopt.results.comparison import steps as logged_steps
 from ds_memopt.results.comparison import summarize
-from ds_memopt.results.record import read_metrics
 
 STEPS = 80
 SEQ_LENGTH = 512
@@ -84,12 +84,12 @@ def describe(name: str, params: dict[str, Any], seed: int, options: list[str]) -
 def quality(folders: list[Path]) -> tuple[float, float]:
     """Mean accuracy, and where that is the same the loss."""
     runs = [summarize(folder) for folder in folders]
-    return statistics.mean(run["accuracy"] for run in runs), -statistics.mean(run["validation_loss"] for run in runs)
+    return statistics.mean(run.accuracy for run in runs), -statistics.mean(run.validation_loss for run in runs)
 
 
 def seconds(folder: Path) -> float:
     """Of all steps, at the median speed: other processes may have slowed some down."""
-    rows = [row for row in read_metrics(folder) if row["step"]]
+    rows = logged_steps(folder)
     return rows[-1]["step"] * statistics.median(row["step_ms"] for row in rows) / 1000
 
 
@@ -101,14 +101,14 @@ def table(results: dict[str, tuple[dict[str, Any], list[Path]]]) -> str:
     ]
     for name, (params, folders) in results.items():
         runs = [summarize(folder) for folder in folders]
-        accuracies = [run["accuracy"] for run in runs]
+        accuracies = [run.accuracy for run in runs]
         used = ", ".join(f"{params[key]:g}" for key in ("lr", "alpha") if key in params)
         lines.append(
             f"| {name} | {used} | {statistics.mean(accuracies):.4f} | {min(accuracies):.4f} to {max(accuracies):.4f} "
-            f"| {runs[0]['steps']} | {statistics.median(map(seconds, folders)):.0f} "
-            f"| {max(run['peak_gib'] for run in runs):.3f} | {runs[0]['optimizer_state_bytes_per_parameter']:.2f} |"
+            f"| {runs[0].steps} | {statistics.median(map(seconds, folders)):.0f} "
+            f"| {max(run.peak_gib for run in runs):.3f} | {runs[0].optimizer_state_bytes_per_parameter:.2f} |"
         )
-    before = summarize(next(iter(results.values()))[1][0])["accuracy_before"]
+    before = summarize(next(iter(results.values()))[1][0]).accuracy_before
     return "\n".join([*lines, "", f"Before training the accuracy is {before:.4f}."])
 
 

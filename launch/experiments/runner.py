@@ -56,5 +56,5 @@ class Runner:
             environment = os.environ | {"OMP_NUM_THREADS": threads}
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
         (folder / "done").touch()
-        print(f"{trial.name}: {summarize(folder)['validation_loss']:.4f}", flush=True)
+        print(f"{trial.name}: {summarize(folder).validation_loss:.4f}", flush=True)
         return folder

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler, Subset
 
+from ds_memopt.engines.losses import IGNORED_LABEL
+
 HELD_OUT_FRACTION = 0.05
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-IGNORED_LABEL = -100  # transformers' and PyTorch's cross-entropy skip it
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch.utils.data import DataLoader, Sampler
 
-from ds_memopt.train.data.corpus import IGNORED_LABEL
+from ds_memopt.engines.losses import IGNORED_LABEL
 from ds_memopt.train.presets import TINY_VOCABULARY
 
 Pair = tuple[list[int], list[int]]  # token ids of a prompt and of a completion
