@@ -83,6 +83,10 @@ class Addax(UpdatesInBackward, MeZO):
     """
 
     hyper_parameters = AddaxHyperParameters
+    family = "split batch"
+    uses_gradients, uses_losses, replayable = True, True, False
+    splits_batch, smallest_batch = True, 2
+    for_equal_lengths = {"length_threshold": None}
     hyper: AddaxHyperParameters
 
     def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:

@@ -141,6 +141,7 @@ class BAdam(ShardedOptimizer):
     """
 
     hyper_parameters = BAdamHyperParameters
+    family, rotates = "rotation", True
     hyper: BAdamHyperParameters
 
     def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
@@ -212,7 +213,7 @@ class BAdam(ShardedOptimizer):
         return Position(self.param_groups[0]["visit"], self.param_groups[0]["visit_step"])
 
     passes = None
-    """As of MeZO: where backward ends depends on the block."""
+    """Where backward ends depends on the block."""
 
     @property
     def active_block(self) -> str:

@@ -60,6 +60,7 @@ class IPSGD(UpdatesInBackward):
     """
 
     hyper_parameters = IPSGDHyperParameters
+    family = "in backward"
     hyper: IPSGDHyperParameters
 
     def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:

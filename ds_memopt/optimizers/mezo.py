@@ -154,6 +154,8 @@ class MeZO(InPlaceOptimizer):
     """
 
     hyper_parameters = MeZOHyperParameters
+    family = "zeroth order"
+    uses_gradients, uses_losses, replayable = False, True, True
     hyper: MeZOHyperParameters
 
     def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable
-from typing import ClassVar
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ds_memopt.optimizers.base.capabilities import Capabilities
 from ds_memopt.optimizers.base.hyper_parameters import HyperParameters, check_hyper_parameters, check_values
 from ds_memopt.optimizers.base.naming import check_named_group, named_groups, with_names
 
 logger = logging.getLogger("ds_memopt")
 
 
-class NamedOptimizer(torch.optim.Optimizer):
+class NamedOptimizer(Capabilities, torch.optim.Optimizer):
     """An optimizer that knows which parameter of the model each of its tensors is.
 
     A method names the class of its hyper-parameters in `hyper_parameters`; its constructor takes the parameters, these
@@ -42,6 +43,11 @@ class NamedOptimizer(torch.optim.Optimizer):
         """
         check_hyper_parameters(cls, hyper_parameters)
         return cls(named_groups(model, params), model=model, **hyper_parameters)
+
+    @classmethod
+    def accepted(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        known = cls.hyper_parameters.rules()
+        return {name: value for name, value in values.items() if name in known}
 
     def the_model(self) -> nn.Module | None:
         """The model that the parameters belong to, if it was given."""

@@ -46,6 +46,7 @@ class ShardedOptimizer(NamedOptimizer):
     needs_heads: whether the rule looks at heads, so that without a model `head_dim` must be given.
     """
 
+    family = "block state"
     states: Mapping[str, str] = {}
     element_dtype: torch.dtype | None = None
     needs_heads = False

@@ -52,6 +52,7 @@ class InPlaceOptimizer(NamedOptimizer):
     Raises ValueError for a hyper-parameter out of range, and for keep="residual" with fp16 weights.
     """
 
+    writes_weights = True
     hyper: InPlaceHyperParameters
 
     def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:

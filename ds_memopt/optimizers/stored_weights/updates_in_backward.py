@@ -43,6 +43,7 @@ class UpdatesInBackward(InPlaceOptimizer):
     is initialised.
     """
 
+    accumulates = False
     hyper: ClippingHyperParameters
 
     @property
