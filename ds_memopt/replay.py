@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ds_memopt.optimizers import METHODS
+from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.optimizers.probes.checksum import as_hex, checksum
 from ds_memopt.optimizers.probes.trajectory import SKIPPED, TrajectoryHeader, read_trajectory
 
@@ -76,11 +76,12 @@ def replay(base: Path, trajectory: Path, out: Path, progress: Callable = lambda 
 
 def _checked_hyper(trajectory: Path, header: TrajectoryHeader) -> dict[str, Any]:
     """The hyper-parameters to build MeZO with, whose own checks they have yet to pass, and a list of weight_decay."""
-    if header.method == "Addax":
-        raise ValueError(f"{trajectory} is of Addax: it tells half of every step, not what gradients did.")
+    whole = [name for name, method in METHODS.items() if method.replayable]
+    if method_of(header.method).splits_batch:
+        raise ValueError(f"{trajectory} is of {header.method}: it tells half of every step, not what gradients did.")
     hyper, decays = header.hyper, header.hyper.get("weight_decay")
     for what, found, valid, limit in (
-        ("method", header.method, header.method == "MeZO", "'MeZO'"),
+        ("method", header.method, header.method in whole, " or ".join(map(repr, whole))),
         ("dtype", header.dtype, header.dtype in DTYPES, f"one of {', '.join(DTYPES)}"),
         ("hyper", ", ".join(sorted(hyper)), {*hyper} == HYPER, ", ".join(sorted(HYPER))),
         ("weight_decay", decays, isinstance(decays, list) and len(decays) == len(header.parameters), "one per group"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from spawn import free_port
 
 import ds_memopt
 from ds_memopt.optimizers import METHODS
+from ds_memopt.plan.table import BY_NEARNESS
 from ds_memopt.support import FEATURES, SUPPORT, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +53,47 @@ def test_every_method_states_its_support_of_every_feature():
         assert set(features) == set(FEATURES), method
         for feature, support in features.items():
             assert support.status != "refused" or support.note, (method, feature)
+
+
+OUR_CLASSES = {
+    base.__name__ for method in METHODS.values() for base in method.__mro__ if base.__module__.startswith("ds_memopt.")
+}
+
+
+def stand_ins(source: str) -> Iterator[str]:
+    """Where a source asks which method an optimizer is instead of what it can do."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            inside = {getattr(n, "id", getattr(n, "attr", None)) for arg in node.args[1:] for n in ast.walk(arg)}
+            if node.func.id == "takes" or (
+                node.func.id in ("isinstance", "issubclass") and inside & {*OUR_CLASSES, "METHODS"}
+            ):
+                yield ast.unparse(node)
+        if isinstance(node, ast.Compare | ast.MatchValue):
+            constants = {n.value for n in ast.walk(node) if isinstance(n, ast.Constant)}
+            classes = {n.id for n in ast.iter_child_nodes(node) if isinstance(n, ast.Name)}
+            if constants & {*METHODS} or classes & OUR_CLASSES:
+                yield ast.unparse(node)
+
+
+def test_methods_are_known_by_what_they_can_do():
+    sources = [*(ROOT / "ds_memopt").rglob("*.py"), *(ROOT / "launch").rglob("*.py")]
+    outside = [path for path in sources if ROOT / "ds_memopt/optimizers" not in path.parents]
+    found = {str(path.relative_to(ROOT)): list(stand_ins(path.read_text())) for path in outside}
+    assert {path: lines for path, lines in found.items() if lines} == {}
+
+
+@pytest.mark.parametrize("source", [
+    "isinstance(engine.basic_optimizer, BAdam)", "issubclass(METHODS.get(name, object), InPlaceOptimizer)",
+    "isinstance(x, (int, optimizers.MeZO))", "isinstance(x, tuple(METHODS.values()))", "takes(name, 'zo_batch')",
+    "row.method == 'MeZO'", "name in ('AdamW', 'Addax')", "type(x) is GWT",
+])  # fmt: skip
+def test_a_stand_in_is_found(source):
+    assert list(stand_ins(source))
+
+
+def test_every_method_is_planned():
+    assert sorted(BY_NEARNESS) == sorted(["AdamW", *METHODS])
 
 
 def test_the_readme_is_whole():

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ds_memopt.blocks import bare_parameters, partition_into_blocks, wrapped_modules
-from ds_memopt.optimizers import BAdam, MeZO
+from ds_memopt.optimizers import capabilities_of
 
 
 def shard(model: nn.Module, bf16: bool = False) -> None:
@@ -47,17 +47,19 @@ class Fsdp2Engine:
         self.module, self.optimizer, self.basic_optimizer = module, optimizer, optimizer
         self.lr_scheduler, self.accumulation = lr_scheduler, accumulation
         self.gradient_clipping, self.monitor = gradient_clipping, monitor
+        self.method = capabilities_of(optimizer)
         self.global_steps = self.micro_steps = 0
         self._norm: torch.Tensor | None = None
 
     def __call__(self, **inputs: Any) -> Any:
-        """The model's output. MeZO runs all forwards of a micro-batch here; then it is the loss of the first alone."""
-        if isinstance(self.optimizer, MeZO) and self.module.training:
+        """The model's output. A method without gradients runs all forwards of a micro-batch here, and this is the loss
+        of the first."""
+        if not self.method.uses_gradients and self.module.training:
             return SimpleNamespace(loss=self.optimizer.evaluate(lambda: self.module(**inputs).loss))
         return self.module(**inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        if not isinstance(self.optimizer, MeZO):
+        if self.method.uses_gradients:
             (loss / self.accumulation).backward()
 
     def step(self) -> None:
@@ -115,7 +117,7 @@ class Fsdp2Engine:
         self.global_steps = progress["global_steps"]
         self.micro_steps = self.global_steps * self.accumulation
         self.lr_scheduler.load_state_dict(progress["lr_scheduler"])
-        if isinstance(self.optimizer, BAdam):
+        if self.method.rotates:
             self.optimizer.resume_at(progress["position"])
         state = self._state()
         dcp.load(state, checkpoint_id=path)
@@ -128,6 +130,6 @@ class Fsdp2Engine:
         return {"model": self.module.state_dict(), "optimizer": optimizer}
 
     def _progress(self) -> dict[str, Any]:
-        """What must be known before the state's shapes are: BAdam has state of the active block alone."""
-        position = {"position": list(self.optimizer.position)} if isinstance(self.optimizer, BAdam) else {}
+        """What must be known before the state's shapes are: a method that rotates has that of the active block."""
+        position = {"position": list(self.optimizer.position)} if self.method.rotates else {}
         return {"global_steps": self.global_steps, "lr_scheduler": self.lr_scheduler.state_dict(), **position}

@@ -4,10 +4,7 @@ The loss that the engine returns hangs on a graph of one node; `engine.backward`
 caller scaled it, agrees with the other ranks, and runs the real backward, in which every gradient is reduced, used up
 and freed. `engine.step` lets all ranks see the new weights.
 
-Private names of DeepSpeed used here, checked against 0.19.8 and torch 2.13:
-  Optimizer._opt_called
-  DeepSpeedEngine._running_engine_backward, .communication_data_type,
-      .set_gradient_accumulation_boundary, ._config.zero_config.reduce_bucket_size
+Private names used here are in private_names.py.
 """
 
 from __future__ import annotations
@@ -20,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from ds_memopt.engines import in_place_adapter
 from ds_memopt.engines.in_place_adapter import InPlaceAdapter
 from ds_memopt.engines.interleave import interleaved, one_step
 from ds_memopt.engines.losses import loss_of
@@ -55,7 +51,28 @@ class InBackwardAdapter(InPlaceAdapter):
     optimizer: UpdatesInBackward
     done: bool | None = None
 
-    def forward(self, original: Callable, engine, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
+    def configure_zero(self, original: Callable, engine: Any, optimizer: UpdatesInBackward) -> InPlaceAdapter:
+        method, accumulation = type(optimizer).__name__, engine.gradient_accumulation_steps()
+        if accumulation != 1:
+            rows = accumulation * engine.train_micro_batch_size_per_gpu()
+            raise ValueError(
+                f"gradient_accumulation_steps={accumulation}, but {method} holds no gradients that could be "
+                f"accumulated: set it to 1 and train_micro_batch_size_per_gpu to {rows}, which with activation "
+                "checkpointing takes little more memory."
+            )
+        if engine.gradient_clipping() and dist.get_rank() == 0:
+            logger.warning(
+                "%s never has all gradients at once, so gradient_clipping=%s is not applied. Set \"clip\" to "
+                "\"two_pass\" (exact, with a second forward and backward) or \"tensor\", and \"max_norm\", in the "
+                "optimizer's params.",
+                method, engine.gradient_clipping(),
+            )  # fmt: skip
+        super().configure_zero(original, engine, optimizer)
+        elements = min(BUCKET, engine._config.zero_config.reduce_bucket_size)
+        optimizer.bind(optimizer.shards, elements=elements, dtype=engine.communication_data_type)
+        return self
+
+    def forward_in_training(self, original: Callable, engine, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
         whole = half_of(engine, keywords) if keywords else Half({}, len(inputs[0]))
         count = torch.as_tensor(whole.count, dtype=torch.float64, device=engine.device).view(1).clone()
         self.optimizer.shards.sum(count)
@@ -79,7 +96,7 @@ class InBackwardAdapter(InPlaceAdapter):
         items = keywords.get("num_items_in_batch")
         return 1.0 if items is None else count / (float(items) * self.placement["ranks"])
 
-    def backward(self, engine, loss: torch.Tensor, retain_graph: bool, scale_wrt_gas: bool) -> torch.Tensor:
+    def backward_of_method(self, engine, loss: torch.Tensor, retain_graph: bool, scale_wrt_gas: bool) -> torch.Tensor:
         optimizer = self.optimizer
         pending, factor = self.losses.take(loss, retain_graph, type(optimizer).__name__)
         factor = factor.double() * pending.share
@@ -121,6 +138,13 @@ class InBackwardAdapter(InPlaceAdapter):
     def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
         """Every micro-batch is a step."""
 
+    def train_step(self, engine, batch: Mapping[str, Any]) -> torch.Tensor:
+        """One step on a batch: keywords of the model. Returns the mean loss over this rank's rows. All ranks call."""
+        loss = loss_of(engine(**batch))
+        engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
 
 class AddaxAdapter(InBackwardAdapter, ZerothOrderAdapter):
     """For Addax: a batch is divided by the length of its rows."""
@@ -128,16 +152,26 @@ class AddaxAdapter(InBackwardAdapter, ZerothOrderAdapter):
     optimizer: Addax
     freezes = False
 
-    def __init__(self, optimizer: Addax, *arguments) -> None:
-        super().__init__(optimizer, *arguments)
+    def configure_zero(self, original: Callable, engine: Any, optimizer: Addax) -> InPlaceAdapter:
+        super().configure_zero(original, engine, optimizer)
         on_cpu = next(iter(optimizer.names_by_tensor())).device.type == "cpu"
         if optimizer.length_threshold == "auto" and optimizer.memory_gib is None and on_cpu:
             raise ValueError(
                 'length_threshold="auto" needs to know what memory a rank may use: without a GPU give memory_gib, or a '
                 "number of tokens for length_threshold."
             )
+        return self
 
-    def forward(self, original: Callable, engine, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
+    def train_step(
+        self, engine, zo_batch: Mapping[str, Any] | None, fo_batch: Mapping[str, Any] | None = None
+    ) -> torch.Tensor:
+        """One step on a batch for each half; None on a rank that has no rows of it.
+
+        zo_batch, fo_batch: keywords of the model. Returns the mean loss over this rank's rows. All ranks call.
+        """
+        return super().train_step(engine, {"zo_batch": zo_batch, "fo_batch": fo_batch})
+
+    def forward_in_training(self, original: Callable, engine, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
         if inputs:
             raise ValueError(
                 "Addax divides a batch by the length of its rows: call engine(...) with keywords only, such as "
@@ -220,43 +254,3 @@ def _mean(measured: list[tuple[torch.Tensor, Any]]) -> torch.Tensor:
     losses = torch.stack([loss.detach().float() for loss, _ in measured])
     counts = losses.new_tensor([float(count) for _, count in measured])
     return (losses * counts).sum() / counts.sum() if bool(counts.any()) else losses.mean()
-
-
-def build(engine, optimizer: UpdatesInBackward, original: Callable) -> InPlaceAdapter:
-    """In the place of the engine's ZeRO optimizer. original: the engine's own method that builds one."""
-    method, accumulation = type(optimizer).__name__, engine.gradient_accumulation_steps()
-    if accumulation != 1:
-        rows = accumulation * engine.train_micro_batch_size_per_gpu()
-        raise ValueError(
-            f"gradient_accumulation_steps={accumulation}, but {method} holds no gradients that could be accumulated: "
-            f"set it to 1 and train_micro_batch_size_per_gpu to {rows}, which with activation checkpointing takes "
-            "little more memory."
-        )
-    if engine.gradient_clipping() and dist.get_rank() == 0:
-        logger.warning(
-            "%s never has all gradients at once, so gradient_clipping=%s is not applied. Set \"clip\" to \"two_pass\" "
-            "(exact, with a second forward and backward) or \"tensor\", and \"max_norm\", in the optimizer's params.",
-            method, engine.gradient_clipping(),
-        )  # fmt: skip
-    engine.train_step = partial(train_step, engine)
-    adapter = in_place_adapter.build(
-        AddaxAdapter if isinstance(optimizer, Addax) else InBackwardAdapter, engine, optimizer, original
-    )
-    elements = min(BUCKET, engine._config.zero_config.reduce_bucket_size)
-    optimizer.bind(optimizer.shards, elements=elements, dtype=engine.communication_data_type)
-    return adapter
-
-
-def train_step(engine, zo_batch: Mapping[str, Any] | None, fo_batch: Mapping[str, Any] | None = None) -> torch.Tensor:
-    """One step of Addax on a batch for each half; None on a rank that has no rows of it. IPSGD takes one batch.
-
-    zo_batch, fo_batch: keywords of the model. Returns the mean loss over this rank's rows. All ranks call.
-    """
-    if isinstance(engine.optimizer, AddaxAdapter):
-        output = engine(zo_batch=zo_batch, fo_batch=fo_batch)
-    else:
-        output = engine(**zo_batch)
-    loss = loss_of(output)
-    engine.backward(loss)
-    engine.step()
-    return loss.detach()

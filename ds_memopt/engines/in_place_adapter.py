@@ -1,21 +1,13 @@
 """Methods that update the stored weights in DeepSpeed: no fp32 masters and no gradient buffers by ZeRO.
 
-Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedEngine.forward, .backward, .save_checkpoint, .load_checkpoint, ._common_checkpoint_state,
-      .load_module_state_dict, ._load_zero_checkpoint, ._get_all_ckpt_names (all wrapped),
-      ._get_all_zero_checkpoint_names, .checkpoint_engine, .seq_data_parallel_group, .clip_fp32_gradients
-  What DeepSpeedEngine calls or reads of its ZeRO optimizer: .bit16_groups, .fp16_groups, .bf16_groups,
-      ._global_grad_norm, .overflow, .dp_process_group, .checkpoint_event_prologue, .checkpoint_event_epilogue,
-      ._restore_from_bit16_weights, .empty_partition_cache, .destroy
-  deepspeed.runtime.utils.DummyOptim, deepspeed.checkpoint.constants.OPTIMIZER_STATE_DICT
-  DeepSpeedZeRoOffload: what the engine builds at ZeRO-3 for a DummyOptim; .partition_all_parameters(), .destroy(),
-      .empty_partition_cache()
-  deepspeed.utils.groups._get_zero_param_intra_parallel_group, ._create_zero_param_parallel_group
+Private names used here are in private_names.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +15,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.constants import OPTIMIZER_STATE_DICT
 from deepspeed.runtime.utils import DummyOptim
+from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from deepspeed.utils import groups
-from torch import nn
 
+from ds_memopt.engines.adapter import Adapter
 from ds_memopt.engines.losses import HandedOut
 from ds_memopt.engines.timing import one_pass
 from ds_memopt.optimizers import InPlaceOptimizer, StatePart
@@ -41,10 +34,10 @@ BY_NAME = (
 )
 
 
-class InPlaceAdapter:
-    """What the engine takes for its ZeRO optimizer: it lays the weights out and passes everything else on.
+class InPlaceAdapter(Adapter):
+    """It is also what the engine takes for its ZeRO optimizer: it lays the weights out and passes all else on.
 
-    optimizer: the method. model: its model. stage: of ZeRO. offload: at ZeRO-3, what gathers and partitions.
+    placement: the stage of ZeRO and the number of ranks. offload: at ZeRO-3, what gathers and partitions.
     """
 
     # What DeepSpeed looks for in the files' names of parameters: none has a flat fp32 partition.
@@ -52,32 +45,70 @@ class InPlaceAdapter:
     fp16_groups: tuple = ()
     bf16_groups: tuple = ()
 
-    def __init__(self, optimizer: InPlaceOptimizer, model: nn.Module, stage: int, process_group, offload=None) -> None:
-        self.optimizer, self.dp_process_group, self.offload = optimizer, process_group, offload
-        self.placement = {"stage": stage, "ranks": dist.get_world_size(process_group)}
+    optimizer: InPlaceOptimizer
+
+    def __init__(self, optimizer: InPlaceOptimizer) -> None:
+        super().__init__(optimizer)
         self._global_grad_norm = None
         self.overflow = False
         self.losses = HandedOut()
+
+    def check_optimizer(self, original: Callable, engine: Any) -> str:
+        """Whatever the stage and the precision, this takes the place of ZeRO's object."""
+        super().check_optimizer(original, engine)
+        return ZERO_OPTIMIZATION
+
+    def configure_zero(self, original: Callable, engine: Any, optimizer: InPlaceOptimizer) -> InPlaceAdapter:
+        """original: the engine's own method that builds a ZeRO optimizer."""
+        stage = engine.zero_optimization_stage()
+        self.dp_process_group = engine.seq_data_parallel_group
+        self.placement = {"stage": stage, "ranks": dist.get_world_size(self.dp_process_group)}
+        if engine.zero_hpz_partition_size() > 1 and groups._get_zero_param_intra_parallel_group() is None:
+            # DeepSpeed would, for a DummyOptim, by a method that its engine lacks.
+            groups._create_zero_param_parallel_group(engine.zero_hpz_partition_size())
+        # Parameters are partitioned as for inference, without gradient buffers.
+        self.offload = original(DummyOptim(list(engine.module.parameters()))) if stage == 3 else None
+        engine.clip_fp32_gradients = lambda: None  # no gradients are there to be clipped at the step
+        engine.train_step = partial(self.train_step, engine)
         names = optimizer.names_by_tensor()
         if stage == 3:
-            shards = PartitionedShards(model, names, process_group, offload)
+            optimizer.bind(PartitionedShards(engine.module, names, self.dp_process_group, self.offload))
         else:
-            shards = (SplitShards if stage else WholeShards)(model, names, process_group)
-        optimizer.bind(shards)
+            optimizer.bind((SplitShards if stage else WholeShards)(engine.module, names, self.dp_process_group))
+        return self
 
     param_groups = property(lambda self: self.optimizer.param_groups)
     state = property(lambda self: self.optimizer.state)
 
-    def forward(self, original: Callable, engine, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
-        """A forward of the engine in training. original: the engine's own."""
+    def forward(self, original: Callable, engine: Any, *inputs: Any, **keywords: Any) -> Any:
+        """In training, the method's forward; else the engine's own."""
+        if engine.module.training and torch.is_grad_enabled():
+            with one_pass(engine, "forward"):
+                return self.forward_in_training(original, engine, inputs, keywords)
+        return original(*inputs, **keywords)
+
+    def backward(
+        self, original: Callable, engine: Any, loss: Any, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> torch.Tensor:
+        with one_pass(engine, "backward", self.backward_cost(engine)):
+            return self.backward_of_method(engine, loss, retain_graph, scale_wrt_gas)
+
+    def forward_in_training(self, original: Callable, engine: Any, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
+        """The method's forward. original: the engine's own."""
         raise NotImplementedError
 
-    def backward(self, engine, loss: torch.Tensor, retain_graph: bool, scale_wrt_gas: bool) -> torch.Tensor:
-        """A backward of the engine. Returns the loss as the engine's does."""
+    def backward_of_method(
+        self, engine: Any, loss: torch.Tensor, retain_graph: bool, scale_wrt_gas: bool
+    ) -> torch.Tensor:
+        """The method's backward. Returns the loss as the engine's does."""
         raise NotImplementedError
 
-    def backward_cost(self, engine) -> float | None:
-        """Of what `backward` runs, in forwards such as `forward` runs; None: as usual."""
+    def backward_cost(self, engine: Any) -> float | None:
+        """Of what the method's backward runs, in forwards such as its forward runs; None: as usual."""
+
+    def train_step(self, engine: Any, *arguments: Any) -> Any:
+        """What `engine.train_step` does."""
+        raise NotImplementedError
 
     def step(self) -> None:
         """Make a step from what the backward calls have left."""
@@ -131,111 +162,67 @@ class InPlaceAdapter:
         if self.offload is not None:
             self.offload.empty_partition_cache()
 
+    def save_checkpoint(self, original: Callable, engine: Any, *arguments: Any, **keywords: Any) -> Any:
+        with self._all_frozen():
+            return original(*arguments, **keywords)
 
-def build(adapter: type[InPlaceAdapter], engine, optimizer: InPlaceOptimizer, original: Callable) -> InPlaceAdapter:
-    """In the place of the engine's ZeRO optimizer. original: the engine's own method that builds one."""
-    stage = engine.zero_optimization_stage()
-    if engine.zero_hpz_partition_size() > 1 and groups._get_zero_param_intra_parallel_group() is None:
-        # DeepSpeed would, for a DummyOptim, by a method that its engine lacks.
-        groups._create_zero_param_parallel_group(engine.zero_hpz_partition_size())
-    # Parameters are partitioned as for inference, without gradient buffers.
-    offload = original(DummyOptim(list(engine.module.parameters()))) if stage == 3 else None
-    engine.clip_fp32_gradients = lambda: None  # no gradients are there to be clipped at the step
-    return adapter(optimizer, engine.module, stage, engine.seq_data_parallel_group, offload)
+    def load_checkpoint(self, original: Callable, engine: Any, *arguments: Any, **keywords: Any) -> Any:
+        with self._all_frozen():
+            return original(*arguments, **keywords)
 
+    @contextlib.contextmanager
+    def _all_frozen(self) -> Iterator[None]:
+        """DeepSpeed writes frozen parameters as they are, and of those that train at ZeRO-3 the masters, of which there
+        are none."""
+        trained = [p for p in self.optimizer.trained_parameters() if p.requires_grad]
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in trained:
+                parameter.requires_grad_(True)
 
-def forward(original, engine, *inputs, **keywords):
-    """In training, the method's forward; else the engine's own."""
-    adapter = engine.optimizer
-    if isinstance(adapter, InPlaceAdapter) and engine.module.training and torch.is_grad_enabled():
-        with one_pass(engine, "forward"):
-            return adapter.forward(original, engine, inputs, keywords)
-    return original(*inputs, **keywords)
+    def common_checkpoint_state(self, original: Callable, engine: Any, *arguments: Any) -> dict[str, Any]:
+        """With the placement at which it was saved."""
+        return super().common_checkpoint_state(original, engine, *arguments) | {PLACEMENT_KEY: self.placement}
 
-
-def backward(original, engine, loss, retain_graph=False, scale_wrt_gas=True):
-    """The method's backward, where it has one."""
-    adapter = engine.optimizer
-    if isinstance(adapter, InPlaceAdapter):
-        with one_pass(engine, "backward", adapter.backward_cost(engine)):
-            return adapter.backward(engine, loss, retain_graph, scale_wrt_gas)
-    return original(loss, retain_graph=retain_graph, scale_wrt_gas=scale_wrt_gas)
-
-
-def common_checkpoint_state(original, engine, *arguments, **keywords):
-    """What a checkpoint says of the run, and where it was saved."""
-    state = original(*arguments, **keywords)
-    if isinstance(engine.optimizer, InPlaceAdapter):
-        state[PLACEMENT_KEY] = engine.optimizer.placement
-    return state
-
-
-def load_module_state_dict(original, engine, checkpoint, *arguments, **keywords):
-    """Load a model's weights, unless they were cut into other pieces than ZeRO-3 has here."""
-    if isinstance(engine.optimizer, InPlaceAdapter) and PLACEMENT_KEY in checkpoint:
-        here, there = engine.optimizer.placement, checkpoint[PLACEMENT_KEY]
+    def load_module_state_dict(
+        self, original: Callable, engine: Any, checkpoint: Mapping[str, Any], *arguments: Any, **keywords: Any
+    ) -> None:
+        """Unless the weights were cut into other pieces than ZeRO-3 has here."""
+        here, there = self.placement, checkpoint.get(PLACEMENT_KEY, self.placement)
         if here != there and 3 in (here["stage"], there["stage"]):
             raise ValueError(
                 f"This checkpoint was saved at ZeRO-{there['stage']} on {there['ranks']} ranks, this engine is at "
                 f"ZeRO-{here['stage']} on {here['ranks']}. {BY_NAME}"
             )
-    return original(checkpoint, *arguments, **keywords)
+        return original(checkpoint, *arguments, **keywords)
 
+    def get_all_ckpt_names(self, original: Callable, engine: Any, load_dir: str, tag: str) -> list[str]:
+        """Where there is none, DeepSpeed would only say that an assertion failed."""
+        files = original(load_dir, tag)
+        if not files:
+            raise ValueError(
+                f"{load_dir}, {tag}, has no weights for this rank: this engine is at ZeRO-{self.placement['stage']}, "
+                f"and the checkpoint was saved at another stage or on fewer ranks. {BY_NAME}"
+            )
+        return files
 
-def get_all_ckpt_names(original, engine, load_dir, tag):
-    """Files of weights; of none DeepSpeed would only say that an assertion failed."""
-    files = original(load_dir, tag)
-    if isinstance(engine.optimizer, InPlaceAdapter) and not files:
-        raise ValueError(
-            f"{load_dir}, {tag}, has no weights for this rank: this engine is at "
-            f"ZeRO-{engine.optimizer.placement['stage']}, and the checkpoint was saved at another stage or on fewer "
-            f"ranks. {BY_NAME}"
-        )
-    return files
-
-
-def load_zero_checkpoint(original, engine, load_dir, tag, load_optimizer_states=True):
-    """Load the state from ZeRO's files, of any number of ranks."""
-    adapter = engine.optimizer
-    if not isinstance(adapter, InPlaceAdapter):
-        return original(load_dir, tag, load_optimizer_states)
-    if not load_optimizer_states:
-        return False
-    files = engine._get_all_zero_checkpoint_names(load_dir, tag, engine.bfloat16_enabled())
-    if missing := [file for file in files if not Path(file).exists()]:
-        raise ValueError(
-            f"{missing[0]} is missing: this engine is at ZeRO-{adapter.placement['stage']}, and the checkpoint was "
-            f"saved at ZeRO-0 or with weights of another type. {BY_NAME}"
-        )
-    if len(files) == adapter.placement["ranks"]:
-        files = [files[dist.get_rank(adapter.dp_process_group)]]
-    loaded = (engine.checkpoint_engine.load(file, map_location="cpu") for file in files)
-    adapter.load_states(state[OPTIMIZER_STATE_DICT] for state in loaded)
-    return True
-
-
-def as_frozen(original, engine, *arguments, **keywords):
-    """Saving or loading a checkpoint: DeepSpeed writes frozen parameters as they are, and of those that train at ZeRO-3
-    the masters, which there are not."""
-    trained = []
-    if isinstance(engine.optimizer, InPlaceAdapter):
-        trained = [p for p in engine.optimizer.optimizer.trained_parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        return original(*arguments, **keywords)
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-
-
-WRAPPERS = {
-    "save_checkpoint": as_frozen,
-    "load_checkpoint": as_frozen,
-    "forward": forward,
-    "backward": backward,
-    "_get_all_ckpt_names": get_all_ckpt_names,
-    "_common_checkpoint_state": common_checkpoint_state,
-    "load_module_state_dict": load_module_state_dict,
-    "_load_zero_checkpoint": load_zero_checkpoint,
-}
+    def load_zero_checkpoint(
+        self, original: Callable, engine: Any, load_dir: str, tag: str, load_optimizer_states: bool = True
+    ) -> bool:
+        """From files of any number of ranks."""
+        if not load_optimizer_states:
+            return False
+        files = engine._get_all_zero_checkpoint_names(load_dir, tag, engine.bfloat16_enabled())
+        if missing := [file for file in files if not Path(file).exists()]:
+            raise ValueError(
+                f"{missing[0]} is missing: this engine is at ZeRO-{self.placement['stage']}, and the checkpoint was "
+                f"saved at ZeRO-0 or with weights of another type. {BY_NAME}"
+            )
+        if len(files) == self.placement["ranks"]:
+            files = [files[dist.get_rank(self.dp_process_group)]]
+        loaded = (engine.checkpoint_engine.load(file, map_location="cpu") for file in files)
+        self.load_states(state[OPTIMIZER_STATE_DICT] for state in loaded)
+        return True

@@ -1,56 +1,52 @@
-"""Registration in DeepSpeed: our methods become optimizer types of its JSON and learn where ZeRO lays the parameters.
+"""Registration in DeepSpeed: our methods become optimizer types of its JSON, and each engine of theirs gets an adapter.
 
-Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedEngine._is_supported_optimizer, ._configure_basic_optimizer, ._do_optimizer_sanity_check,
-      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer, ._configure_lr_scheduler,
-      ._scheduler_from_config (all wrapped), .sequence_parallel_size, .has_moe_layers, .pipeline_parallelism,
-      ._config.expert_parallel_config, and READ below; what the other files of this folder name
-  deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS, deepspeed.runtime.zero.config.ZERO_OPTIMIZATION
+Private names used here are in private_names.py.
 """
 
 from __future__ import annotations
 
 import functools
 import warnings
-from unittest import mock
+from collections.abc import Callable
 
 import deepspeed
 import torch
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero import utils as zero_utils
-from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
-from ds_memopt.engines import frozen, in_backward_adapter, in_place_adapter, rotation_adapter, zeroth_order_adapter
+from ds_memopt.engines.adapter import HOOKS, Adapter, adapter_of, set_adapter
+from ds_memopt.engines.block_state_adapter import BlockStateAdapter
 from ds_memopt.engines.config_keys import closest, warn_of_typos
+from ds_memopt.engines.in_backward_adapter import AddaxAdapter, InBackwardAdapter
 from ds_memopt.engines.processes import leave_group_at_exit
-from ds_memopt.optimizers import (
-    METHOD_KEY,
-    METHODS,
-    BAdam,
-    InPlaceOptimizer,
-    MeZO,
-    ShardedOptimizer,
-    UpdatesInBackward,
-    takes,
-)
-from ds_memopt.shards import MasterCopyPlacement, Zero3Placement, Zero12Placement
+from ds_memopt.engines.rotation_adapter import RotationAdapter
+from ds_memopt.engines.zeroth_order_adapter import ZerothOrderAdapter
+from ds_memopt.optimizers import METHOD_KEY, METHODS, capabilities_of
+from ds_memopt.optimizers.base.capabilities import Family
 from ds_memopt.support import refuse
 
 TESTED_DEEPSPEED = "0.19"
+
+ADAPTERS: dict[Family, type[Adapter]] = {
+    "block state": BlockStateAdapter,
+    "rotation": RotationAdapter,
+    "zeroth order": ZerothOrderAdapter,
+    "in backward": InBackwardAdapter,
+    "split batch": AddaxAdapter,
+}
+"""Which adapter serves a family of methods."""
 
 
 def register() -> None:
     """See `ds_memopt.register`."""
     if getattr(DeepSpeedEngine, "_ds_memopt_registered", False):
         return
-    modules = (WRAPPERS, frozen.WRAPPERS, in_place_adapter.WRAPPERS, rotation_adapter.WRAPPERS)
-    needed = (*(name for wrappers in modules for name in wrappers), *READ)
-    missing = [f"DeepSpeedEngine.{name}" for name in needed if not hasattr(DeepSpeedEngine, name)]
-    if not hasattr(zero_utils, "ZERO_SUPPORTED_OPTIMIZERS"):
-        missing.append("deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS")
-    if missing:
-        raise _too_different(missing)
+    if missing := [name for name in (*WRAPPERS, *HOOKS) if not hasattr(DeepSpeedEngine, name)]:
+        raise RuntimeError(
+            f"DeepSpeed {deepspeed.__version__} lacks {', '.join(f'DeepSpeedEngine.{name}' for name in missing)}, "
+            f"which ds_memopt needs. Install deepspeed {TESTED_DEEPSPEED}.*."
+        )
     if not deepspeed.__version__.startswith(TESTED_DEEPSPEED + "."):
         warnings.warn(
             f"ds_memopt was tested with DeepSpeed {TESTED_DEEPSPEED}.*, this is {deepspeed.__version__}: run its tests "
@@ -58,26 +54,33 @@ def register() -> None:
             stacklevel=3,
         )
     zero_utils.ZERO_SUPPORTED_OPTIMIZERS += METHODS.values()
-    for wrappers in modules:
-        for name, wrapper in wrappers.items():
-            setattr(DeepSpeedEngine, name, _wrapped(getattr(DeepSpeedEngine, name), wrapper))
+    for name, wrapper in WRAPPERS.items():
+        _wrap(name, wrapper)
+    for name, hook in HOOKS.items():
+        _wrap(name, _hooked(hook))
     leave_group_at_exit()
     DeepSpeedEngine._ds_memopt_registered = True
 
 
-def _too_different(missing: list[str]) -> RuntimeError:
-    return RuntimeError(
-        f"DeepSpeed {deepspeed.__version__} lacks {', '.join(missing)}, which ds_memopt needs. "
-        f"Install deepspeed {TESTED_DEEPSPEED}.*."
-    )
+def _wrap(name: str, wrapper: Callable) -> None:
+    """Put wrapper(original, engine, ...) in the place of a method of DeepSpeed's engine."""
+    original = getattr(DeepSpeedEngine, name)
 
-
-def _wrapped(original, wrapper):
     @functools.wraps(original)
     def method(engine, *args, **kwargs):
         return wrapper(functools.partial(original, engine), engine, *args, **kwargs)
 
-    return method
+    setattr(DeepSpeedEngine, name, method)
+
+
+def _hooked(hook: str) -> Callable:
+    def run(original, engine, *args, **kwargs):
+        adapter = adapter_of(engine)
+        return (
+            original(*args, **kwargs) if adapter is None else getattr(adapter, hook)(original, engine, *args, **kwargs)
+        )
+
+    return run
 
 
 def _is_supported_optimizer(original, engine, word):
@@ -95,28 +98,28 @@ def _configure_basic_optimizer(original, engine, model_parameters):
         warn_of_typos(engine)
         hyper_parameters = dict(engine.optimizer_params() or {})
         total_steps = (engine.scheduler_params() or {}).get("total_num_steps")
-        if total_steps is not None and takes(word, "total_steps"):
-            hyper_parameters.setdefault("total_steps", total_steps)
+        if total_steps is not None:
+            hyper_parameters = METHODS[word].accepted({"total_steps": total_steps}) | hyper_parameters
         return METHODS[word].from_model(engine.module, model_parameters, **hyper_parameters)
     return original(model_parameters)
 
 
 def _do_optimizer_sanity_check(original, engine, optimizer):
-    """Refuse what the method cannot do, and an optimizer that took the place of one of ours."""
-    if isinstance(optimizer, tuple(METHODS.values())):
+    """Choose the adapter. Refuse what the method cannot do, and an optimizer that took the place of one of ours."""
+    family = capabilities_of(optimizer).family
+    if family is not None:
         for feature in requested_features(engine):
             refuse(type(optimizer), feature)
-    elif swapped := next((group[METHOD_KEY] for group in optimizer.param_groups if METHOD_KEY in group), None):
+        adapter = ADAPTERS[family](optimizer)
+        set_adapter(engine, adapter)
+        return adapter.check_optimizer(original, engine)
+    if swapped := next((group[METHOD_KEY] for group in optimizer.param_groups if METHOD_KEY in group), None):
         raise ValueError(
             f"{swapped} was replaced by {type(optimizer).__name__} before DeepSpeed saw it (accelerate does that with "
             f'optimizer offload). Name it in the ds_config instead, "optimizer": {{"type": "{swapped}", ...}}, and '
             "pass accelerate's DummyOptim."
         )
-    if isinstance(optimizer, BAdam):
-        optimizer.keep_all_groups()
-    checked = original(optimizer)
-    # Whatever the stage and the precision, ours takes the place of ZeRO's object.
-    return ZERO_OPTIMIZATION if isinstance(optimizer, InPlaceOptimizer) else checked
+    return original(optimizer)
 
 
 def requested_features(engine) -> list[str]:
@@ -147,84 +150,9 @@ def requested_features(engine) -> list[str]:
     return [feature for feature, asked in requested.items() if asked]
 
 
-def _configure_zero_optimizer(original, engine, optimizer):
-    if isinstance(optimizer, UpdatesInBackward):
-        return in_backward_adapter.build(engine, optimizer, original)
-    if isinstance(optimizer, MeZO):
-        return zeroth_order_adapter.build(engine, optimizer, original)
-    if not isinstance(optimizer, ShardedOptimizer):
-        return original(optimizer)
-    names = optimizer.names_by_tensor()  # before ZeRO puts its flat buffers in the parameters' place
-    rotation_adapter.shrink_bucket(engine, optimizer)
-    with rotation_adapter.no_empty_group(optimizer):
-        zero = original(optimizer)
-    _bind(optimizer, Zero3Placement if engine.zero_optimization_partition_weights() else Zero12Placement, zero, names)
-    return zero
-
-
-def _configure_lr_scheduler(original, engine):
-    try:
-        original()
-    except ValueError as error:
-        if isinstance(engine.basic_optimizer, tuple(METHODS.values())) and "cycle_momentum" in str(error):
-            raise ValueError(
-                f"{type(engine.basic_optimizer).__name__} has no momentum that a schedule could cycle. Give the "
-                "scheduler cycle_momentum=False, in JSON false."
-            ) from error
-        raise
-
-
-def _scheduler_from_config(original, engine, optimizer):
-    """Build the scheduler that the JSON names; torch's take no object that wraps an optimizer."""
-    return original(
-        engine.basic_optimizer if isinstance(engine.basic_optimizer, tuple(METHODS.values())) else optimizer
-    )
-
-
-def _configure_bf16_optimizer(original, engine, optimizer):
-    if not isinstance(optimizer, ShardedOptimizer):
-        return original(optimizer)
-    names = optimizer.names_by_tensor()
-    with rotation_adapter.no_empty_group(optimizer):
-        wrapper = original(optimizer)
-    _bind(optimizer, Zero12Placement, wrapper, names)
-    return wrapper
-
-
-def _bind(optimizer: ShardedOptimizer, placement, *layout) -> None:
-    try:
-        optimizer.bind(placement(*layout))
-    except AttributeError as error:
-        raise _too_different([str(error)]) from error
-
-
-def _configure_fp16_optimizer(original, engine, optimizer, low_precision_dtype):
-    if not isinstance(optimizer, ShardedOptimizer):
-        return original(optimizer, low_precision_dtype)
-    names = optimizer.names_by_tensor()
-    # To create states, DeepSpeed makes a step with zero gradients here and nowhere else: it would decay the weights
-    # and count as the first step, so that stage 0 would differ from all others. Our states are created when needed.
-    with mock.patch.object(optimizer, "step", lambda: None):
-        wrapper = original(optimizer, low_precision_dtype)
-    _bind(optimizer, MasterCopyPlacement, wrapper, names)
-    return wrapper
-
-
-READ = (
-    "zero_offload_optimizer", "zero_elastic_checkpoint", "load_universal_checkpoint", "super_offload", "zenflow_config",
-    "zero_quantized_nontrainable_weights", "zero_quantized_weights", "zero_quantized_gradients",
-    "bf16_master_weights_and_gradients", "fp16_master_weights_and_gradients", "is_deepcompile_enabled",
-    "zero_hpz_partition_size", "flops_profiler_enabled", "flops_profiler_profile_step",
-    "scheduler_params", "autotp_size", "torch_autocast_enabled", "torch_autocast_dtype",
-    "zero_optimization_partition_weights",
-)  # fmt: skip
 WRAPPERS = {
     "_is_supported_optimizer": _is_supported_optimizer,
     "_configure_basic_optimizer": _configure_basic_optimizer,
     "_do_optimizer_sanity_check": _do_optimizer_sanity_check,
-    "_configure_zero_optimizer": _configure_zero_optimizer,
-    "_configure_bf16_optimizer": _configure_bf16_optimizer,
-    "_configure_fp16_optimizer": _configure_fp16_optimizer,
-    "_configure_lr_scheduler": _configure_lr_scheduler,
-    "_scheduler_from_config": _scheduler_from_config,
 }
+"""Methods of DeepSpeedEngine that run before it has an adapter. Those that run with one: HOOKS."""

@@ -2,23 +2,15 @@
 
 All that holds on to the object (schedulers, accelerate, Trainer, the engine's hooks) goes on holding the right one.
 
-Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedEngine._take_model_step, ._common_checkpoint_state, .load_module_state_dict (all wrapped),
-      ._configure_zero_optimizer, ._configure_bf16_optimizer, ._configure_fp16_optimizer,
-      ._config.zero_config.reduce_bucket_size
-  deepspeed.runtime.engine.DeepSpeedZeroOptimizer, .BF16_Optimizer, .FP16_UnfusedOptimizer,
-      deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3: where the engine takes the classes from
-  deepspeed.runtime.bf16_optimizer.see_memory_usage, deepspeed.runtime.zero.utils.gc
-  Parameter._hp_mapping, ZeROOptimizer._grad_acc_post_hooks,
-      DeepSpeedZeroOptimizer_Stage3.initialize_ds_offload, .parameter_offload,
-      PartitionedParameterCoordinator._invalidate_trace, .is_invalid_trace, and KEPT below
+Private names used here are in private_names.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 from unittest import mock
 
 from deepspeed.runtime import bf16_optimizer as bf16_module
@@ -30,6 +22,7 @@ from deepspeed.runtime.zero import utils as zero_utils
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
+from ds_memopt.engines.block_state_adapter import BlockStateAdapter
 from ds_memopt.optimizers import BAdam, check_meaning
 from ds_memopt.shards import is_first_rank
 
@@ -55,18 +48,84 @@ KEPT = (
 """What such an object has learnt in training, or was told by the engine, and must not forget."""
 
 
+class RotationAdapter(BlockStateAdapter):
+    """For methods that train one block of parameters at a time."""
+
+    optimizer: BAdam
+
+    def check_optimizer(self, original: Callable, engine: Any) -> str:
+        self.optimizer.keep_all_groups()
+        return super().check_optimizer(original, engine)
+
+    def configure_zero(self, original: Callable, engine: Any, optimizer: BAdam) -> Any:
+        """With a bucket for gradients, 1 GB by default in ZeRO-3, that is no larger than the largest block."""
+        zero_config = engine._config.zero_config
+        zero_config.reduce_bucket_size = min(zero_config.reduce_bucket_size, optimizer.largest_block())
+        return super().configure_zero(_without_empty_groups(original), engine, optimizer)
+
+    def configure_bf16(self, original: Callable, engine: Any, optimizer: BAdam) -> Any:
+        return super().configure_bf16(_without_empty_groups(original), engine, optimizer)
+
+    def take_model_step(self, original: Callable, engine: Any, *arguments: Any, **keywords: Any) -> None:
+        """Behind it, where no update can be lost, the switch to the next block."""
+        result = original(*arguments, **keywords)
+        if self._is_wrapped(engine) and self.optimizer.finish_step():
+            release(engine)
+            self.optimizer.next_block()
+            rebuild(engine)
+        return result
+
+    def common_checkpoint_state(self, original: Callable, engine: Any, *arguments: Any) -> dict[str, Any]:
+        """With the block that was active."""
+        groups = [
+            {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
+        ]
+        return super().common_checkpoint_state(original, engine, *arguments) | {POSITION_KEY: groups}
+
+    def load_module_state_dict(
+        self, original: Callable, engine: Any, checkpoint: Mapping[str, Any], *arguments: Any, **keywords: Any
+    ) -> None:
+        """First of all the block that was active when the weights were saved becomes active."""
+        if self._is_wrapped(engine):
+            self._go_to_saved_block(engine, checkpoint)
+        return original(checkpoint, *arguments, **keywords)
+
+    def _go_to_saved_block(self, engine: Any, checkpoint: Mapping[str, Any]) -> None:
+        if POSITION_KEY not in checkpoint:
+            raise ValueError(
+                "This checkpoint was not written by BAdam, so what it holds as trained and as frozen does not fit: "
+                + AS_WEIGHTS
+            )
+        groups = checkpoint[POSITION_KEY]
+        try:
+            check_meaning(self.optimizer, groups)
+        except ValueError as error:
+            raise ValueError(f"{error} For its weights alone, {AS_WEIGHTS}") from None
+        release(engine)
+        self.optimizer.go_to((groups[0]["visit"], groups[0]["visit_step"]))
+        rebuild(engine)
+
+    def _is_wrapped(self, engine: Any) -> bool:
+        """Whether there is a ZeRO object; without, the method rotates by itself."""
+        return engine.optimizer is not self.optimizer
+
+
+def _without_empty_groups(original: Callable) -> Callable:
+    def configure(optimizer: BAdam) -> Any:
+        with no_empty_group(optimizer):
+            return original(optimizer)
+
+    return configure
+
+
 @contextlib.contextmanager
-def no_empty_group(optimizer) -> Iterator[None]:
+def no_empty_group(optimizer: BAdam) -> Iterator[None]:
     """For ZeRO, which cannot flatten a param group without parameters: such a group is lent its smallest frozen one.
 
     It gets no gradient, belongs to no interval, has no state and is never updated; it costs its own size in masters,
     gradients and traffic.
     """
-    lent = [
-        (group, min(trained, key=_size))
-        for group, trained in (optimizer.trained_by_group() if isinstance(optimizer, BAdam) else ())
-        if not group["params"]
-    ]
+    lent = [(group, min(trained, key=_size)) for group, trained in optimizer.trained_by_group() if not group["params"]]
     for group, parameter in lent:
         group["params"] = [parameter.requires_grad_(True)]
         if _size(parameter) > 0.05 * optimizer.largest_block() and not group.get("lent_told") and is_first_rank():
@@ -83,55 +142,6 @@ def no_empty_group(optimizer) -> Iterator[None]:
 
 def _size(parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def shrink_bucket(engine, optimizer) -> None:
-    """Make ZeRO's bucket for gradients, 1 GB by default in ZeRO-3, no larger than the largest block."""
-    if isinstance(optimizer, BAdam):
-        zero_config = engine._config.zero_config
-        zero_config.reduce_bucket_size = min(zero_config.reduce_bucket_size, optimizer.largest_block())
-
-
-def take_model_step(original, engine, *arguments, **keywords):
-    """A step of the engine, and behind it, where no update can be lost, the switch to the next block."""
-    result = original(*arguments, **keywords)
-    optimizer = engine.basic_optimizer
-    if isinstance(optimizer, BAdam) and engine.optimizer is not optimizer and optimizer.finish_step():
-        release(engine)
-        optimizer.next_block()
-        rebuild(engine)
-    return result
-
-
-def common_checkpoint_state(original, engine, *arguments, **keywords):
-    """What a checkpoint says of the run, and which block was active."""
-    state = original(*arguments, **keywords)
-    if not isinstance(engine.basic_optimizer, BAdam):
-        return state
-    groups = [
-        {key: value for key, value in group.items() if key != "params"} for group in engine.optimizer.param_groups
-    ]
-    return state | {POSITION_KEY: groups}
-
-
-def load_module_state_dict(original, engine, checkpoint, *arguments, **keywords):
-    """Load a model's weights; first of all the block that was active when they were saved becomes active."""
-    optimizer = engine.basic_optimizer
-    if isinstance(optimizer, BAdam) and engine.optimizer is not optimizer:
-        if POSITION_KEY not in checkpoint:
-            raise ValueError(
-                "This checkpoint was not written by BAdam, so what it holds as trained and as frozen does not fit: "
-                + AS_WEIGHTS
-            )
-        groups = checkpoint[POSITION_KEY]
-        try:
-            check_meaning(optimizer, groups)
-        except ValueError as error:
-            raise ValueError(f"{error} For its weights alone, {AS_WEIGHTS}") from None
-        release(engine)
-        optimizer.go_to((groups[0]["visit"], groups[0]["visit_step"]))
-        rebuild(engine)
-    return original(checkpoint, *arguments, **keywords)
 
 
 def release(engine) -> None:
@@ -186,10 +196,3 @@ def quiet(logger: logging.Logger) -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-
-WRAPPERS = {
-    "_take_model_step": take_model_step,
-    "_common_checkpoint_state": common_checkpoint_state,
-    "load_module_state_dict": load_module_state_dict,
-}

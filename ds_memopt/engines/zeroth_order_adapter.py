@@ -4,8 +4,7 @@ The loss that the engine returns was computed at perturbed weights and hangs on 
 asks that node for the loss's factor, runs the step's other forwards on the same inputs, and sends nothing;
 `engine.step` sums a few numbers over the ranks and updates the weights.
 
-Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedEngine.is_gradient_accumulation_boundary, .set_gradient_accumulation_boundary
+Private names used here are in private_names.py.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from ds_memopt.engines import in_place_adapter
 from ds_memopt.engines.in_place_adapter import InPlaceAdapter
 from ds_memopt.engines.losses import loss_of, tokens_of
 from ds_memopt.engines.timing import one_pass
@@ -31,19 +28,21 @@ logger = logging.getLogger("ds_memopt")
 class ZerothOrderAdapter(InPlaceAdapter):
     """For methods that go by losses alone."""
 
+    optimizer: MeZO
     freezes = True
+    lockstep = None
+    lockstep_checked = False
 
-    def __init__(self, optimizer: MeZO, model: nn.Module, stage: int, process_group, offload=None) -> None:
-        super().__init__(optimizer, model, stage, process_group, offload)
-        self.lockstep_checked = False
-        self.lockstep = None
-        if stage == 3 and optimizer.lockstep and optimizer.two_sided:
+    def configure_zero(self, original: Callable, engine: Any, optimizer: MeZO) -> InPlaceAdapter:
+        super().configure_zero(original, engine, optimizer)
+        if self.offload is not None and optimizer.lockstep and optimizer.two_sided:
             try:
                 self.lockstep = optimizer.new_lockstep()
             except ValueError as error:
                 self._tell(f"each layer is gathered once for each sign: {str(error).split('. ')[0]}")
         for parameter in optimizer.names_by_tensor() if self.freezes else ():
             parameter.requires_grad_(False)  # no gradient is needed, and checkpoints then hold all weights as they are
+        return self
 
     def check_lockstep(self, run: Callable[[], tuple[Any, list]], apart: Iterator[torch.Tensor]) -> None:
         """Once: go on in lockstep only if both signs have the losses that they have one after the other, everywhere.
@@ -71,7 +70,7 @@ class ZerothOrderAdapter(InPlaceAdapter):
         if dist.get_rank() == 0:
             logger.info("%s: %s.", type(self.optimizer).__name__, what)
 
-    def forward(self, original, engine, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
+    def forward_in_training(self, original, engine, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
         """The forward at the first evaluation's weights; backward runs the others."""
         output, known, rest = self.evaluate(original, inputs, keywords)
         pending = Pending([value.detach() for value in known], rest, tokens_of(engine, keywords))
@@ -107,7 +106,7 @@ class ZerothOrderAdapter(InPlaceAdapter):
         self.optimizer.check_loss(loss)
         return loss
 
-    def backward(self, engine, loss: torch.Tensor, retain_graph: bool, scale_wrt_gas: bool) -> torch.Tensor:
+    def backward_of_method(self, engine, loss: torch.Tensor, retain_graph: bool, scale_wrt_gas: bool) -> torch.Tensor:
         """Run the step's other forwards on the same inputs. Returns the loss as the engine's backward does."""
         optimizer, gas = self.optimizer, engine.gradient_accumulation_steps()
         if scale_wrt_gas:
@@ -133,6 +132,23 @@ class ZerothOrderAdapter(InPlaceAdapter):
         """The evaluations that are left, one by one or both signs at once as the first was."""
         return len(self.optimizer.evaluations()) / (1 if self.lockstep is None else 2) - 1
 
+    def train_step(self, engine, closure: Callable[[], Any]) -> Any:
+        """One step on any objective that Python can compute, without gradients: a loss, or 1 - accuracy of generated
+        text.
+
+        closure: called at every evaluation's weights; it may call engine(...) or engine.module.generate(...). It
+            returns what `MeZO.step` takes: the mean over this rank's samples, or (sum, number of samples).
+        Returns its first result. All ranks call.
+        """
+        with one_pass(engine, "forward"):
+            first = self.optimizer.evaluate(closure)
+        with one_pass(engine, "backward", cost=0.0):
+            pass  # no pass is left: DeepSpeed's reports divide by its time
+        engine.set_gradient_accumulation_boundary(True)
+        engine.step()
+        engine.set_gradient_accumulation_boundary(None)
+        return first
+
 
 class Pending(NamedTuple):
     """A forward at the first evaluation's weights, waiting for backward to run the others.
@@ -148,26 +164,3 @@ class Pending(NamedTuple):
 def _chain(both_signs: Callable, probes: range) -> Iterator[torch.Tensor]:
     for probe in probes:
         yield from both_signs(probe)[1]
-
-
-def build(engine, optimizer: MeZO, original: Callable) -> ZerothOrderAdapter:
-    """In the place of the engine's ZeRO optimizer. original: the engine's own method that builds one."""
-    engine.train_step = partial(train_step, engine)
-    return in_place_adapter.build(ZerothOrderAdapter, engine, optimizer, original)
-
-
-def train_step(engine, closure: Callable[[], Any]):
-    """One step on any objective that Python can compute, without gradients: a loss, or 1 - accuracy of generated text.
-
-    closure: called at every evaluation's weights; it may call engine(...) or engine.module.generate(...). It returns
-        what `MeZO.step` takes: the mean over this rank's samples, or (sum, number of samples).
-    Returns its first result. All ranks call.
-    """
-    with one_pass(engine, "forward"):
-        first = engine.optimizer.optimizer.evaluate(closure)
-    with one_pass(engine, "backward", cost=0.0):
-        pass  # no pass is left: DeepSpeed's reports divide by its time
-    engine.set_gradient_accumulation_boundary(True)
-    engine.step()
-    engine.set_gradient_accumulation_boundary(None)
-    return first

@@ -21,11 +21,6 @@ METHODS: dict[str, type[NamedOptimizer]] = FIRST_ORDER | {"MeZO": MeZO, "IPSGD":
 """Every method by the word that turns it on in a ds_config's optimizer type."""
 
 
-def takes(word: str, hyper_parameter: str) -> bool:
-    """Whether `word` is a method of ours and has this hyper-parameter."""
-    return hyper_parameter in method_of(word).accepted({hyper_parameter: None})
-
-
 def method_of(word: str) -> type[Capabilities]:
     """What the optimizer of a ds_config's word can do, ours or not."""
     return METHODS.get(word, Capabilities)
@@ -50,5 +45,4 @@ __all__ = [
     "capabilities_of",
     "check_meaning",
     "method_of",
-    "takes",
 ]

@@ -19,16 +19,7 @@ from torch import nn
 
 from ds_memopt.blocks import bare_parameters, partition_into_blocks
 from ds_memopt.measure import sent_per_payload_byte, state_bytes
-from ds_memopt.optimizers import (
-    METHODS,
-    Addax,
-    BAdam,
-    InPlaceOptimizer,
-    MeZO,
-    ShardedOptimizer,
-    UpdatesInBackward,
-    takes,
-)
+from ds_memopt.optimizers import METHODS, NamedOptimizer
 from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.optimizers.base.hyper_parameters import check_range
 from ds_memopt.plan import gather
@@ -36,7 +27,7 @@ from ds_memopt.plan.planned_layout import FlatPartitions, PlannedShards, Ranks, 
 from ds_memopt.shards import Seams
 from ds_memopt.shards.gradients import BUCKET
 
-RULES: dict[str, type] = {"AdamW": AdamW} | METHODS
+RULES: dict[str, type[NamedOptimizer]] = {"AdamW": AdamW} | METHODS
 """What can be planned: AdamW, to compare with, and every method."""
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -117,12 +108,15 @@ def predict(
         )
     place = Ranks(stage, ranks, rank, config)
     twin = meta_twin(model, DTYPES[dtype])
-    own = dict(options or {}) | ({"compiled": False} if takes(method, "compiled") else {})
+    own = dict(options or {}) | RULES[method].accepted({"compiled": False})
     with _silent():
         optimizer = RULES[method].from_model(twin, _groups_of(model, twin, params), **own)
-    if isinstance(optimizer, InPlaceOptimizer):
-        return _InPlace(optimizer, twin, place, checkpointing).predict()
-    return _FirstOrder(optimizer, twin, place, checkpointing, block).predict()
+    if optimizer.rotates:
+        return _Rotation(optimizer, twin, place, checkpointing, block).predict()
+    if block is not None:
+        raise ValueError(f"block={block!r} is given, but {method} trains all blocks at once.")
+    planned = _StoredWeights if optimizer.writes_weights else _FlatPartitions
+    return planned(optimizer, twin, place, checkpointing).predict()
 
 
 class _Planned:
@@ -165,32 +159,18 @@ class _Planned:
         count = self.place.count
         sent = {name: round(size * sent_per_payload_byte(name, count)) for name, size in self.payload.items()}
         seams = round(seams * sent_per_payload_byte("all_reduce", count))
-        passes = getattr(self.optimizer, "passes", 1.0)
         sent = {name: size for name, size in sent.items() if size}
-        return Prediction(states=states, seams=seams, sent=sent, passes=passes, **sizes)
+        return Prediction(states=states, seams=seams, sent=sent, passes=self.optimizer.passes, **sizes)
 
 
-class _FirstOrder(_Planned):
-    """AdamW, Adam-mini, GWT and BAdam, for which ZeRO lays flat partitions."""
-
-    optimizer: ShardedOptimizer
-
-    def __init__(
-        self, optimizer: ShardedOptimizer, model: nn.Module, place: Ranks, checkpointing: bool, block: str | None
-    ) -> None:
-        super().__init__(optimizer, model, place, checkpointing)
-        self.bucket = place.zero.reduce_bucket_size
-        if isinstance(optimizer, BAdam):
-            self.bucket = min(self.bucket, optimizer.largest_block())
-            optimizer.go_to((_visit_of(optimizer, block, self.numels), 0))
-        elif block is not None:
-            raise ValueError(f"block={block!r} is given, but {type(optimizer).__name__} trains all blocks at once.")
+class _FlatPartitions(_Planned):
+    """Of the methods for which ZeRO lays flat partitions."""
 
     def predict(self) -> Prediction:
-        place, dtype = self.place, self.itemsize
-        residuals = self._residuals()
+        place, dtype, bucket = self.place, self.itemsize, self.bucket()
+        residuals = self.residuals()
         trained = set(self.optimizer.names_by_tensor().values())
-        groups = self._members()
+        groups = self.members()
         numel = sum(size for members in groups for _, size in members)
         most = self.gather(trained)
         layout = FlatPartitions(groups, place) if place.stage else WholeMasters(self.optimizer)
@@ -203,12 +183,12 @@ class _FirstOrder(_Planned):
             backward, step = min(numel, ALL_REDUCE_BUCKET) * dtype, held * 4
         elif place.stage == 3:
             self.send("reduce_scatter", sum(place.padded(size) for members in groups for _, size in members) * dtype)
-            backward, step = (self.bucket + min(self.bucket, numel)) * dtype + most, largest * 4
+            backward, step = (bucket + min(bucket, numel)) * dtype + most, largest * 4
         else:
             self.send("all_reduce", numel * dtype)
             self.send("all_gather", held * place.count * dtype)
             weights += (held * place.count - numel) * dtype
-            buckets = self.bucket * (2 if place.zero.overlap_comm else 1) + min(self.bucket, numel)
+            buckets = bucket * (2 if place.zero.overlap_comm else 1) + min(bucket, numel)
             backward, step = buckets * dtype, largest * (4 + dtype)
             if place.stage == 1 and not place.zero.overlap_comm:
                 backward += numel * dtype  # nothing is reduced before backward has ended
@@ -223,15 +203,17 @@ class _FirstOrder(_Planned):
             seams=seams,
         )
 
-    def _members(self) -> list[list[tuple[str | None, int]]]:
-        """Each param group's parameters; one that has none in a block is lent its smallest, as the engine does."""
-        if isinstance(self.optimizer, BAdam):
-            self.optimizer.keep_all_groups()
-        groups = [[(name, self.numels[name]) for name in group["param_names"]] for group in self.optimizer.param_groups]
-        if not all(groups):
-            lent = [min(p.numel() for p in trained) for _, trained in self.optimizer.trained_by_group()]
-            groups = [members or [(None, size)] for members, size in zip(groups, lent, strict=True)]
-        return groups
+    def bucket(self) -> int:
+        """Elements of ZeRO's bucket for gradients."""
+        return self.place.zero.reduce_bucket_size
+
+    def members(self) -> list[list[tuple[str | None, int]]]:
+        """Each param group's parameters; a name of None: of no interval."""
+        return [[(name, self.numels[name]) for name in group["param_names"]] for group in self.optimizer.param_groups]
+
+    def residuals(self) -> dict[str, int]:
+        """What the method keeps beside the states of what trains now."""
+        return {}
 
     def _step(self, layout: FlatPartitions | WholeMasters) -> int:
         """Make a step, which makes all states; returns the bytes that are summed over the ranks."""
@@ -247,35 +229,51 @@ class _FirstOrder(_Planned):
             self.send("all_reduce", sum(sums))
         return sum(sums)
 
-    def _residuals(self) -> dict[str, int]:
-        """Of BAdam with keep_residual, once all blocks have trained: 2 bytes of each element that a rank ever holds."""
+
+class _Rotation(_FlatPartitions):
+    """Of the methods that train one block at a time. block: its name, or None for the largest."""
+
+    def __init__(self, optimizer: Any, model: nn.Module, place: Ranks, checkpointing: bool, block: str | None) -> None:
+        super().__init__(optimizer, model, place, checkpointing)
+        optimizer.go_to((_visit_of(optimizer, block, self.numels), 0))
+
+    def bucket(self) -> int:
+        return min(super().bucket(), self.optimizer.largest_block())
+
+    def members(self) -> list[list[tuple[str | None, int]]]:
+        """One that has none in a block is lent its smallest, as the engine does."""
+        self.optimizer.keep_all_groups()
+        groups = super().members()
+        lent = [min(p.numel() for p in trained) for _, trained in self.optimizer.trained_by_group()]
+        return [members or [(None, size)] for members, size in zip(groups, lent, strict=True)]
+
+    def residuals(self) -> dict[str, int]:
+        """With keep_residual, once all blocks have trained: 2 bytes of each element that a rank ever holds."""
         optimizer = self.optimizer
-        if not getattr(optimizer, "keep_residual", False) or self.itemsize == 4:
+        if not optimizer.keep_residual or self.itemsize == 4:
             return {}
         elements, position = 0, optimizer.position
         always = set(optimizer.partition.always_active)
         for visit in range(optimizer.rotation.num_blocks):
             optimizer.go_to((visit, 0))
             if self.place.stage == 0:
-                elements += sum(size for group in self._members() for name, size in group if name not in always)
+                elements += sum(size for group in self.members() for name, size in group if name not in always)
                 continue
-            for _, held, _ in FlatPartitions(self._members(), self.place).flats:
+            for _, held, _ in FlatPartitions(self.members(), self.place).flats:
                 elements += sum(interval.length for interval in held if interval.name not in always)
         optimizer.go_to(position)
         return {"residuals": 2 * elements}
 
 
-class _InPlace(_Planned):
-    """MeZO, IPSGD and Addax, which write the weights themselves."""
-
-    optimizer: InPlaceOptimizer
+class _StoredWeights(_Planned):
+    """Of the methods that write the stored weights themselves."""
 
     def predict(self) -> Prediction:
         optimizer, place = self.optimizer, self.place
         names = optimizer.names_by_tensor()
         shards = PlannedShards(names, place)
         gathered = self.gather(set(names.values()))
-        if isinstance(optimizer, UpdatesInBackward):
+        if optimizer.uses_gradients:
             optimizer.bind(shards, elements=min(BUCKET, place.zero.reduce_bucket_size))
             buckets = self._step(optimizer)
         else:
@@ -286,7 +284,7 @@ class _InPlace(_Planned):
         for collective, size in shards.payload.items():
             self.send(collective, size)
         owners = gather.owners_of(self.model, [])
-        largest = max(sum(owner.numels.values()) for owner in owners) if isinstance(optimizer, MeZO) else 0
+        largest = max(sum(owner.numels.values()) for owner in owners) if optimizer.uses_losses else 0
         joined = max(BUCKET, *self.numels.values()) if place.stage in (1, 2) and place.count > 1 else 0
         return self.prediction(
             weights=self.weights(),
@@ -298,11 +296,11 @@ class _InPlace(_Planned):
             seams=shards.shared,
         )
 
-    def _step(self, optimizer: UpdatesInBackward) -> int:
+    def _step(self, optimizer: Any) -> int:
         """Take all gradients through the method's own buckets; returns the elements of the two that may be held."""
         optimizer._in_step = True
         # Of what moves a part only what is kept of it matters.
-        with mock.patch.object(InPlaceOptimizer, "_move", lambda self, part, *_: self._store(part)):
+        with mock.patch.object(optimizer, "_move", lambda part, *_: optimizer._store(part)):
             for measuring in (True, False) if optimizer.clip == "two_pass" else (False,):
                 optimizer._measuring = measuring
                 optimizer.gradients.finish()
@@ -311,13 +309,13 @@ class _InPlace(_Planned):
 
     def passes(self, trained: set[str]) -> list[list[gather.Owner]]:
         optimizer, once = self.optimizer, gather.forward(self.owners)
-        if not isinstance(optimizer, UpdatesInBackward):
+        if not optimizer.uses_gradients:
             if self._in_lockstep():
                 return [gather.forward(self.owners, times_in_layer=2)] * optimizer.probes
             return [once] * len(optimizer.evaluations())
         (first_order,) = super().passes(trained)
         again = [first_order] if optimizer.clip == "two_pass" else []
-        if not isinstance(optimizer, Addax):
+        if not optimizer.uses_losses:
             return [first_order, *again]
         back = first_order[len(once) :]
         if self._in_lockstep():
@@ -352,7 +350,7 @@ def _groups_of(model: nn.Module, twin: nn.Module, params: Iterable | None) -> li
     return [group | {"params": [twins[id(p)] for p in group["params"]]} for group in groups]
 
 
-def _visit_of(optimizer: BAdam, block: str | None, numels: Mapping[str, int]) -> int:
+def _visit_of(optimizer: Any, block: str | None, numels: Mapping[str, int]) -> int:
     """A visit at which a block trains: the one that is given, else the largest that is ever visited."""
     names, rotation = list(optimizer.partition.blocks), optimizer.rotation
     visits = {names[rotation.block(visit)]: visit for visit in range(rotation.num_blocks)}

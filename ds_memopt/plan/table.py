@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from ds_memopt.measure import GIB, MIB
-from ds_memopt.optimizers import METHODS, InPlaceOptimizer, takes
+from ds_memopt.optimizers import method_of
 from ds_memopt.optimizers.base.hyper_parameters import check_range
 from ds_memopt.plan.activations import Activations, measure_activations
 from ds_memopt.plan.predict import DTYPES, RULES, Prediction, predict
@@ -162,14 +162,14 @@ def _optimizer(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _needed(method: str, needs: dict[str, Activations], kind: str) -> Activations:
-    """Of MeZO two forwards, as in lockstep; of Addax those beside backward."""
-    forward = needs["forward"]
+    """For losses at perturbed weights two forwards, as in lockstep; with gradients as well those beside backward."""
+    forward, does = needs["forward"], method_of(method)
+    if not does.uses_losses:
+        return needs[kind]
     pair = Activations(forward.first + forward.further, 2 * forward.further)
-    if method == "MeZO":
+    if not does.uses_gradients:
         return pair
-    if method == "Addax":
-        return Activations(needs[kind].first + pair.first, needs[kind].further + pair.further)
-    return needs[kind]
+    return Activations(needs[kind].first + pair.first, needs[kind].further + pair.further)
 
 
 def _largest(prediction: Prediction, activations: Activations, memory: int) -> int:
@@ -242,7 +242,7 @@ def details(rows: Sequence[Row]) -> str:
 def ds_config(row: Row, dtype: str = "bf16") -> dict[str, Any]:
     """What to run a row with; learning rate and schedule are left "auto"."""
     adam = ("lr", "betas", "eps", "weight_decay")
-    in_place = issubclass(METHODS.get(row.method, object), InPlaceOptimizer)
+    in_place = method_of(row.method).writes_weights
     return {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": row.batch,
@@ -250,7 +250,7 @@ def ds_config(row: Row, dtype: str = "bf16") -> dict[str, Any]:
         "gradient_clipping": 0.0 if in_place else 1.0,
         "optimizer": {
             "type": row.method,
-            "params": {key: AUTO for key in adam if row.method == "AdamW" or takes(row.method, key)} | row.options,
+            "params": RULES[row.method].accepted(dict.fromkeys(adam, AUTO)) | row.options,
         },
         "bf16": {"enabled": dtype == "bf16"},
         "zero_optimization": {"stage": row.stage, **row.zero},

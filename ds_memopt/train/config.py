@@ -14,7 +14,7 @@ from typing import Any
 
 import hjson
 
-from ds_memopt.optimizers import METHODS, takes
+from ds_memopt.optimizers import METHODS
 
 AUTO = "auto"
 SHARED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
@@ -88,7 +88,7 @@ def override_optimizer(config: dict[str, Any], name: str) -> dict[str, Any]:
         )
     params = params or dict.fromkeys(SHARED_HYPERPARAMETERS, AUTO)
     if name in METHODS and block.get("type") != name:
-        params = {key: value for key, value in params.items() if takes(name, key)}
+        params = METHODS[name].accepted(params)
     return {**config, "optimizer": {**block, "type": name, "params": params}}
 
 

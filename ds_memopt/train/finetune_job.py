@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ds_memopt.optimizers import Addax
+from ds_memopt.optimizers import capabilities_of
 from ds_memopt.train import checkpoint
 from ds_memopt.train.data.corpus import StepBatches
 from ds_memopt.train.data.length_batches import Halves, LengthBatches, divide
@@ -45,7 +45,8 @@ def _finetune(options: FinetuneOptions, ranks: Ranks) -> None:
     )
     engine = build_engine(options, plan, ranks)
     _check_loss(engine.module)
-    halves = _find_halves(engine, plan, rows, ranks) if isinstance(engine.basic_optimizer, Addax) else None
+    splits_batch = capabilities_of(engine.basic_optimizer).splits_batch
+    halves = _find_halves(engine, plan, rows, ranks) if splits_batch else None
     first_step = checkpoint.find(options, plan, ranks) if options.resume else 0
     place, rest = (ranks.rank, ranks.world_size, options.seed), range(first_step, plan.steps)
     alone, whole = (0, 1, options.seed), range(plan.steps)
@@ -82,22 +83,22 @@ def _with_folder(options: FinetuneOptions) -> FinetuneOptions:
 
 
 def _find_halves(engine: Any, plan: Plan, rows: list[Row], ranks: Ranks) -> Halves:
-    """What Addax draws its batches from. The engine divides them by the threshold that is found here, and a resumed run
-    must share it."""
-    method = engine.basic_optimizer
+    """What the method draws its batches from. The engine divides them by the threshold that is found here, and a
+    resumed run must share it."""
+    method, name = engine.basic_optimizer, type(engine.basic_optimizer).__name__
     if method.length_threshold == "auto":
         longest = max(rows, key=len)
         batch = {name: tensor.to(ranks.device) for name, tensor in collate([longest.pair]).items()}
         method.length_threshold = engine.optimizer.choose_threshold(engine.module, engine, batch | {"use_cache": False})
         if ranks.is_main:
-            print(f'Addax: length_threshold "auto" is {method.length_threshold} tokens here', flush=True)
+            print(f'{name}: length_threshold "auto" is {method.length_threshold} tokens here', flush=True)
     halves = divide([len(row) for row in rows], method.length_threshold)
     method.length_threshold = halves.length_threshold
     plan.facts["optimizer"]["params"]["length_threshold"] = halves.length_threshold
     if ranks.is_main:
         print(
-            f"Addax: {halves}; every rank has {method.zo_batch} for the zeroth-order half of a step, {method.fo_batch} "
-            "for the first-order half",
+            f"{name}: {halves}; every rank has {method.zo_batch} for the zeroth-order half of a step, "
+            f"{method.fo_batch} for the first-order half",
             flush=True,
         )
     return halves

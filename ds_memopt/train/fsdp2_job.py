@@ -11,7 +11,7 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
 from ds_memopt.engines.fsdp2_engine import Fsdp2Engine, shard
-from ds_memopt.optimizers import METHODS, InPlaceOptimizer
+from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.train.config import SHARED_HYPERPARAMETERS
 from ds_memopt.train.loop import announce, pretrain_under
 from ds_memopt.train.options import Options
@@ -49,9 +49,9 @@ def plan_fsdp2(options: Options, ranks: Ranks) -> Plan:
     name, params = config["optimizer"]["type"], config["optimizer"]["params"]
     if name != "AdamW" and name not in METHODS:
         raise ValueError(f"optimizer {name} runs inside DeepSpeed alone: choose AdamW or {', '.join(METHODS)}")
-    if name == "Addax":
+    if method_of(name).splits_batch:
         raise ValueError(
-            "Addax has its batches divided by DeepSpeed's engine: run launch/pretrain.py, or call "
+            f"{name} has its batches divided by DeepSpeed's engine: run launch/pretrain.py, or call "
             "optimizer.step(zo_closure, fo_closure) in a loop of your own"
         )
     if params.get("clip") == "two_pass":
@@ -75,7 +75,7 @@ def build_fsdp2(options: Options, plan: Plan, ranks: Ranks) -> Any:
     announce(model, options, plan, ranks, "FSDP2")
     name, params = plan.config["optimizer"]["type"], plan.config["optimizer"]["params"]
     bf16 = plan.facts["dtype"] == "bf16"
-    in_place = issubclass(METHODS.get(name, torch.optim.AdamW), InPlaceOptimizer)
+    in_place = method_of(name).writes_weights
     if in_place and bf16:  # no masters: the stored weights are those that it computes with
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()

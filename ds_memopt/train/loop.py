@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +31,7 @@ from ds_memopt.measure import (
     state_bytes,
     write_to_monitor,
 )
-from ds_memopt.optimizers import takes
+from ds_memopt.optimizers import METHODS, capabilities_of, method_of
 from ds_memopt.results.record import MetricsFile, as_text, environment, write_json
 from ds_memopt.results.schema import MetricsRow, ValidationRow
 from ds_memopt.train import checkpoint
@@ -121,13 +122,14 @@ def _pretrain(
 
 def _check_halves(plan: Plan) -> Plan:
     """Sequences of one length cannot be told apart by it."""
-    optimizer = plan.config["optimizer"]
-    threshold = optimizer["params"].get("length_threshold", "auto")
-    if takes(optimizer["type"], "length_threshold") and threshold is not None:
-        raise ValueError(
-            f"{optimizer['type']} with length_threshold={threshold} divides rows by their length, but all sequences of "
-            'pre-training are equally long: set "length_threshold" to null in the DeepSpeed config, or fine-tune'
-        )
+    word, params = plan.config["optimizer"]["type"], plan.config["optimizer"]["params"]
+    for name, needed in method_of(word).for_equal_lengths.items():
+        given = params.get(name, getattr(METHODS[word].hyper_parameters, name))
+        if given != needed:
+            raise ValueError(
+                f"{word} with {name}={given} divides rows by their length, but all sequences of pre-training are "
+                f'equally long: set "{name}" to {json.dumps(needed)} in the DeepSpeed config, or fine-tune'
+            )
     return plan
 
 
@@ -229,8 +231,8 @@ def _train(
         ranks.enter(f"step {step}")
         # Dropout draws from a stream that step and rank determine: nothing to save, and a resumed run goes on exactly.
         torch.manual_seed((plan.facts["seed"] * plan.steps + step) * ranks.world_size + ranks.rank)
-        lr, method = engine.get_lr()[0], engine.basic_optimizer
-        active_block = {"active_block": method.active_block} if hasattr(method, "active_block") else {}
+        lr, method = engine.get_lr()[0], capabilities_of(engine.basic_optimizer)
+        active_block = {} if method.active_block is None else {"active_block": method.active_block}
         validate, save = plan.is_due(step, plan.validation_interval), plan.is_due(step, plan.save_interval)
         due = validate or save or plan.is_due(step, plan.logging_interval)
         with meter:
@@ -268,7 +270,7 @@ def _train(
             **(work.validate(engine) if validate else dict.fromkeys(work.figures)),
             "lr": lr,
             **active_block,
-            **({"update_kept": _finite(method.update_kept)} if hasattr(method, "update_kept") else {}),
+            **({} if method.update_kept is None else {"update_kept": _finite(method.update_kept)}),
             "grad_norm": _finite(engine.get_global_grad_norm()),
             **speed,
             "mfu": mfu(speed["tokens_per_s_per_gpu"]),

@@ -15,7 +15,7 @@ import transformers
 from deepspeed.git_version_info import installed_ops
 from torch.utils.cpp_extension import CUDA_HOME
 
-from ds_memopt.optimizers import METHODS, Addax, UpdatesInBackward, takes
+from ds_memopt.optimizers import NamedOptimizer, method_of
 from ds_memopt.optimizers.base.hyper_parameters import check_values
 from ds_memopt.results.record import METRICS, first_free
 from ds_memopt.train.config import (
@@ -78,12 +78,11 @@ def make_plan(
     raw = _with_command_line(raw, options)
     model_config, recipe = find(options.model)
 
-    method = METHODS.get(raw["optimizer"]["type"], object)
-    alone = 1 if issubclass(method, UpdatesInBackward) else None  # each of their micro-batches is a step
-    accumulation = choose(raw, "gradient_accumulation_steps", options.accumulation, alone)
+    method = method_of(raw["optimizer"]["type"])
+    accumulation = choose(raw, "gradient_accumulation_steps", options.accumulation, None if method.accumulates else 1)
     micro_batch = choose(raw, "train_micro_batch_size_per_gpu", options.micro_batch, None)
-    if issubclass(method, Addax):
-        micro_batch = _with_halves(raw["optimizer"]["params"], micro_batch, recipe, ranks.world_size)
+    if method.splits_batch:
+        micro_batch = _with_halves(method, raw["optimizer"]["params"], micro_batch, recipe, ranks.world_size)
     micro_batch, accumulation = split_batch(recipe, micro_batch, accumulation, ranks.world_size)
     if _lacks_fused_adam(raw, ranks):
         raw["optimizer"]["params"]["torch_adam"] = True
@@ -113,9 +112,8 @@ def make_plan(
         steps=steps,
         warmup_steps=warmup_steps,
     )
-    for name, value in (("total_steps", steps), ("seed", options.seed)):
-        if takes(config["optimizer"]["type"], name):
-            config["optimizer"]["params"].setdefault(name, value)
+    for name, value in method.accepted({"total_steps": steps, "seed": options.seed}).items():
+        config["optimizer"]["params"].setdefault(name, value)
     dtype = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
     check_rules(config, DTYPES[dtype])
     seq_length = options.seq_length or recipe.seq_length
@@ -179,11 +177,12 @@ def _with_command_line(raw: dict[str, Any], options: RunOptions) -> dict[str, An
     return raw
 
 
-def _with_halves(params: dict[str, Any], micro_batch: int | None, recipe: Recipe, world_size: int) -> int:
-    """Settle Addax's zo_batch and fo_batch; where they are not given, each is half of the micro-batch. Returns its
-    size."""
+def _with_halves(
+    method: type[NamedOptimizer], params: dict[str, Any], micro_batch: int | None, recipe: Recipe, world_size: int
+) -> int:
+    """Settle zo_batch and fo_batch; where they are not given, each is half of the micro-batch. Returns its size."""
     zo_batch, fo_batch = params.get("zo_batch"), params.get("fo_batch")
-    check_values(Addax.hyper_parameters.rules(), {"zo_batch": zo_batch, "fo_batch": fo_batch})
+    check_values(method.hyper_parameters.rules(), {"zo_batch": zo_batch, "fo_batch": fo_batch})
     if micro_batch is None:
         micro_batch = zo_batch + fo_batch if zo_batch and fo_batch else split_batch(recipe, None, 1, world_size)[0]
     zo_batch = zo_batch or (micro_batch - fo_batch if fo_batch else micro_batch // 2)

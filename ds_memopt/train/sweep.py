@@ -18,7 +18,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from ds_memopt.engines.processes import remove_shared_memory
-from ds_memopt.optimizers import takes
+from ds_memopt.optimizers import method_of
 from ds_memopt.results.comparison import steady, steps, summarize
 from ds_memopt.results.record import RESULTS, read_json, read_results, write_json, write_results
 from ds_memopt.results.schema import FAILED, OK, OUT_OF_MEMORY, TIMEOUT, CaseResult
@@ -52,8 +52,7 @@ def ds_config(optimizer: str, zero_stage: int, configs: Path) -> dict[str, Any]:
             raise ValueError(f"{optimizer} has no optimizer.type: add that block, or name an optimizer type")
         return config | {"optimizer": block}
     config = override_optimizer(config, optimizer)
-    if takes(optimizer, "length_threshold"):  # sequences of one length are not told apart by it
-        config["optimizer"]["params"]["length_threshold"] = None
+    config["optimizer"]["params"] |= method_of(optimizer).for_equal_lengths
     return config
 
 
@@ -153,9 +152,8 @@ class Sweep:
                 raise _SearchEnded
             return status == OK
 
-        smallest = 2 if takes(_type(optimizer), "zo_batch") else 1  # a row for each half
         with contextlib.suppress(_SearchEnded):
-            largest_that_fits(fits, smallest, largest)
+            largest_that_fits(fits, method_of(_type(optimizer)).smallest_batch, largest)
 
 
 class _SearchEnded(Exception):

@@ -48,7 +48,7 @@ def main() -> None:
         rows = {method: measure(method, stage, arguments, ranks) for method in ("AdamW", "BAdam")}
         for method, (step, sent, held_bytes, switch) in rows.items() if ranks.is_main else ():
             line = f"{stage:5}  {method:9}  {1e3 * step:7.1f}  {sent / 1e6:7.2f}  {held_bytes / 1e6:18.2f}"
-            if method == "BAdam":
+            if method != "AdamW":
                 line += f"  {1e3 * switch:9.1f}  {switch / (arguments.switch_every * step):.2%}"
             print(line)
         if ranks.is_main:
