@@ -25,8 +25,12 @@ def register() -> None:
 
     Call it once, before deepspeed.initialize, Trainer or Accelerator. Calling it again changes nothing.
 
-    Raises ImportError without deepspeed, RuntimeError where this release of DeepSpeed lacks a name that is needed.
+    Raises ImportError without deepspeed, RuntimeError where this release of DeepSpeed or torch lacks names
+    that are needed: it tells all of them.
     """
+    from ds_memopt.engines.private_names import check_private_names
+
+    check_private_names()  # before the import of what uses them
     from ds_memopt.engines.register import register as register_deepspeed
 
     register_deepspeed()

@@ -3,8 +3,7 @@
 Noise, roles, state and trajectories go by name, so a wrapper that comes or goes must not change one. What wraps a
 module for good, as peft and torch.nn.utils.parametrize do, is part of the model; FSDP1 is refused by its names.
 
-Private names used here: _orig_mod of torch.compile and _checkpoint_wrapped_module of torch's checkpoint_wrapper,
-checked against 2.13, and DeepSpeedEngine.module, checked against 0.19.8.
+Private names used here are in engines/private_names.py.
 """
 
 from __future__ import annotations

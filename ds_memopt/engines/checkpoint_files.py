@@ -3,9 +3,7 @@
 A file of torch.save is a pickle, which may call any function that it names. Here it may name what torch allows under
 weights_only, and ALLOWED.
 
-Private names used here, checked against DeepSpeed 0.19.8 and torch 2.13:
-  DeepSpeedEngine.checkpoint_engine, its .save and .load; ._copy_recovery_script
-  Of torch.distributed.checkpoint: the file .metadata, which is a pickle of the classes in METADATA
+Private names used here are in private_names.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which keys of its configuration DeepSpeed reads. It has no list of them, so it is watched while it reads one.
 
-Private names of DeepSpeed used here, checked against 0.19.8: DeepSpeedEngine._config._param_dict;
-deepspeed.runtime.config.DeepSpeedConfig, which reads a dict by `in`, [], .get, .keys, .items, ** and copy.copy.
+DeepSpeedConfig reads a dict by `in`, [], .get, .keys, .items, ** and copy.copy. Private names used here are in
+private_names.py.
 """
 
 from __future__ import annotations

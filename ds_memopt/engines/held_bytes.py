@@ -1,11 +1,6 @@
 """What an engine holds on a rank: weights, fp32 masters, gradients and each state of the optimizer.
 
-Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedZeroOptimizer.single_partition_of_fp32_groups, .averaged_gradients;
-  DeepSpeedZeroOptimizer_Stage3.fp32_partitioned_groups_flat, .averaged_gradients;
-  BF16_Optimizer.fp32_groups_flat_partition, .fp32_groups_gradients_flat; FP16_Optimizer.fp32_groups_flat;
-  FP16_UnfusedOptimizer.fp32_groups, lists of them
-  Of parameters: .ds_tensor, this rank's part at ZeRO-3
+Private names used here are in private_names.py.
 """
 
 from __future__ import annotations

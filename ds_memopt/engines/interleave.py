@@ -1,7 +1,6 @@
 """Two passes over a model in turn, unit by unit, so that ZeRO-3 gathers each unit's weights once for both.
 
-Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedZeRoOffload.get_param_coordinator().reset_step(), which begins DeepSpeed's record of a step
+Private names used here are in private_names.py.
 """
 
 from __future__ import annotations

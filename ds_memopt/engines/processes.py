@@ -1,7 +1,6 @@
 """Processes that train together: how they meet, how one leaves, what it leaves behind, and how it says why it failed.
 
-Private names of torch used here, checked against 2.11 to 2.13:
-  torch.distributed.distributed_c10d._get_default_store, .default_pg_timeout, .default_pg_nccl_timeout
+Private names used here are in private_names.py.
 """
 
 from __future__ import annotations

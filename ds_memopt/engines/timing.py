@@ -1,8 +1,6 @@
 """DeepSpeed's timers and flops profiler, where the method runs the model otherwise than once forward and once back.
 
-Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedEngine._start_timers, ._stop_timers, .engine_timers, .tput_timer, .flops_profiler, .flops_profiler_enabled,
-      .flops_profiler_profile_step; deepspeed.runtime.engine.EngineTimers; FlopsProfiler.recompute_fwd_factor
+Private names used here are in private_names.py.
 """
 
 from __future__ import annotations

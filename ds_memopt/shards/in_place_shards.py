@@ -1,8 +1,6 @@
 """Parameters that a method updates in place, without fp32 masters by an engine: which part of each this rank updates.
 
-Private names of DeepSpeed used here, checked against 0.19.8:
-  Parameter.ds_tensor, .ds_tensor.ds_numel, .ds_numel, .ds_secondary_tensor, .all_gather()
-  DeepSpeedZeRoOffload.partition_all_parameters(), .persistent_parameters
+Private names used here are in engines/private_names.py.
 """
 
 from __future__ import annotations

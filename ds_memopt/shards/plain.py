@@ -1,8 +1,6 @@
 """Layout of plain tensors, of fp32 copies of them, and of FSDP2's DTensors: one optimizer tensor per parameter.
 
-Names of FSDP2 used here, checked against torch 2.13: DTensor.to_local, .placements, .device_mesh, all public; private:
-  FSDPModule._get_fsdp_state, FSDPState._fsdp_param_groups, FSDPParamGroup._init_mp_dtypes
-Private names of DeepSpeed used here, checked against 0.19.8: FP16_UnfusedOptimizer.fp16_groups, .fp32_groups
+Private names used here are in engines/private_names.py.
 """
 
 from __future__ import annotations

@@ -1,10 +1,7 @@
 """Layout of ZeRO-1, ZeRO-2 and of ZeRO-1 with fp32 accumulation: one flat partition per rank and param group.
 
-Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedZeroOptimizer.single_partition_of_fp32_groups, .round_robin_bit16_groups, .round_robin_bit16_offsets,
-      .real_dp_process_group
-  BF16_Optimizer.fp32_groups_flat_partition, .bf16_groups, .real_dp_process_group
-The parameters' own `_hp_mapping` is not used: it ignores the order that `round_robin_gradients` gives the flat buffer.
+Private names used here are in engines/private_names.py. The parameters' own `_hp_mapping` is not used: it ignores the
+order that `round_robin_gradients` gives the flat buffer.
 """
 
 from __future__ import annotations

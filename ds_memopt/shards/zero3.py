@@ -1,8 +1,6 @@
 """Layout of ZeRO-3: every parameter is cut into equal pieces, and sub-groups of pieces lie in flat fp32 buffers.
 
-Private names of DeepSpeed used here, checked against 0.19.8:
-  DeepSpeedZeroOptimizer_Stage3.fp16_groups, .fp32_partitioned_groups_flat, .sub_group_process_groups
-  Parameter.ds_tensor.ds_numel, Parameter.ds_numel
+Private names used here are in engines/private_names.py.
 """
 
 from __future__ import annotations
