@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ from tiny import HYPER, batches, distance, full_parameters, llama, train_plain
 
 import ds_memopt
 from ds_memopt import GWT, AdamMini, BAdam
-from ds_memopt.optimizers import FIRST_ORDER
+from ds_memopt.engines.adapter import HOOKS, Adapter, set_adapter
+from ds_memopt.engines.register import ADAPTERS, _hooked
+from ds_memopt.optimizers import FIRST_ORDER, METHODS
+from ds_memopt.optimizers.base.capabilities import Family
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +222,26 @@ def test_a_missing_script_is_named():
 
     with pytest.raises(ValueError, match="was given 'nowhere.py', which is no file. Usage: deepspeed --module"):
         main(["--local_rank=0", "nowhere.py"])
+
+
+def test_every_family_has_an_adapter_and_every_hook_of_the_engine_is_one_of_its_own():
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    assert {*ADAPTERS} == {*get_args(Family)} == {method.family for method in METHODS.values()}
+    assert all(callable(getattr(Adapter, hook)) and hasattr(DeepSpeedEngine, name) for name, hook in HOOKS.items())
+
+
+def test_the_hook_runs_for_an_engine_with_an_adapter_and_for_no_other():
+    class Engine:
+        pass
+
+    class Doubling(Adapter):
+        def forward(self, original, engine, number, times=2):
+            return times * original(number)
+
+    hooked, stock, ours = _hooked("forward"), Engine(), Engine()
+    set_adapter(ours, Doubling(None))
+    assert (hooked(abs, stock, -3), hooked(abs, ours, -3), hooked(abs, ours, -3, times=4)) == (3, 6, 12)
 
 
 def test_registration_twice_changes_nothing():
