@@ -70,9 +70,9 @@ def _wrap(name: str, wrapper: Callable) -> None:
 def _hooked(hook: str) -> Callable:
     def run(original, engine, *args, **kwargs):
         adapter = adapter_of(engine)
-        return (
-            original(*args, **kwargs) if adapter is None else getattr(adapter, hook)(original, engine, *args, **kwargs)
-        )
+        if adapter is None:
+            return original(*args, **kwargs)
+        return getattr(adapter, hook)(original, engine, *args, **kwargs)
 
     return run
 
