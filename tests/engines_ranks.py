@@ -217,7 +217,7 @@ def traffic() -> dict[str, dict]:
             train(engine, batches(1, dist.get_rank(), dist.get_world_size()))
         tensors = optimizer._placement.named_tensors(optimizer.param_groups)
         slots = [
-            {structure: plan.seams.num_slots for structure, plan in optimizer._plan((tensor,), (name,)).items()}
+            {structure: index.seams.num_slots for structure, index in optimizer._index((tensor,), (name,)).items()}
             for tensor, name in tensors
         ]
         results[name] = {"per call": counted, "slots": slots}

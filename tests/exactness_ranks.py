@@ -25,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_memopt.optimizers import METHODS
-from ds_memopt.optimizers.block_state.block_index import BlockPlan
+from ds_memopt.optimizers.block_state.block_index import BlockIndex
 
 STEPS = 20
 RULES = {
@@ -168,10 +168,10 @@ def zero(rule: str, stage: int, zero_init: bool = False, **changes) -> tuple[dic
     cut = {}
     if method != "AdamW":
         for tensor, name in inner._placement.named_tensors(inner.param_groups):
-            for structure, plan in inner._plan((tensor,), (name,)).items():
+            for structure, index in inner._index((tensor,), (name,)).items():
                 intervals = cut.setdefault("intervals", {}).setdefault(structure, [])
-                intervals += [(held.interval, held.first, held.count) for held in plan.held[0]]
-                for _, table in plan.seams.tables:
+                intervals += [(part.interval, part.first, part.count) for part in index.intervals[0]]
+                for _, table in index.seams.tables:
                     cut.setdefault(structure, {}).update((name, len(ids)) for name, ids in table._units.items())
     train(engine, local(STEPS))
     parameters = full_parameters(engine.module)
@@ -181,7 +181,7 @@ def zero(rule: str, stage: int, zero_init: bool = False, **changes) -> tuple[dic
 
 def without_seams(rule: str, stage: int) -> dict[str, torch.Tensor]:
     """The bug that seams prevent: each rank takes what it holds of a block for the whole."""
-    with mock.patch.object(BlockPlan, "complete", lambda plan, *sums: None):
+    with mock.patch.object(BlockIndex, "complete", lambda index, *sums: None):
         return zero(rule, stage)[0]
 
 

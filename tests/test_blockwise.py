@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled
+from ds_memopt.kernels import add_means, multiply_elements
 from ds_memopt.optimizers.block_state.block_index import (
-    BlockPlan,
-    RowPiece,
+    BlockIndex,
     block_starts,
     cut_blocks,
     most_blocks,
@@ -68,7 +68,8 @@ def test_ranks_together_hold_every_block_once(name, partition):
     sizes = torch.bincount(torch.from_numpy(ids)).double()
     expected = torch.zeros_like(sizes).index_add_(0, torch.from_numpy(ids), values**2) / sizes
     expected_mean = torch.zeros_like(sizes).index_add_(0, torch.from_numpy(ids), values) / sizes
-    if not any(isinstance(section, Columns) for section in blocks.sections):
+    columns = any(isinstance(section, Columns) for section in blocks.sections)
+    if not columns:
         starts = block_starts(blocks)
         assert starts.tolist() == [*np.unique(ids, return_index=True)[1], numel]
 
@@ -86,35 +87,36 @@ def test_ranks_together_hold_every_block_once(name, partition):
     else:
         assert shared == cut
 
-    plans, squares, means = [], [], []
+    indexes, squares, means = [], [], []
     for start, stop in zip(edges, edges[1:], strict=False):
         layout = Layout((Interval("p", start, stop - start, 0, 3),), (RankBorders(None, {"p": borders}),))
         flat = torch.cat([torch.full((3,), torch.nan), values[start:stop], torch.full((2,), torch.nan)]).double()
-        plan = BlockPlan(layout, {"p": blocks}, [None], [flat])
-        square, mean = plan.new_blocks([0])[0], plan.new_blocks([0])[0]
-        (held,) = plan.held[0]
-        for piece in held.pieces:
-            view = piece.view(held.elements(flat))
-            piece.add_mean_squares(held.elements(flat), held.blocks(square))
-            if isinstance(piece, RowPiece):
-                piece.add_means(held.elements(flat), held.blocks(mean), piece.size)
-            assert piece.per_element(held.blocks(square)).expand_as(view).shape == view.shape
-        assert held.count == plan.num_blocks[0] <= most_blocks(blocks, borders)
-        plans.append(plan)
-        squares.append(square)
-        means.append(mean)
+        index = BlockIndex(layout, {"p": blocks}, [None], [flat])
+        square, mean = index.mean_squares({0: flat}), index.new_blocks([0])
+        if not columns:
+            assert sum(piece.rows * piece.count * piece.width for piece in index.pieces[0]) == stop - start
+            for piece in index.pieces[0]:  # of short rows and tiles, blocks have several sizes
+                add_means({0: flat}, [[piece]], mean, piece.size)
+        spread = torch.cat([flat[:3], torch.ones(stop - start).double(), flat[-2:]])
+        multiply_elements({0: spread}, square, index.pieces)
+        (part,) = index.intervals[0]
+        assert torch.equal(spread[3:-2], square[0][torch.from_numpy(ids[start:stop]) - part.first])
+        assert part.count == index.num_blocks[0] <= most_blocks(blocks, borders)
+        indexes.append(index)
+        squares.append(square[0])
+        means.append(mean[0])
 
     # What an all_reduce does: every rank's slots, added up.
     for quantity, whole in ((squares, expected), (means, expected_mean)):
-        if quantity is means and any(isinstance(section, Columns) for section in blocks.sections):
+        if quantity is means and columns:
             continue
-        slots = torch.zeros(plans[0].seams.num_slots, dtype=torch.float64)
-        for plan, local in zip(plans, quantity, strict=True):
-            slots.index_add_(0, plan._seam_slots[0], local[plan._seam_blocks[0]])
-        for plan, local in zip(plans, quantity, strict=True):
-            local[plan._seam_blocks[0]] = slots[plan._seam_slots[0]]
-            (held,) = plan.held[0]
-            torch.testing.assert_close(local, whole[held.first : held.first + held.count], rtol=1e-12, atol=1e-15)
+        slots = torch.zeros(indexes[0].seams.num_slots, dtype=torch.float64)
+        for index, local in zip(indexes, quantity, strict=True):
+            slots.index_add_(0, index._seam_slots[0], local[index._seam_blocks[0]])
+        for index, local in zip(indexes, quantity, strict=True):
+            local[index._seam_blocks[0]] = slots[index._seam_slots[0]]
+            (part,) = index.intervals[0]
+            torch.testing.assert_close(local, whole[part.first : part.first + part.count], rtol=1e-12, atol=1e-15)
 
 
 def test_seams_work_in_a_process_group_without_a_backend_name():
@@ -137,7 +139,7 @@ def test_aligned_borders_make_no_seam():
 
 def test_pieces_are_few():
     """The cost of a step is its number of pieces: three for any interval of one section, however long."""
-    pieces, first, count = split_interval(Interval("p", 3, 85, 0, 0), STRUCTURES["rows"], torch.device("cpu"))
+    pieces, first, count = split_interval(Interval("p", 3, 85, 0, 0), STRUCTURES["rows"], torch.device("cpu"), 0, 0)
     assert [(piece.offset, piece.count, piece.width, piece.block) for piece in pieces] == [
         (0, 1, 4, 0),
         (4, 11, 7, 1),

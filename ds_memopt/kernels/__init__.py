@@ -1,5 +1,34 @@
-"""The same arithmetic compiled for GPU and CPU, each held to the plain-PyTorch formula."""
+"""The arithmetic of whole optimizer calls, and what is compiled, each held to the plain-PyTorch formula."""
 
 from ds_memopt.kernels.compiled import compile_exactly
+from ds_memopt.kernels.descriptors import ColumnPiece, Piece, RowPiece, Table
+from ds_memopt.kernels.plain import (
+    AdamScalars,
+    adam_by_block,
+    adam_by_element,
+    adam_mini,
+    add_mean_squares,
+    add_means,
+    add_scaled_and_shifted,
+    add_sums_of_blocks,
+    divide_blocks,
+    multiply_elements,
+)
 
-__all__ = ["compile_exactly"]
+__all__ = [
+    "AdamScalars",
+    "ColumnPiece",
+    "Piece",
+    "RowPiece",
+    "Table",
+    "adam_by_block",
+    "adam_by_element",
+    "adam_mini",
+    "add_mean_squares",
+    "add_means",
+    "add_scaled_and_shifted",
+    "add_sums_of_blocks",
+    "compile_exactly",
+    "divide_blocks",
+    "multiply_elements",
+]

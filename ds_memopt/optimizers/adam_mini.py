@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from ds_memopt import kernels
 from ds_memopt.blocks import ParamBlocks
 from ds_memopt.optimizers.base.hyper_parameters import (
     HEAD_DIM,
@@ -20,8 +21,7 @@ from ds_memopt.optimizers.base.hyper_parameters import (
     choice,
     hyper_parameter,
 )
-from ds_memopt.optimizers.block_state.block_index import BlockPlan, Piece
-from ds_memopt.optimizers.block_state.sharded_optimizer import ELEMENT, ShardedOptimizer
+from ds_memopt.optimizers.block_state.sharded_optimizer import ELEMENT, OptimizerCall, ShardedOptimizer, StateLayout
 
 STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -67,7 +67,7 @@ class AdamMini(ShardedOptimizer):
 
     hyper_parameters = AdamMiniHyperParameters
     hyper: AdamMiniHyperParameters
-    states = {"exp_avg": ELEMENT, "block_exp_avg_sq": "block"}
+    states = {"exp_avg": ELEMENT, "block_exp_avg_sq": StateLayout("block")}
     needs_heads = True
 
     def configure(self) -> None:
@@ -76,59 +76,9 @@ class AdamMini(ShardedOptimizer):
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
         return {"block": dict(roles)}
 
-    def update(
-        self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]
-    ) -> None:
-        plan = plans["block"]
-        active = [number for number, tensor in enumerate(tensors) if tensor.grad is not None]
-        gradients = {number: self.local(tensors[number].grad) for number in active}
-        mean_squares = plan.mean_squares(gradients)
-        plan.complete(mean_squares)
-        for number in active:
-            tensor, group = tensors[number], groups[number]
-            state, (beta1, beta2) = self.state[tensor], group["betas"]
-            state["step"] += 1
-            step = state["step"].item()
-            parameter, m = self.local(tensor), self.local(state["exp_avg"])
-            v = self.block_state(tensor, "block_exp_avg_sq", plan.num_blocks[number])
-            v.mul_(beta2).add_(mean_squares[number], alpha=1 - beta2)
-            denominator = v.sqrt().div_((1 - beta2**step) ** 0.5).add_(group["eps"])
-            decay = 1 - group["lr"] * group["weight_decay"]
-            step_size = group["lr"] / (1 - beta1**step)
-            for held in plan.held[number]:
-                laid = held.elements(parameter), held.elements(gradients[number]), held.elements(m)
-                block_adam(held.pieces, *laid, held.blocks(denominator), beta1, step_size, decay)
-
-
-def block_adam(
-    pieces: list[Piece],
-    parameter: torch.Tensor,
-    gradient: torch.Tensor,
-    m: torch.Tensor,
-    denominator: torch.Tensor,
-    beta1: float,
-    step_size: float,
-    decay: float,
-) -> None:
-    """Adam's update of one interval with one denominator per block."""
-    for piece in pieces:
-        laid = piece.view(parameter), piece.view(gradient), piece.view(m)
-        adam_piece(*laid, piece.per_element(denominator), beta1, step_size, decay)
-
-
-def adam_piece(
-    parameter: torch.Tensor,
-    gradient: torch.Tensor,
-    m: torch.Tensor,
-    denominator: torch.Tensor,
-    beta1: float,
-    step_size: float,
-    decay: float,
-) -> None:
-    """m <- m + (1 - beta1) * (g - m), p <- p * decay - step_size * m / denominator; m may be kept in 16 bits."""
-    new_m = m.to(denominator.dtype).lerp_(gradient.to(denominator.dtype), 1 - beta1)
-    if new_m.dtype != m.dtype:
-        m.copy_(new_m)
-    if decay != 1:
-        parameter.mul_(decay)
-    parameter.addcdiv_(new_m, denominator, value=-step_size)
+    def update(self, call: OptimizerCall) -> None:
+        index = call.indexes["block"]
+        mean_squares = index.mean_squares(call.gradients)
+        index.complete(mean_squares)
+        m, v = call.state("exp_avg"), call.state("block_exp_avg_sq")
+        kernels.adam_mini(call.parameters, call.gradients, m, v, mean_squares, index.pieces, call.adam_scalars())

@@ -32,8 +32,7 @@ from ds_memopt.optimizers.base.hyper_parameters import (
 )
 from ds_memopt.optimizers.base.named_optimizer import make_log_visible
 from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_meaning
-from ds_memopt.optimizers.block_state.block_index import BlockPlan
-from ds_memopt.optimizers.block_state.sharded_optimizer import ShardedOptimizer
+from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
 from ds_memopt.optimizers.gwt import GWT
 from ds_memopt.optimizers.rotation.visit_order import ORDERS, Rotation
 from ds_memopt.optimizers.stored_weights.residual import add_residual_, residual_of
@@ -293,11 +292,8 @@ class BAdam(ShardedOptimizer):
             self._make_state()
         return loss
 
-    def update(
-        self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]
-    ) -> None:
-        self.rule.state, self.rule._placement = self.state, self._placement  # it works on this optimizer's tensors
-        self.rule.update(tensors, groups, plans)
+    def update(self, call: OptimizerCall) -> None:
+        self.rule.update(call)
         self._stepped = True
 
     def finish_step(self) -> bool:
@@ -327,13 +323,6 @@ class BAdam(ShardedOptimizer):
         self.go_to(position)
         self._make_state()
 
-    def _make_state(self) -> None:
-        """Zeros for the active block. An optimizer without state torch's get_optimizer_state_dict lets make a step."""
-        tensors = self._placement.named_tensors(self.param_groups)
-        plans = self._plan(*zip(*tensors, strict=True))
-        for number, (tensor, _) in enumerate(tensors):
-            self._init_state(tensor, plans, number)
-
     def go_to(self, position: tuple[int, int]) -> None:
         """Make the block of another position active, with nothing kept of where this run was. For an engine."""
         self._residuals.clear()
@@ -356,8 +345,13 @@ class BAdam(ShardedOptimizer):
         self._groups = list(self.param_groups)  # torch has made new ones
         self._residuals = state_dict.get("residuals", {})
 
-    def load_named_state(self, parts: Iterable[StatePart]) -> None:
-        """As any optimizer's, for the block that `resume_at` has made active.
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What the state means, and the position: state by name is that of the active block."""
+        return super().progress | self.position._asdict()
+
+    def load_named_state(self, parts: Iterable[StatePart], progress: Mapping[str, Any] | None = None) -> None:
+        """As any optimizer's, for the block that was active at the position in `progress`, or that is active now.
 
         Raises ValueError inside DeepSpeed, where nothing could make it so.
         """
@@ -366,7 +360,10 @@ class BAdam(ShardedOptimizer):
                 "State by name does not say at which position BAdam was, and inside DeepSpeed there is no resume_at: "
                 "call engine.load_checkpoint, on the same number of GPUs and at the same stage."
             )
-        super().load_named_state(parts)
+        if progress is not None:
+            check_meaning(self, [progress])
+            self.resume_at((progress["visit"], progress["visit_step"]))
+        super().load_named_state(parts, progress)
 
     def _named(self) -> dict[str, nn.Parameter]:
         return dict(pair for group in self._pairs for pair in group)
@@ -385,7 +382,7 @@ class BAdam(ShardedOptimizer):
                 held = [min(members, key=lambda member: numel_of(full_shape(member[1])))]
             group["params"], group["param_names"] = [p for _, p in held], [name for name, _ in held]
         self.state.clear()
-        self._plans.clear()
+        self._indexes.clear()
         trainable_parameters_changed(self._model())
         self._guard.watch(self.names_by_tensor())
 
@@ -398,7 +395,7 @@ class BAdam(ShardedOptimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"] if tensor.requires_grad]
         if all(tensor.grad is None for tensor in tensors):
             # It says so if what trains here is no longer the model's.
-            self._plan(*zip(*self._placement.named_tensors(self.param_groups), strict=True))
+            self._index(*zip(*self._placement.named_tensors(self.param_groups), strict=True))
             raise ValueError(
                 f"No parameter of the active block, {self.active_block}, has a gradient. Call backward before step; if "
                 "it was called, the block took no part in the loss, or the engine was built without ds_memopt."
@@ -437,7 +434,7 @@ class BAdam(ShardedOptimizer):
         tensors, names = zip(*self._placement.named_tensors(self.param_groups), strict=True)
         for interval in self._placement.layout(tensors, names).intervals:
             elements = slice(interval.offset, interval.offset + interval.length)
-            yield interval.name, self.local(tensors[interval.tensor])[elements]
+            yield interval.name, self._placement.local(tensors[interval.tensor])[elements]
 
     def _log(self, total_steps: int | None) -> None:
         if not is_first_rank():

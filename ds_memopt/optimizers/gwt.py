@@ -22,8 +22,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from ds_memopt import kernels
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled, format_assignment, matching
-from ds_memopt.optimizers.adam_mini import adam_piece, block_adam
+from ds_memopt.kernels import AdamScalars
 from ds_memopt.optimizers.base.hyper_parameters import (
     HEAD_DIM,
     VALUE_BLOCKS,
@@ -36,8 +37,8 @@ from ds_memopt.optimizers.base.hyper_parameters import (
     patterns,
     real,
 )
-from ds_memopt.optimizers.block_state.block_index import BlockPlan, HeldBlocks
-from ds_memopt.optimizers.block_state.sharded_optimizer import ShardedOptimizer
+from ds_memopt.optimizers.block_state.block_index import BlockIndex
+from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer, StateLayout
 from ds_memopt.shards import numel_of
 
 logger = logging.getLogger("ds_memopt")
@@ -160,7 +161,8 @@ class GWT(ShardedOptimizer):
         self.by_block = self.needs_heads = hyper.base == "adam_mini"
         self.scale, self.dense_scale = hyper.scale, hyper.dense_ratio
         self.include, self.exclude = tuple(hyper.include), tuple(hyper.exclude)
-        self.states = {"approximation": "group", "exp_avg": "dense", "update_norm": "matrix", **BASES[hyper.base]}
+        structures = {"approximation": "group", "exp_avg": "dense", "update_norm": "matrix", **BASES[hyper.base]}
+        self.states = {key: StateLayout(structure) for key, structure in structures.items()}
 
     def state_meaning(self) -> str:
         return f"GWT, level {self.period.bit_length() - 1}, {'paper' if self.paper else 'stable by root mean square'}"
@@ -233,28 +235,24 @@ class GWT(ShardedOptimizer):
             return _relabel(blocks, rule, Contiguous(self.period, numel // self.period))
         return _relabel(blocks, rule, Tiled(numel // columns, columns, self.period))
 
-    def update(
-        self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]
-    ) -> None:
-        active = [number for number, tensor in enumerate(tensors) if tensor.grad is not None]
+    def update(self, call: OptimizerCall) -> None:
         # Together where ranks must add up their parts, else one by one: the temporary tensors are smaller by far.
-        together = any(plan.seams.num_slots for plan in plans.values())
-        for numbers in [active] if together else [[number] for number in active]:
-            gradients = {number: self.local(tensors[number].grad) for number in numbers}
-            sums = self._sums(gradients, plans)
-            steps = {number: self._advance(tensors[number], groups[number], plans, number, sums) for number in numbers}
+        together = any(index.seams.num_slots for index in call.indexes.values())
+        for gradients in [call.gradients] if together else [{number: g} for number, g in call.gradients.items()]:
+            sums = self._sums(gradients, call.indexes)
+            steps = {number: self._advance(call, number, sums) for number in gradients}
             if self.limiter is not None:
-                self._limit(tensors, plans, sums, steps)
+                self._limit(call, sums, steps)
+            self._apply(call, gradients, steps)
+            self._apply_dense(call, gradients, steps)
             for number, step in steps.items():
-                self._apply(tensors[number], gradients[number], groups[number], plans, number, step)
+                if step.last_decay != 1:
+                    call.parameters[number].mul_(step.last_decay)
 
-    def _sums(self, gradients: Mapping[int, torch.Tensor], plans: Mapping[str, BlockPlan]) -> _Sums:
-        groups = plans["group"]
+    def _sums(self, gradients: Mapping[int, torch.Tensor], indexes: Mapping[str, BlockIndex]) -> _Sums:
+        groups = indexes["group"]
         means = groups.new_blocks(gradients)
-        for number, gradient in gradients.items():
-            for held in groups.held[number]:
-                for piece in held.pieces:
-                    piece.add_means(held.elements(gradient), held.blocks(means[number]), size=self.period)
+        kernels.add_means(gradients, groups.pieces, means, size=self.period)
         # The paper's v and limiter look at sum(x) only.
         if self.paper or (self.by_block and self.limiter is None):
             energies = {}
@@ -264,151 +262,104 @@ class GWT(ShardedOptimizer):
             groups.complete(means, energies)
         squares = {}
         if self.by_block:
-            squares = plans["block"].mean_squares(gradients)
-            plans["block"].complete(squares)
+            squares = indexes["block"].mean_squares(gradients)
+            indexes["block"].complete(squares)
         return _Sums(means, energies, squares)
 
-    def _advance(
-        self, tensor: torch.Tensor, group: dict, plans: Mapping[str, BlockPlan], number: int, sums: _Sums
-    ) -> _Step:
+    def _advance(self, call: OptimizerCall, number: int, sums: _Sums) -> _Step:
         """Advance the state of one tensor's groups and blocks."""
-        state, (beta1, beta2), mean = self.state[tensor], group["betas"], sums.means[number]
+        state, group, mean = call.states[number], call.groups[number], sums.means[number]
         state["step"] += 1
-        step = state["step"].item()
-        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
-        m = self.block_state(tensor, "approximation", plans["group"].num_blocks[number]).lerp_(mean, 1 - beta1)
+        time, (beta1, beta2) = state["step"].item(), group["betas"]
+        correction1, correction2 = 1 - beta1**time, 1 - beta2**time
+        m = state["approximation"].lerp_(mean, 1 - beta1)
         if self.by_block:
-            v = self.block_state(tensor, "block_exp_avg_sq", plans["block"].num_blocks[number])
-            v.lerp_(sums.squares[number], 1 - beta2)
+            v = state["block_exp_avg_sq"].lerp_(sums.squares[number], 1 - beta2)
         else:
-            v = self.block_state(tensor, "second_moment", plans["group"].num_blocks[number])
             # A^2 is k times the squared mean.
-            v.lerp_(mean.square().mul_(self.period) if self.paper else sums.energies[number], 1 - beta2)
+            square = mean.square().mul_(self.period) if self.paper else sums.energies[number]
+            v = state["second_moment"].lerp_(square, 1 - beta2)
         shift = torch.sub(m if self.paper else m / correction1, mean)
-        denominator = self._denominator(v, correction2, group["eps"])
+        decay, lr = 1 - group["lr"] * group["weight_decay"], group["lr"] * self.dense_scale
+        if self.paper:
+            factor, last_decay = correction2**0.5 / correction1, decay
+            dense = AdamScalars(beta1, beta2, group["eps"], 1.0, lr * factor, 1.0)
+        else:
+            factor, last_decay = 1.0, 1.0
+            dense = AdamScalars(beta1, beta2, group["eps"], decay, lr * (1 / correction1), correction2**0.5)
+        denominator = dense.denominator(v)
         by_block = denominator if self.by_block else None
-        inverse = (self._spread(denominator, plans, number) if self.by_block else denominator).reciprocal_()
-        factor = correction2**0.5 / correction1 if self.paper else 1.0
-        return _Step(step, shift, inverse, by_block, factor)
+        inverse = (self._spread(denominator, call.indexes, number) if self.by_block else denominator).reciprocal_()
+        return _Step(time, shift, inverse, by_block, -group["lr"] * factor * self.scale, dense, last_decay)
 
-    def _denominator(self, v: torch.Tensor, correction2: float, eps: float) -> torch.Tensor:
-        return v.sqrt().add_(eps) if self.paper else v.sqrt().div_(correction2**0.5).add_(eps)
-
-    def _spread(self, per_block: torch.Tensor, plans: Mapping[str, BlockPlan], number: int) -> torch.Tensor:
+    def _spread(self, per_block: torch.Tensor, indexes: Mapping[str, BlockIndex], number: int) -> torch.Tensor:
         """Each group's block's value. A group never lies in two blocks: these are whole rows, or rows of a head."""
-        groups, blocks = plans["group"], plans["block"]
-        spread = [
-            # With the sum of the counts at hand nothing is read back from the device.
-            torch.repeat_interleave(held.blocks(per_block), counts, output_size=total)
-            for held in blocks.held[number]
-            if held.interval.name in self.transformed
-            for counts, total in [blocks.count_within(held, groups)]
-        ]
-        return torch.cat(spread) if spread else per_block.new_empty(0)
+        counts, total = indexes["block"].count_within(number, indexes["group"])
+        # With the sum of the counts at hand nothing is read back from the device.
+        return torch.repeat_interleave(per_block, counts, output_size=total)
 
-    def _limit(
-        self, tensors: tuple[torch.Tensor, ...], plans: Mapping[str, BlockPlan], sums: _Sums, steps: dict[int, _Step]
-    ) -> None:
+    def _limit(self, call: OptimizerCall, sums: _Sums, steps: dict[int, _Step]) -> None:
         """Divide each matrix's update as L says. Overwrites the sums.
 
         All stays on the device: nothing is read back.
         """
-        norms = plans["matrix"].new_blocks(steps)
+        groups, matrices = call.indexes["group"], call.indexes["matrix"]
+        norms = self._square_norms(call, sums, steps)
+        matrices.complete(norms)
+        growths = {}
         for number, step in steps.items():
-            self._add_square_norms(norms[number], plans["group"].held[number], tensors[number], number, step, sums)
-        plans["matrix"].complete(norms)
-        for number, step in steps.items():
-            norm = norms[number].clamp_(min=0).sqrt_()
-            previous = self.block_state(tensors[number], "update_norm", len(norm))
+            norm, previous = norms[number].clamp_(min=0).sqrt_(), call.states[number]["update_norm"]
             growth = norm / (previous + 1e-8 if self.paper else previous.clamp(min=1))
             growth.clamp_(min=self.limiter).div_(self.limiter)
-            if self.paper and step.number == 1:
+            if self.paper and step.time == 1:
                 growth.fill_(1.0)
             previous.copy_(norm / growth)
-            for held, limit in zip(plans["group"].held[number], growth, strict=True):
-                held.blocks(step.inverse).div_(limit)
+            growths[number] = growth
+        kernels.divide_blocks({number: step.inverse for number, step in steps.items()}, growths, groups.pieces)
 
-    def _add_square_norms(
-        self,
-        norms: torch.Tensor,
-        all_held: list[HeldBlocks],
-        tensor: torch.Tensor,
-        number: int,
-        step: _Step,
-        sums: _Sums,
-    ) -> None:
-        """Add, for each matrix, the part of its update's squared norm, or mean square, that lies on this rank.
+    def _square_norms(self, call: OptimizerCall, sums: _Sums, steps: dict[int, _Step]) -> dict[int, torch.Tensor]:
+        """For each matrix, the part of its update's squared norm, or mean square, that lies on this rank.
 
         Of a group that ranks share each adds its share by elements, so that together they add it once.
         """
-        inverse = step.inverse
-        if self.paper:
-            # |u|^2 = k * (M / denominator)^2 of each group.
-            u = self.block_state(tensor, "approximation", len(inverse)) * inverse
-            terms = [(u.square_(), True)]
-        else:
-            # sum((x + shift)^2) of a group of c elements is c * (mean(x^2) + shift^2) + 2 * shift * sum(x).
-            squares = sums.energies[number].addcmul_(step.shift, step.shift).mul_(inverse).mul_(inverse)
-            crosses = sums.means[number].mul_(step.shift).mul_(inverse).mul_(inverse).mul_(2)
-            terms = [(squares, False), (crosses, True)]
-        for row, held in enumerate(all_held):
-            numel = 1 if self.paper else numel_of(self.roles[held.interval.name].shape)
-            for piece in held.pieces:
-                for values, per_group in terms:
-                    share = (self.period / piece.size if per_group else 1.0) / numel
-                    norms[row].add_(piece.sum_over_elements(held.blocks(values)), alpha=share)
+        groups, matrices = call.indexes["group"], call.indexes["matrix"]
+        for number, step in steps.items():
+            inverse = step.inverse
+            if self.paper:
+                # |u|^2 = k * (M / denominator)^2 of each group.
+                torch.mul(call.states[number]["approximation"], inverse, out=sums.means[number]).square_()
+            else:
+                # sum((x + shift)^2) of a group of c elements is c * (mean(x^2) + shift^2) + 2 * shift * sum(x).
+                sums.energies[number].addcmul_(step.shift, step.shift).mul_(inverse).mul_(inverse)
+                sums.means[number].mul_(step.shift).mul_(inverse).mul_(inverse).mul_(2)
+        terms = [(sums.means, self.period)] if self.paper else [(sums.energies, None), (sums.means, self.period)]
+        sizes = {number: [1 if self.paper else numel for numel in self._numels(matrices, number)] for number in steps}
+        norms = matrices.new_blocks(steps)
+        kernels.add_sums_of_blocks(norms, terms, groups.pieces, sizes)
+        return norms
 
-    def _apply(
-        self,
-        tensor: torch.Tensor,
-        gradient: torch.Tensor,
-        group: dict,
-        plans: Mapping[str, BlockPlan],
-        number: int,
-        step: _Step,
-    ) -> None:
-        parameter, decay = self.local(tensor), 1 - group["lr"] * group["weight_decay"]
-        factor = -group["lr"] * step.factor * self.scale
-        shift = step.shift.mul_(step.inverse)
-        for held in plans["group"].held[number]:
-            for piece in held.pieces:
-                view, inverse = piece.view(held.elements(parameter)), piece.per_element(held.blocks(step.inverse))
-                if decay != 1 and not self.paper:
-                    view.mul_(decay)
-                view.addcmul_(piece.view(held.elements(gradient)).to(inverse.dtype), inverse, value=factor)
-                view.add_(piece.per_element(held.blocks(shift)), alpha=factor)
-        self._apply_dense(tensor, parameter, gradient, group, plans, number, step)
-        if decay != 1 and self.paper:
-            parameter.mul_(decay)
+    def _numels(self, matrices: BlockIndex, number: int) -> list[int]:
+        return [numel_of(self.roles[part.interval.name].shape) for part in matrices.intervals[number]]
 
-    def _apply_dense(
-        self,
-        tensor: torch.Tensor,
-        parameter: torch.Tensor,
-        gradient: torch.Tensor,
-        group: dict,
-        plans: Mapping[str, BlockPlan],
-        number: int,
-        step: _Step,
-    ) -> None:
+    def _apply(self, call: OptimizerCall, gradients: Mapping[int, torch.Tensor], steps: dict[int, _Step]) -> None:
+        inverses = {number: step.inverse for number, step in steps.items()}
+        shifts = {number: step.shift.mul_(step.inverse) for number, step in steps.items()}
+        decays = {number: step.dense.decay for number, step in steps.items()}
+        factors = {number: step.factor for number, step in steps.items()}
+        pieces = call.indexes["group"].pieces
+        kernels.add_scaled_and_shifted(call.parameters, gradients, inverses, shifts, pieces, decays, factors)
+
+    def _apply_dense(self, call: OptimizerCall, gradients: Mapping[int, torch.Tensor], steps: dict[int, _Step]) -> None:
         """Adam, or Adam-mini, on the parameters that are not transformed."""
-        (beta1, beta2), dense = group["betas"], plans["dense"]
-        m = self.block_state(tensor, "exp_avg", dense.num_blocks[number])
-        step_size = group["lr"] * self.dense_scale * (step.factor if self.paper else 1 / (1 - beta1**step.number))
-        decay = 1.0 if self.paper else 1 - group["lr"] * group["weight_decay"]
-        blocks = {held.interval.name: held for held in plans["block"].held[number]} if self.by_block else {}
-        for held in dense.held[number]:
-            laid = held.elements(parameter), held.elements(gradient), held.blocks(m)
-            if self.by_block:
-                block = blocks[held.interval.name]
-                block_adam(block.pieces, *laid, block.blocks(step.by_block), beta1, step_size, decay)
-                continue
-            v = held.blocks(self.block_state(tensor, "exp_avg_sq", dense.num_blocks[number]))
-            for piece in held.pieces:
-                part_v, g = piece.per_element(v), piece.view(laid[1]).to(v.dtype)
-                part_v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-                denominator = self._denominator(part_v, 1 - beta2**step.number, group["eps"])
-                adam_piece(*map(piece.view, laid), denominator, beta1, step_size, decay)
+        m, dense = call.state("exp_avg"), call.indexes["dense"]
+        scalars = {number: step.dense for number, step in steps.items()}
+        if self.by_block:
+            denominators = {number: step.by_block for number, step in steps.items()}
+            pieces = call.indexes["block"].packed_as(dense)
+            kernels.adam_by_block(call.parameters, gradients, m, denominators, pieces, scalars)
+        else:
+            v, pieces = call.state("exp_avg_sq"), dense.packed_as(dense)
+            kernels.adam_by_element(call.parameters, gradients, m, v, pieces, scalars)
 
 
 class _Sums(NamedTuple):
@@ -420,16 +371,19 @@ class _Sums(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """One tensor's update (x + shift) * inverse * factor, per group of gradient elements x, at its step `number`.
+    """One tensor's update (x + shift) * inverse * factor, per group of gradient elements x, at its step `time`.
 
     by_block: with base="adam_mini" the denominators of all blocks, those of dense parameters too.
+    dense: Adam's scalars of dense parameters; its decay is that of all. last_decay: that which comes after the update.
     """
 
-    number: float
+    time: float
     shift: torch.Tensor
     inverse: torch.Tensor
     by_block: torch.Tensor | None
     factor: float
+    dense: AdamScalars
+    last_decay: float
 
 
 def _in_order(blocks: Mapping[str, ParamBlocks], names: Iterable[str]) -> dict[str, ParamBlocks]:

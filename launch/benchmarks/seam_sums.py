@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ds_memopt.blocks import assign_blocks
-from ds_memopt.optimizers.block_state.block_index import BlockPlan
+from ds_memopt.optimizers.block_state.block_index import BlockIndex
 from ds_memopt.shards import Layout, RankBorders, partition_each_parameter, partition_flat_buffer
 
 
@@ -46,9 +46,11 @@ def main() -> None:
                 intervals, borders = partition_each_parameter(pieces, rank)
             else:
                 intervals, borders = partition_flat_buffer(offsets, -(-total // ranks), rank)
-            plan = BlockPlan(Layout(tuple(intervals), (RankBorders(None, borders),)), blocks, [None], [torch.empty(0)])
+            index = BlockIndex(
+                Layout(tuple(intervals), (RankBorders(None, borders),)), blocks, [None], [torch.empty(0)]
+            )
             slowest = max(slowest, time.perf_counter() - start)
-            seam_bytes = 4 * plan.seams.num_slots
+            seam_bytes = 4 * index.seams.num_slots
         print(f"{stage}: table in {slowest:.2f} s, seam buffer {seam_bytes:,} bytes")
 
 

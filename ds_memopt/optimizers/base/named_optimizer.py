@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from ds_memopt.optimizers.base.capabilities import Capabilities
 from ds_memopt.optimizers.base.hyper_parameters import HyperParameters, check_hyper_parameters, check_values
+from ds_memopt.optimizers.base.named_state import StatePart, check_covered, check_meaning
 from ds_memopt.optimizers.base.naming import check_named_group, named_groups, with_names
 
 logger = logging.getLogger("ds_memopt")
@@ -62,6 +63,70 @@ class NamedOptimizer(Capabilities, torch.optim.Optimizer):
         """The name of each parameter that is trained now."""
         pairs = [zip(group["params"], group["param_names"], strict=True) for group in self.param_groups]
         return dict(itertools.chain.from_iterable(pairs))
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What a run has come to beside its state by name; under STATE_KEY, what that state means."""
+        raise NotImplementedError
+
+    def _make_state(self) -> None:
+        """Make the state that is missing, of all that this rank updates."""
+        raise NotImplementedError
+
+    def _state_parts(self) -> Iterator[StatePart]:
+        """All state that this rank holds, as views."""
+        raise NotImplementedError
+
+    def named_state(self) -> Iterator[StatePart]:
+        """Hand out all state that this rank holds, by parameter name and place in the whole parameter.
+
+        With the weights and `progress` it is all that a run on other ranks or at another stage needs to go on. The
+        values are views.
+        """
+        yield from self._state_parts()
+
+    @torch.no_grad()
+    def load_named_state(self, parts: Iterable[StatePart], progress: Mapping[str, Any] | None = None) -> None:
+        """Take back what ranks of any number and placement handed out; this rank keeps what it needs of it.
+
+        progress: that of the run, which is checked and taken over; None: this run's own, where the method needs none.
+
+        Raises ValueError, before any entry is overwritten, for the state of another method, of other options or of
+        other blocks, and if an entry that this rank needs is missing.
+        """
+        if progress is not None:
+            check_meaning(self, [progress])
+        offered: dict[tuple[str, str], list[StatePart]] = {}
+        for part in parts:
+            offered.setdefault((part.name, part.key), []).append(part)
+        self._make_state()
+        own = list(self._state_parts())
+        for part in own:
+            check_covered(part, offered.get((part.name, part.key), []))
+        for part in own:
+            for given in offered[part.name, part.key]:
+                given.copy_to(part)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but states have the dtype that they were kept in; torch would cast them to the weights'.
+
+        Raises ValueError, before anything is changed, for state of another method, of other options or of other blocks.
+        """
+        check_meaning(self, state_dict["param_groups"])
+        super().load_state_dict(state_dict)
+        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        for number, tensor in zip(saved, tensors, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                self.state[tensor][key] = self._restored(tensor, key, value)
+        self._loaded()
+
+    def _restored(self, tensor: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
+        """What is to be kept as a tensor's state where `value` was saved."""
+        raise NotImplementedError
+
+    def _loaded(self) -> None:
+        """Called when a state_dict was loaded."""
 
     def __getstate__(self):
         """A copy would go on with the model, the hooks or the placement of the original."""

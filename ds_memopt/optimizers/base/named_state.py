@@ -12,7 +12,8 @@ import torch
 class StatePart(NamedTuple):
     """Entries [start, start + len(values)) of the state `key` of a whole parameter, whatever rank holds them.
 
-    Per-element states count elements of the flattened parameter, per-block states its blocks; "step" is one entry.
+    Per-element states count elements of the flattened parameter; states of `width` numbers per block count `width`
+    entries for each of its blocks; "step" is one entry.
     """
 
     name: str
@@ -20,11 +21,17 @@ class StatePart(NamedTuple):
     start: int
     values: torch.Tensor
 
-    def copy_to(self, target: torch.Tensor, start: int) -> None:
-        """Copy into target, which holds the entries from `start` on, what the two have in common."""
-        low, high = max(start, self.start), min(start + len(target), self.start + len(self.values))
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.values)
+
+    def copy_to(self, other: StatePart) -> None:
+        """Copy into another part of the same state what the two have in common."""
+        low, high = max(other.start, self.start), min(other.stop, self.stop)
         if low < high:
-            target[low - start : high - start].copy_(self.values[low - self.start : high - self.start])
+            other.values[low - other.start : high - other.start].copy_(
+                self.values[low - self.start : high - self.start]
+            )
 
 
 STATE_KEY = "ds_memopt_state"
@@ -47,14 +54,15 @@ def check_meaning(optimizer: torch.optim.Optimizer, saved_groups: Iterable[Mappi
             )
 
 
-def check_covered(name: str, key: str, start: int, length: int, offered: list[StatePart]) -> None:
-    """Raise ValueError unless what is offered covers entries [start, start + length) of a state."""
-    covered = start
+def check_covered(needed: StatePart, offered: list[StatePart]) -> None:
+    """Raise ValueError unless what is offered of the same state covers the entries that are needed."""
+    covered = needed.start
     for part in sorted(offered, key=lambda part: part.start):
         if part.start > covered:
             break
-        covered = max(covered, part.start + len(part.values))
-    if covered < start + length:
+        covered = max(covered, part.stop)
+    if covered < needed.stop:
         raise ValueError(
-            f"The state offered for {name} lacks {key}[{covered}:{start + length}]. Hand in what all ranks gave out."
+            f"The state offered for {needed.name} lacks {needed.key}[{covered}:{needed.stop}]. Hand in what all ranks "
+            "gave out."
         )

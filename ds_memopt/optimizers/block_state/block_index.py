@@ -1,155 +1,35 @@
 """The blocks of the intervals that one optimizer call updates: where each lies, how large it is, what is cut.
 
-Everything here is index arithmetic on the layout; the only tensors are views that the caller hands in.
+Everything here is index arithmetic on the layout; what is computed with it stands in kernels/.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled
+from ds_memopt.kernels import ColumnPiece, Piece, RowPiece, Table, add_mean_squares
 from ds_memopt.shards import Interval, Layout, Seams
-
-SHORT = 32
-"""Runs of up to so many elements, a power of two, are added up by halves: 0.16 instead of 0.4 ns per element."""
 
 CACHED = 2**18
 """Elements of a piece on the CPU, so that it and its temporary tensors stay in the cache."""
 
 
 @dataclass(frozen=True)
-class RowPiece:
-    """`rows` x `count` runs of `width` elements of an interval, all of blocks with `size` elements in the whole.
+class IntervalBlocks:
+    """Blocks [first, first + count) of a parameter: those that an interval of it touches.
 
-    Run (r, i) begins at offset + r * row_stride + i * width and belongs to block `block` + r * block_stride + i.
-    """
-
-    offset: int
-    count: int
-    width: int
-    block: int
-    size: int
-    rows: int = 1
-    row_stride: int = 0
-    block_stride: int = 0
-
-    def view(self, interval: torch.Tensor) -> torch.Tensor:
-        """The piece's elements of an interval, [rows, count, width]."""
-        shape, strides = (self.rows, self.count, self.width), (self.row_stride, self.width, 1)
-        return interval.as_strided(shape, strides, interval.storage_offset() + self.offset)
-
-    def per_element(self, per_block: torch.Tensor) -> torch.Tensor:
-        """The value of each element's block, in a shape that broadcasts over `view`."""
-        return self._blocks(per_block).unsqueeze(-1)
-
-    def add_means(self, interval: torch.Tensor, means: torch.Tensor, size: int) -> None:
-        """Add to each block the sum of its elements here, divided by `size`."""
-        self._blocks(means).add_(_sum_of_runs(self.view(interval).to(means.dtype)), alpha=1 / size)
-
-    def add_mean_squares(self, interval: torch.Tensor, means: torch.Tensor) -> None:
-        """Add what this piece contributes to the mean square of each block."""
-        if self.width <= SHORT:
-            squares = self.view(interval).to(means.dtype).square()
-            self._blocks(means).add_(_sum_of_runs(squares), alpha=1 / self.size)
-        else:
-            norms = torch.linalg.vector_norm(self.view(interval), dim=-1, dtype=means.dtype)
-            self._blocks(means).addcmul_(norms, norms, value=1 / self.size)
-
-    def sum_over_elements(self, per_block: torch.Tensor) -> torch.Tensor:
-        """The sum over the piece's elements of their blocks' values."""
-        return self._blocks(per_block).sum() * self.width
-
-    def _blocks(self, per_block: torch.Tensor) -> torch.Tensor:
-        offset = per_block.storage_offset() + self.block
-        return per_block.as_strided((self.rows, self.count), (self.block_stride, 1), offset)
-
-    def split(self, most: int) -> list[RowPiece]:
-        """The piece in parts of about `most` elements, cut between blocks."""
-        if self.rows > 1:
-            step = max(1, most // (self.count * self.width))
-            return [
-                replace(
-                    self, rows=min(step, self.rows - row), offset=self.offset + row * self.row_stride,
-                    block=self.block + row * self.block_stride,
-                )
-                for row in range(0, self.rows, step)
-            ]  # fmt: skip
-        step = max(1, most // self.width)
-        return [
-            replace(
-                self, count=min(step, self.count - run), offset=self.offset + run * self.width, block=self.block + run
-            )
-            for run in range(0, self.count, step)
-        ]
-
-
-def _sum_of_runs(values: torch.Tensor) -> torch.Tensor:
-    """[rows, count, width] -> [rows, count]. Overwrites nothing of `values`."""
-    width = values.shape[-1]
-    if width > SHORT or width & (width - 1):
-        return values.sum(-1)
-    while values.shape[-1] > 1:
-        values = values[..., ::2] + values[..., 1::2]
-    return values.squeeze(-1)
-
-
-@dataclass(frozen=True)
-class ColumnPiece:
-    """`count` rows of `width` elements at `offset` of an interval; column j of them belongs to block blocks[j].
-
-    runs: the same as (first column, blocks, columns of each, first block, elements of each block in the whole).
-    """
-
-    offset: int
-    count: int
-    width: int
-    blocks: torch.Tensor
-    runs: tuple[tuple[int, int, int, int, int], ...]
-
-    def view(self, interval: torch.Tensor) -> torch.Tensor:
-        """The piece's elements of an interval, [count, width]."""
-        return interval.narrow(0, self.offset, self.count * self.width).view(self.count, self.width)
-
-    def per_element(self, per_block: torch.Tensor) -> torch.Tensor:
-        """The value of each element's block, in a shape that broadcasts over `view`."""
-        return per_block[self.blocks]
-
-    def add_mean_squares(self, interval: torch.Tensor, means: torch.Tensor) -> None:
-        """Add what this piece contributes to the mean square of each block."""
-        squares = torch.linalg.vector_norm(self.view(interval), dim=0, dtype=means.dtype).square_()
-        # Not index_add_, whose order of sums, and so the result, changes from run to run on a GPU.
-        for column, count, width, block, size in self.runs:
-            sums = squares.narrow(0, column, count * width).view(count, width).sum(-1)
-            means.narrow(0, block, count).add_(sums, alpha=1 / size)
-
-
-Piece = RowPiece | ColumnPiece
-
-
-@dataclass(frozen=True)
-class HeldBlocks:
-    """The blocks of one interval: [first, first + count) of the parameter, cut into `pieces`.
-
-    The tensor's per-block state keeps them at [local, local + count); pieces count their blocks from there.
+    The tensor's per-block values keep them at [local, local + count).
     """
 
     interval: Interval
     first: int
     count: int
     local: int
-    pieces: list[Piece]
-
-    def elements(self, flat: torch.Tensor) -> torch.Tensor:
-        """The interval of a tensor laid like the parameter."""
-        return flat.narrow(0, self.interval.offset, self.interval.length)
-
-    def blocks(self, per_block: torch.Tensor) -> torch.Tensor:
-        """The interval's part of a tensor's per-block values."""
-        return per_block.narrow(0, self.local, self.count)
 
 
 def cut_blocks(blocks: ParamBlocks, borders: np.ndarray) -> np.ndarray:
@@ -224,12 +104,12 @@ def step_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class BlockPlan:
+class BlockIndex:
     """The blocks of one structure that the tensors of one optimizer call hold on this rank.
 
-    held[i]: those of each interval of tensor i, if the structure has the parameter. num_blocks[i]: length of the
-    tensor's per-block state on this rank; most_blocks[i]: on the rank where it is longest, for a tensor that stands for
-    one parameter.
+    pieces[i]: the table of tensor i for `kernels`. intervals[i]: the blocks of each interval of tensor i, if the
+    structure has the parameter. num_blocks[i]: the tensor's blocks on this rank; most_blocks[i]: on the rank that has
+    most, for a tensor that stands for one parameter.
     """
 
     def __init__(
@@ -241,9 +121,11 @@ class BlockPlan:
     ) -> None:
         self._blocks = blocks
         self._tensors = [(tensor.device, step_dtype(tensor.dtype)) for tensor in tensors]
-        self._counts: dict[str, tuple[torch.Tensor, int]] = {}
+        self._counts: dict[int, tuple[torch.Tensor, int]] = {}
+        self._packed: Table | None = None
         self.seams = Seams(layout.borders, self._cut)
-        self.held: list[list[HeldBlocks]] = [[] for _ in tensors]
+        self.pieces: list[list[Piece]] = [[] for _ in tensors]
+        self.intervals: list[list[IntervalBlocks]] = [[] for _ in tensors]
         self.num_blocks = [0 for _ in tensors]
         seam_blocks: list[list[np.ndarray]] = [[] for _ in tensors]
         seam_slots: list[list[np.ndarray]] = [[] for _ in tensors]
@@ -251,11 +133,12 @@ class BlockPlan:
             if interval.name not in blocks:
                 continue
             number = interval.tensor
-            local = self.num_blocks[number]
-            pieces, first, count = split_interval(interval, blocks[interval.name], tensors[number].device)
-            if tensors[number].device.type == "cpu":
+            local, known, device = self.num_blocks[number], self.intervals[number], tensors[number].device
+            pieces, first, count = split_interval(interval, blocks[interval.name], device, local, len(known))
+            if device.type == "cpu":
                 pieces = [part for p in pieces for part in (p.split(CACHED) if isinstance(p, RowPiece) else [p])]
-            self.held[number].append(HeldBlocks(interval, first, count, local, pieces))
+            self.pieces[number] += pieces
+            known.append(IntervalBlocks(interval, first, count, local))
             self.num_blocks[number] += count
             cut, slots = self.seams.find(interval.name, first, first + count)
             seam_blocks[number].append(cut - first + local)
@@ -271,39 +154,62 @@ class BlockPlan:
     def _cut(self, name: str, borders: np.ndarray) -> np.ndarray:
         return cut_blocks(self._blocks[name], borders) if name in self._blocks else np.empty(0, dtype=np.int64)
 
-    def count_within(self, held: HeldBlocks, inner: BlockPlan) -> tuple[torch.Tensor, int]:
-        """How many blocks of `inner` lie in each block of an interval of this plan, int64, and in all of them.
+    def count_within(self, number: int, inner: BlockIndex) -> tuple[torch.Tensor, int]:
+        """How many blocks of `inner` lie in each block of a tensor, int64, and in all of them.
 
-        Every block of `inner` must lie in one block here, and neither plan may have Columns.
+        Every block of `inner` must lie in one block here, and neither index may have Columns.
         """
-        interval = held.interval
-        if interval.name not in self._counts:
-            edges = block_starts(self._blocks[interval.name])[held.first : held.first + held.count + 1]
-            edges = edges.clip(interval.start, interval.start + interval.length)
-            firsts, lasts = block_span(inner._blocks[interval.name], edges[:-1], edges[1:])
-            counts = lasts - firsts
-            self._counts[interval.name] = _index([counts], self._tensors[interval.tensor][0]), int(counts.sum())
-        return self._counts[interval.name]
+        if number not in self._counts:
+            counts = [self._counts_of(part, inner) for part in self.intervals[number]]
+            total = sum(int(of_interval.sum()) for of_interval in counts)
+            self._counts[number] = _index(counts, self._tensors[number][0]), total
+        return self._counts[number]
 
-    def new_blocks(self, numbers: Iterable[int]) -> dict[int, torch.Tensor]:
-        """For each of these tensors zeros, one per block, in the dtype of the step's arithmetic."""
-        return {
-            number: torch.zeros(
-                self.num_blocks[number], dtype=self._tensors[number][1], device=self._tensors[number][0]
-            )
-            for number in numbers
-        }
+    def _counts_of(self, part: IntervalBlocks, inner: BlockIndex) -> np.ndarray:
+        interval = part.interval
+        if interval.name not in inner._blocks:
+            return np.zeros(part.count, dtype=np.int64)
+        edges = block_starts(self._blocks[interval.name])[part.first : part.first + part.count + 1]
+        edges = edges.clip(interval.start, interval.start + interval.length)
+        firsts, lasts = block_span(inner._blocks[interval.name], edges[:-1], edges[1:])
+        return lasts - firsts
 
-    def mean_squares(self, gradients: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
-        """This rank's part of the mean square of each block; gradients by number of tensor, flat."""
-        means = self.new_blocks(gradients)
-        for number, gradient in gradients.items():
-            for held in self.held[number]:
-                for piece in held.pieces:
-                    piece.add_mean_squares(held.elements(gradient), held.blocks(means[number]))
+    def packed_as(self, elements: BlockIndex) -> Table:
+        """The pieces of the parameters that `elements` has, for states of one entry per element that lack the others'.
+
+        elements: each of its blocks is one element; its blocks are these states' entries.
+        """
+        if self._packed is None:
+            self._packed = []
+            for number, pieces in enumerate(self.pieces):
+                packed = {part.interval.name: part for part in elements.intervals[number]}
+                self._packed.append([])
+                for piece in pieces:
+                    interval = self.intervals[number][piece.interval].interval
+                    if interval.name in packed:
+                        entry = piece.entry + packed[interval.name].local - interval.offset
+                        self._packed[-1].append(piece._replace(entry=entry))
+        return self._packed
+
+    def new_blocks(self, numbers: Iterable[int], width: int = 1) -> dict[int, torch.Tensor]:
+        """For each of these tensors zeros, `width` per block, in the dtype of the step's arithmetic.
+
+        Their shape is [num_blocks], or [num_blocks, width] where width is not 1.
+        """
+        return {number: self._new_blocks(number, width) for number in numbers}
+
+    def _new_blocks(self, number: int, width: int) -> torch.Tensor:
+        device, dtype = self._tensors[number]
+        shape = (self.num_blocks[number],) if width == 1 else (self.num_blocks[number], width)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def mean_squares(self, values: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """This rank's part of the mean square of each block; values, such as gradients, by number of tensor, flat."""
+        means = self.new_blocks(values)
+        add_mean_squares(values, self.pieces, means)
         return means
 
-    def complete(self, *quantities: dict[int, torch.Tensor]) -> None:
+    def complete(self, *quantities: dict[int, torch.Tensor], width: int = 1) -> None:
         """Make sums over blocks whole: add to those of cut blocks what the other ranks hold of them, in place.
 
         quantities: each as `new_blocks` gives it, for all tensors that have a gradient; all travel in one all_reduce.
@@ -312,25 +218,29 @@ class BlockPlan:
         if self.seams.num_slots == 0:
             return
         device, dtype = self._tensors[0]
-        slots = torch.zeros(self.seams.num_slots, len(quantities), dtype=dtype, device=device)
+        slots = torch.zeros(self.seams.num_slots, len(quantities), width, dtype=dtype, device=device)
         for column, quantity in enumerate(quantities):
             for number, values in quantity.items():
-                slots[:, column].index_copy_(0, self._seam_slots[number], values[self._seam_blocks[number]])
+                cut = values.view(-1, width)[self._seam_blocks[number]]
+                slots[:, column].index_copy_(0, self._seam_slots[number], cut)
         self.seams.sum(slots)
         for column, quantity in enumerate(quantities):
             for number, values in quantity.items():
-                values.index_copy_(0, self._seam_blocks[number], slots[self._seam_slots[number], column])
+                whole = slots[self._seam_slots[number], column]
+                values.view(-1, width).index_copy_(0, self._seam_blocks[number], whole)
 
 
 def _index(parts: list[np.ndarray], device: torch.device) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)).to(device)
 
 
-def split_interval(interval: Interval, blocks: ParamBlocks, device: torch.device) -> tuple[list[Piece], int, int]:
-    """Cut an interval at the borders of its blocks.
+def split_interval(
+    interval: Interval, blocks: ParamBlocks, device: torch.device, local: int, number: int
+) -> tuple[list[Piece], int, int]:
+    """Cut an interval, of this number among its tensor's, at the borders of its blocks.
 
-    Returns the pieces, the first block that they belong to and the number of blocks; offsets count from the interval's
-    first element, a piece's blocks from that first block.
+    Returns the pieces, the first block of the parameter that they belong to and the number of blocks. Pieces count
+    elements from the tensor's first, and blocks from `local` on.
     """
     stop = interval.start + interval.length
     firsts, lasts = block_span(blocks, np.array([interval.start]), np.array([stop]))
@@ -340,13 +250,13 @@ def split_interval(interval: Interval, blocks: ParamBlocks, device: torch.device
     for section in blocks.sections:
         low, high = max(interval.start, start) - start, min(stop, start + section.numel) - start
         if low < high:
-            offset, block = start + low - interval.start, section_first - first
+            offset, block = interval.offset + start + low - interval.start, local + section_first - first
             if isinstance(section, Contiguous):
-                pieces += _row_pieces(section, low, high, offset, block)
+                pieces += _row_pieces(section, low, high, offset, block, number)
             elif isinstance(section, Tiled):
-                pieces += _tile_pieces(section, low, high, offset, block)
+                pieces += _tile_pieces(section, low, high, offset, block, number)
             else:
-                pieces += _column_pieces(section, low, high, offset, block, device)
+                pieces += _column_pieces(section, low, high, offset, block, number, device)
         start += section.numel
         section_first += section.num_blocks
     return pieces, first, int(lasts[0]) - first
@@ -368,31 +278,36 @@ def _lines(low: int, high: int, length: int) -> list[tuple[int, int, int]]:
     return lines
 
 
-def _row_pieces(section: Contiguous, low: int, high: int, offset: int, block: int) -> list[Piece]:
+def _row_pieces(section: Contiguous, low: int, high: int, offset: int, block: int, number: int) -> list[Piece]:
+    length = section.length
     return [
-        RowPiece(offset + begin - low, count, width, block + begin // section.length, section.length)
-        for begin, count, width in _lines(low, high, section.length)
+        _row_piece(offset + begin - low, count, width, block + begin // length, length, number)
+        for begin, count, width in _lines(low, high, length)
     ]
 
 
-def _tile_pieces(section: Tiled, low: int, high: int, offset: int, block: int) -> list[Piece]:
+def _row_piece(offset: int, count: int, width: int, block: int, size: int, number: int, *rows: int) -> RowPiece:
+    return RowPiece(offset, count, width, block, size, offset, number, *rows)
+
+
+def _tile_pieces(section: Tiled, low: int, high: int, offset: int, block: int, number: int) -> list[Piece]:
     pieces: list[Piece] = []
     columns, length, per_row = section.columns, section.length, section.blocks_per_row
     for line, rows, line_width in _lines(low, high, columns):
         first_column = line % columns
         for begin, count, width in _lines(first_column, first_column + line_width, length):
             size = min(length, columns - begin // length * length)
-            pieces.append(
-                RowPiece(
-                    offset + line - low + begin - first_column, count, width,
-                    block + line // columns * per_row + begin // length, size,
-                    rows, columns, per_row,
-                )
-            )  # fmt: skip
+            start, first = (
+                offset + line - low + begin - first_column,
+                block + line // columns * per_row + begin // length,
+            )
+            pieces.append(_row_piece(start, count, width, first, size, number, rows, columns, per_row))
     return pieces
 
 
-def _column_pieces(section: Columns, low: int, high: int, offset: int, block: int, device: torch.device) -> list[Piece]:
+def _column_pieces(
+    section: Columns, low: int, high: int, offset: int, block: int, number: int, device: torch.device
+) -> list[Piece]:
     pieces: list[Piece] = []
     columns = section.num_columns
     for begin, rows, line_width in _lines(low, high, columns):
@@ -405,6 +320,6 @@ def _column_pieces(section: Columns, low: int, high: int, offset: int, block: in
                 blocks.append(np.repeat(np.arange(parts) + run_block + start // width, part))
             column += width * count
             run_block += count
-        of_column = torch.from_numpy(np.concatenate(blocks)).to(device)
-        pieces.append(ColumnPiece(offset + begin - low, rows, line_width, of_column, tuple(runs)))
+        block_of, start = torch.from_numpy(np.concatenate(blocks)).to(device), offset + begin - low
+        pieces.append(ColumnPiece(start, rows, line_width, block_of, tuple(runs), start, number))
     return pieces

@@ -6,7 +6,8 @@ import logging
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -19,17 +20,58 @@ from ds_memopt.blocks import (
     format_assignment,
     full_shape,
 )
+from ds_memopt.kernels import AdamScalars
 from ds_memopt.optimizers.base.named_optimizer import NamedOptimizer, asks_for_state, make_log_visible
-from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_covered, check_meaning
+from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart
 from ds_memopt.optimizers.base.naming import check_current
-from ds_memopt.optimizers.block_state.block_index import BlockPlan, step_dtype
+from ds_memopt.optimizers.block_state.block_index import BlockIndex, step_dtype
 from ds_memopt.shards import Placement, PlainPlacement, is_first_rank
 
 logger = logging.getLogger("ds_memopt")
 
 
-ELEMENT = "element"
-"""The structure of a state that has one entry per element and is laid like the parameter itself."""
+class StateLayout(NamedTuple):
+    """What a state has: `width` numbers for each block of a structure, block after block.
+
+    A structure of None means one number for each element, laid like the parameter itself.
+    """
+
+    structure: str | None
+    width: int = 1
+
+
+ELEMENT = StateLayout(None)
+
+
+@dataclass(frozen=True)
+class OptimizerCall:
+    """What one call of `step` updates, by number of tensor: only those that have a gradient, this rank's part of each.
+
+    parameters, gradients: 1-D. states: by key; 1-D, or [blocks, width] where a state has several numbers per block.
+    groups: each one's param group. indexes: for each structure its blocks.
+
+    Where ranks share parameters, all have the same numbers here; `indexes` tell what of them a rank holds.
+    """
+
+    parameters: dict[int, torch.Tensor]
+    gradients: dict[int, torch.Tensor]
+    states: dict[int, dict[str, torch.Tensor]]
+    groups: dict[int, dict]
+    indexes: Mapping[str, BlockIndex]
+
+    def state(self, key: str) -> dict[int, torch.Tensor]:
+        """One state of all tensors."""
+        return {number: state[key] for number, state in self.states.items()}
+
+    def advance(self) -> dict[int, float]:
+        """Count this step, and tell each tensor's number of it, from 1."""
+        for state in self.states.values():
+            state["step"] += 1
+        return {number: state["step"].item() for number, state in self.states.items()}
+
+    def adam_scalars(self) -> dict[int, AdamScalars]:
+        """Count this step; AdamW's scalars for it."""
+        return {number: AdamScalars.at(step, self.groups[number]) for number, step in self.advance().items()}
 
 
 class ShardedOptimizer(NamedOptimizer):
@@ -38,16 +80,16 @@ class ShardedOptimizer(NamedOptimizer):
     params: named parameters, as `model.named_parameters()` gives them, or param groups of such pairs.
     model: the model that the parameters belong to; its structure tells the roles. Without it names and shapes must do.
 
-    A subclass names in `states` each tensor of its state and the structure whose blocks it has one entry of, or
-    ELEMENT; it cuts the parameters into those structures in `build_structures`, and implements `update`. In
-    `configure` it may set what follows, `states` and whatever it makes of its hyper-parameters.
+    A subclass names in `states` each tensor of its state and how it is laid; it cuts the parameters into the structures
+    whose blocks it needs in `build_structures`, and implements `update`. In `configure` it may set what follows,
+    `states` and whatever it makes of its hyper-parameters.
 
     element_dtype: how states of one entry per element are kept; by default in fp32 (fp64 for fp64 parameters).
     needs_heads: whether the rule looks at heads, so that without a model `head_dim` must be given.
     """
 
     family = "block state"
-    states: Mapping[str, str] = {}
+    states: Mapping[str, StateLayout] = {}
     element_dtype: torch.dtype | None = None
     needs_heads = False
 
@@ -62,7 +104,7 @@ class ShardedOptimizer(NamedOptimizer):
         self._value_blocks = getattr(self.hyper, "value_blocks", "rows")
         self._placement: Placement = PlainPlacement()
         self._bound = False
-        self._plans: dict[tuple, tuple[tuple[weakref.ref, ...], dict[str, BlockPlan]]] = {}
+        self._indexes: dict[tuple, tuple[tuple[weakref.ref, ...], dict[str, BlockIndex]]] = {}
         self._model = weakref.ref(model) if model is not None else None
         self.roles: dict[str, ParamBlocks] = assign_blocks(model, self._value_blocks) if model is not None else {}
         self.structures: dict[str, dict[str, ParamBlocks]] = {}
@@ -116,7 +158,7 @@ class ShardedOptimizer(NamedOptimizer):
         """Tell where an engine has laid the parameters. Called by the engine after it has replaced param_groups."""
         self._placement = placement
         self._bound = True
-        self._plans.clear()
+        self._indexes.clear()
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -137,7 +179,7 @@ class ShardedOptimizer(NamedOptimizer):
         ]
         if active:
             tensors, names, groups = zip(*active, strict=True)
-            plans = self._plan(tensors, names)
+            indexes = self._index(tensors, names)
             fresh = not self._bound and not any(self.state.values())
             for number, tensor in enumerate(tensors):
                 if tensor.grad is not None and tensor.grad.is_sparse:
@@ -146,64 +188,81 @@ class ShardedOptimizer(NamedOptimizer):
                         "embedding with sparse=False."
                     )
                 if tensor.grad is not None and not self.state[tensor]:
-                    self._init_state(tensor, plans, number)
+                    self._init_state(tensor, indexes, number)
             if not (fresh and asks_for_state(self)):
-                self.update(tensors, groups, plans)
+                self.update(self._call(tensors, groups, indexes))
         return loss
 
-    def update(
-        self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], plans: Mapping[str, BlockPlan]
-    ) -> None:
-        """Apply one step of the rule to `tensors`; tensors[i] belongs to groups[i], plans tell each structure's cut."""
+    def _call(
+        self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], indexes: Mapping[str, BlockIndex]
+    ) -> OptimizerCall:
+        local, active = self._placement.local, [n for n, tensor in enumerate(tensors) if tensor.grad is not None]
+        return OptimizerCall(
+            {number: local(tensors[number]) for number in active},
+            {number: local(tensors[number].grad) for number in active},
+            {number: self._local_state(tensors[number], indexes, number) for number in active},
+            {number: groups[number] for number in active},
+            indexes,
+        )
+
+    def _local_state(
+        self, tensor: torch.Tensor, indexes: Mapping[str, BlockIndex], number: int
+    ) -> dict[str, torch.Tensor]:
+        state = self.state[tensor]
+        views = {"step": state["step"]}
+        for key, (structure, width) in self.states.items():
+            views[key] = self._placement.local(state[key])
+            if structure is not None:
+                # A DTensor is padded to the rank that has most.
+                views[key] = views[key].narrow(0, 0, indexes[structure].num_blocks[number] * width)
+            if width > 1:
+                views[key] = views[key].view(-1, width)
+        return views
+
+    def update(self, call: OptimizerCall) -> None:
+        """Apply one step of the rule. It touches nothing but what the call holds: another optimizer may run it."""
         raise NotImplementedError
 
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's elements of a tensor, its gradient or one of its states, 1-D."""
-        return self._placement.local(tensor)
-
-    def block_state(self, tensor: torch.Tensor, key: str, count: int) -> torch.Tensor:
-        """This rank's `count` entries of a per-block state: a DTensor is padded to the rank that has most."""
-        return self.local(self.state[tensor][key]).narrow(0, 0, count)
-
-    def _init_state(self, tensor: torch.Tensor, plans: Mapping[str, BlockPlan], number: int) -> None:
+    def _init_state(self, tensor: torch.Tensor, indexes: Mapping[str, BlockIndex], number: int) -> None:
         state, dtype = self.state[tensor], step_dtype(tensor.dtype)
         # On the CPU, as torch's optimizers keep it: reading it costs no synchronisation.
         state["step"] = torch.zeros((), dtype=torch.float32)
-        for key, structure in self.states.items():
-            if structure == ELEMENT:
+        for key, (structure, width) in self.states.items():
+            if structure is None:
                 state[key] = self._placement.new_state(tensor, None, self.element_dtype or dtype)
             else:
-                lengths = plans[structure].num_blocks[number], plans[structure].most_blocks[number]
+                index = indexes[structure]
+                lengths = index.num_blocks[number] * width, index.most_blocks[number] * width
                 state[key] = self._placement.new_state(tensor, lengths, dtype)
 
-    def _plan(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> dict[str, BlockPlan]:
+    def _index(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> dict[str, BlockIndex]:
         # Keyed by identity, not held: FSDP2 and offload replace parameters, and a stale one must be free to go.
         # With the strides: model.to(memory_format) lays a parameter out anew in place.
         key = tuple((id(tensor), tensor.stride()) for tensor in tensors)
-        held, plans = self._plans.get(key, ((), None))
-        if plans is None or any(reference() is not tensor for reference, tensor in zip(held, tensors, strict=True)):
+        known, indexes = self._indexes.get(key, ((), None))
+        if indexes is None or any(reference() is not tensor for reference, tensor in zip(known, tensors, strict=True)):
             self._check_tensors(tensors, names)
             layout = self._placement.layout(tensors, names)
             assert all(interval.name in self.roles for interval in layout.intervals), "an interval of unknown name"
-            plans = {
-                structure: BlockPlan(layout, blocks, names, tensors) for structure, blocks in self.structures.items()
+            indexes = {
+                structure: BlockIndex(layout, blocks, names, tensors) for structure, blocks in self.structures.items()
             }
-            self._check_state(tensors, plans)
-            self._plans[key] = tuple(map(weakref.ref, tensors)), plans
-        return plans
+            self._check_state(tensors, indexes)
+            self._indexes[key] = tuple(map(weakref.ref, tensors)), indexes
+        return indexes
 
-    def _check_state(self, tensors: tuple[torch.Tensor, ...], plans: Mapping[str, BlockPlan]) -> None:
+    def _check_state(self, tensors: tuple[torch.Tensor, ...], indexes: Mapping[str, BlockIndex]) -> None:
         """Raise ValueError where a state that was loaded does not fit the tensors' blocks."""
         for number, tensor in enumerate(tensors):
-            for key, structure in self.states.items() if self.state.get(tensor) else ():
-                if structure == ELEMENT:
+            for key, (structure, width) in self.states.items() if self.state.get(tensor) else ():
+                if structure is None:
                     continue
-                plan, held = plans[structure], self.local(self.state[tensor][key]).numel()
-                if held not in (plan.num_blocks[number], plan.most_blocks[number]):
+                index, loaded = indexes[structure], self._placement.local(self.state[tensor][key]).numel()
+                if loaded not in (index.num_blocks[number] * width, index.most_blocks[number] * width):
                     raise ValueError(
-                        f"{key} was loaded with {held} blocks, but the parameters have {plan.num_blocks[number]} on "
-                        "this rank. Resume with the model, the hyper-parameters and the number of GPUs of the run that "
-                        "saved it."
+                        f"{key} was loaded with {loaded} entries, but the parameters have "
+                        f"{index.num_blocks[number] * width} on this rank. Resume with the model, the hyper-parameters "
+                        "and the number of GPUs of the run that saved it."
                     )
 
     def _check_tensors(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> None:
@@ -222,66 +281,45 @@ class ShardedOptimizer(NamedOptimizer):
             if not self._bound:
                 check_current(self, tensor, name, current)
 
-    def named_state(self) -> Iterator[StatePart]:
-        """Hand out all state that this rank holds, by parameter name and place in the whole parameter.
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What the state means. What the run has come to, it says itself: each tensor's "step"."""
+        return {STATE_KEY: self.param_groups[0][STATE_KEY]}
 
-        A block that several ranks share is handed out by each of them, with equal values.
-        """
-        for tensor, name in self._placement.named_tensors(self.param_groups):
-            state = self.state.get(tensor)
-            if not state:
-                continue
-            for key, start, place, part in self._state_places(tensor, name):
-                values = state["step"].view(1) if key == "step" else self.local(state[key])[place]
-                yield StatePart(part, key, start, values)
-
-    @torch.no_grad()
-    def load_named_state(self, parts: Iterable[StatePart]) -> None:
-        """Take back state that ranks of any number and placement handed out; this rank keeps what it needs of it.
-
-        Raises ValueError, before anything is changed, if an entry that this rank needs is missing or overhangs.
-        """
-        offered: dict[tuple[str, str], list[StatePart]] = {}
-        for part in parts:
-            offered.setdefault((part.name, part.key), []).append(part)
+    def _make_state(self) -> None:
+        """Zeros where there is no state yet. An optimizer without any torch's get_optimizer_state_dict lets step."""
         tensors = self._placement.named_tensors(self.param_groups)
-        for tensor, name in tensors:
-            for key, start, place, part in self._state_places(tensor, name):
-                check_covered(part, key, start, place.stop - place.start, offered.get((part, key), []))
-        for tensor, name in tensors:
+        indexes = self._index(*zip(*tensors, strict=True))
+        for number, (tensor, _) in enumerate(tensors):
             if not self.state[tensor]:
-                self._init_state(tensor, self._plan((tensor,), (name,)), 0)
-            state = self.state[tensor]
-            for key, start, place, part in self._state_places(tensor, name):
-                target = state["step"].view(1) if key == "step" else self.local(state[key])[place]
-                for given in offered[part, key]:
-                    given.copy_to(target, start)
+                self._init_state(tensor, indexes, number)
 
-    def _state_places(self, tensor: torch.Tensor, name: str | None) -> Iterator[tuple[str, int, slice, str]]:
-        """For all states of a tensor: key, first entry in the whole parameter, place in the state, parameter name."""
-        plans = self._plan((tensor,), (name,))
-        intervals = {held.interval.name: held.interval for plan in plans.values() for held in plan.held[0]}
-        for part, interval in intervals.items():
-            yield "step", 0, slice(0, 1), part
-            for key, structure in self.states.items():
-                if structure == ELEMENT:
-                    yield key, interval.start, slice(interval.offset, interval.offset + interval.length), part
-        for key, structure in self.states.items():
-            for held in plans[structure].held[0] if structure != ELEMENT else ():
-                yield key, held.first, slice(held.local, held.local + held.count), held.interval.name
+    def _state_parts(self) -> Iterator[StatePart]:
+        """A block that several ranks share is handed out by each of them, with equal values."""
+        for tensor, name in self._placement.named_tensors(self.param_groups):
+            if self.state.get(tensor):
+                yield from self._parts_of(tensor, name)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but states have the dtype that this keeps them in; torch would cast them to the weights'.
+    def _parts_of(self, tensor: torch.Tensor, name: str | None) -> Iterator[StatePart]:
+        indexes, state = self._index((tensor,), (name,)), self.state[tensor]
+        intervals = {part.interval.name: part.interval for index in indexes.values() for part in index.intervals[0]}
+        local = {key: self._placement.local(state[key]) for key in self.states}
+        for interval in intervals.values():
+            yield StatePart(interval.name, "step", 0, state["step"].view(1))
+            for key, layout in self.states.items():
+                if layout == ELEMENT:
+                    values = local[key].narrow(0, interval.offset, interval.length)
+                    yield StatePart(interval.name, key, interval.start, values)
+        for key, (structure, width) in self.states.items():
+            for part in indexes[structure].intervals[0] if structure is not None else ():
+                values = local[key].narrow(0, part.local * width, part.count * width)
+                yield StatePart(part.interval.name, key, part.first * width, values)
 
-        Raises ValueError, before anything is changed, for state of another method, of other options or of other blocks.
-        """
-        check_meaning(self, state_dict["param_groups"])
-        super().load_state_dict(state_dict)
-        self._plans.clear()
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
-        for number, tensor in zip(saved, tensors, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if key in self.states:
-                    dtype = self.element_dtype if self.states[key] == ELEMENT else None
-                    self.state[tensor][key] = value.detach().to(tensor.device, dtype or step_dtype(tensor.dtype))
+    def _restored(self, tensor: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
+        if key not in self.states:
+            return self.state[tensor][key]
+        dtype = self.element_dtype if self.states[key] == ELEMENT else None
+        return value.detach().to(tensor.device, dtype or step_dtype(tensor.dtype))
+
+    def _loaded(self) -> None:
+        self._indexes.clear()

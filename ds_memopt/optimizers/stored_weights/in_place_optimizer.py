@@ -12,7 +12,7 @@ from torch import nn
 from ds_memopt.blocks import bare_parameters
 from ds_memopt.optimizers.base.hyper_parameters import LR, WEIGHT_DECAY, HyperParameters, choice, hyper_parameter
 from ds_memopt.optimizers.base.named_optimizer import NamedOptimizer, asks_for_state
-from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_covered, check_meaning
+from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart
 from ds_memopt.optimizers.base.naming import check_current
 from ds_memopt.optimizers.stored_weights.residual import add_residual_, residual_of
 from ds_memopt.shards import InPlaceShards, Part, WholeShards, check_contiguous, reshard
@@ -195,11 +195,8 @@ class InPlaceOptimizer(NamedOptimizer):
             add_residual_(master, kept)
         return master
 
-    def named_state(self) -> Iterator[StatePart]:
-        """Hand out what this rank keeps beside its weights, by parameter name and place in the whole parameter.
-
-        With the weights and `progress` it is all that a run on other ranks or at another stage needs to go on.
-        """
+    def _state_parts(self) -> Iterator[StatePart]:
+        """What this rank keeps beside its weights."""
         for part in self.shards.parts():
             for key, (start, values) in self._states(part).items():
                 yield StatePart(part.name, key, start, values)
@@ -210,26 +207,11 @@ class InPlaceOptimizer(NamedOptimizer):
         return {} if store is None else {"kept": (part.start, store)}
 
     @torch.no_grad()
-    def load_named_state(self, parts: Iterable[StatePart], progress: Mapping[str, Any]) -> None:
-        """Take back what all ranks of a run handed out, of any number and placement; first load the weights.
-
-        Raises ValueError, before anything is changed, for the state of another method or of other options, and if an
-        entry that this rank needs is missing.
-        """
-        check_meaning(self, [progress])
-        offered: dict[tuple[str, str], list[StatePart]] = {}
-        for part in parts:
-            offered.setdefault((part.name, part.key), []).append(part)
-        own = [
-            (part.name, key, start, values)
-            for part in self.shards.parts()
-            for key, (start, values) in self._states(part).items()
-        ]
-        for name, key, start, values in own:
-            check_covered(name, key, start, len(values), offered.get((name, key), []))
-        for name, key, start, values in own:
-            for given in offered[name, key]:
-                given.copy_to(values, start)
+    def load_named_state(self, parts: Iterable[StatePart], progress: Mapping[str, Any] | None = None) -> None:
+        """As any optimizer's; first load the weights. Raises ValueError, too, where `progress` is missing."""
+        if progress is None:
+            raise ValueError("The state by name is not all: hand in the `progress` of the optimizer that gave it out.")
+        super().load_named_state(parts, progress)
         self._set_progress(**progress)
         self._loaded()
         self.shards.publish()
@@ -254,18 +236,8 @@ class InPlaceOptimizer(NamedOptimizer):
         self._make_state()
         return super().state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, with the state in its own types; torch would cast it to the weights'.
-
-        Raises ValueError, before anything is changed, for the state of another method or of other options.
-        """
-        check_meaning(self, state_dict["param_groups"])
-        super().load_state_dict(state_dict)
-        saved = [number for group in state_dict["param_groups"] for number in group["params"]]
-        for number, parameter in zip(saved, (p for g in self.param_groups for p in g["params"]), strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                self.state[parameter][key] = value.to(parameter.device, copy=True)
-        self._loaded()
+    def _restored(self, tensor: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
+        return value.to(tensor.device, copy=True)
 
     def _loaded(self) -> None:
         """Called when `progress` was loaded."""
