@@ -229,8 +229,8 @@ class BAdam(ShardedOptimizer):
         self._groups, self._pairs = map(list, zip(*trained, strict=True))
         self.param_groups[:] = self._groups
         for group in self.param_groups:
-            held = [pair for pair in zip(group["param_names"], group["params"], strict=True) if pair[1].requires_grad]
-            group["params"], group["param_names"] = [p for _, p in held], [name for name, _ in held]
+            active = [pair for pair in zip(group["param_names"], group["params"], strict=True) if pair[1].requires_grad]
+            group["params"], group["param_names"] = [p for _, p in active], [name for name, _ in active]
 
     def trained_parameters(self) -> list[nn.Parameter]:
         """All parameters that train with one block or another."""
@@ -376,11 +376,11 @@ class BAdam(ShardedOptimizer):
             for name, p in members:
                 p.requires_grad_(name in active)
                 p.grad = None
-            held = [(name, p) for name, p in members if name in active]
+            listed = [(name, p) for name, p in members if name in active]
             # torch's distributed state dicts cannot tell groups without parameters.
-            if members and not held and not self._bound:
-                held = [min(members, key=lambda member: numel_of(full_shape(member[1])))]
-            group["params"], group["param_names"] = [p for _, p in held], [name for name, _ in held]
+            if members and not listed and not self._bound:
+                listed = [min(members, key=lambda member: numel_of(full_shape(member[1])))]
+            group["params"], group["param_names"] = [p for _, p in listed], [name for name, _ in listed]
         self.state.clear()
         self._indexes.clear()
         trainable_parameters_changed(self._model())

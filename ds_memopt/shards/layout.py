@@ -83,15 +83,15 @@ def partition_flat_buffer(
     members: (name, offset in the buffer, numel); a parameter without a name is not trained and belongs to no interval.
     Returns what `rank` holds, and the borders inside each parameter.
     """
-    held, borders, low = [], {}, rank * partition
+    intervals, borders, low = [], {}, rank * partition
     for name, offset, numel in members:
         if name is None:
             continue
         borders[name] = even_borders(offset, numel, partition)
         begin, end = max(offset, low), min(offset + numel, low + partition)
         if begin < end:
-            held.append(Interval(name, begin - offset, end - begin, 0, begin - low))
-    return held, borders
+            intervals.append(Interval(name, begin - offset, end - begin, 0, begin - low))
+    return intervals, borders
 
 
 def partition_each_parameter(
@@ -102,16 +102,16 @@ def partition_each_parameter(
     members: (name, numel, elements of a rank's piece); a parameter without a name is not trained and belongs to no
     interval. Returns what `rank` holds, and the borders of each parameter.
     """
-    held, borders, offset = [], {}, 0
+    intervals, borders, offset = [], {}, 0
     for name, numel, piece in members:
         # The last ranks' pieces may be partly or wholly padding, which belongs to no parameter.
         length = min(piece, numel - rank * piece)
         if name is not None:
             borders[name] = even_borders(0, numel, piece)
             if length > 0:
-                held.append(Interval(name, rank * piece, length, 0, offset))
+                intervals.append(Interval(name, rank * piece, length, 0, offset))
         offset += piece
-    return held, borders
+    return intervals, borders
 
 
 class FlatPlacement:

@@ -27,8 +27,8 @@ class Zero12Placement(FlatPlacement):
             params, offsets = group_members(zero, group)
             process_group = zero.real_dp_process_group[group]
             members = [(names.get(p), offset, p.numel()) for p, offset in zip(params, offsets, strict=True)]
-            held, borders = partition_flat_buffer(members, flat.numel(), dist.get_rank(process_group))
-            self.flats.append((flat, held, RankBorders(process_group, borders)))
+            intervals, borders = partition_flat_buffer(members, flat.numel(), dist.get_rank(process_group))
+            self.flats.append((flat, intervals, RankBorders(process_group, borders)))
 
 
 def flat_partitions(zero) -> Sequence[torch.Tensor]:

@@ -27,7 +27,7 @@ class Zero3Placement(FlatPlacement):
         )
         for params, flat, process_group in sub_groups:
             members = [(names.get(param), param.ds_numel, param.ds_tensor.ds_numel) for param in params]
-            held, borders = partition_each_parameter(members, dist.get_rank(process_group))
+            intervals, borders = partition_each_parameter(members, dist.get_rank(process_group))
             pieces = sum(piece for _, _, piece in members)
             assert pieces == flat.numel(), f"sub-group holds {flat.numel()} elements, its parameters {pieces}"
-            self.flats.append((flat, held, RankBorders(process_group, borders)))
+            self.flats.append((flat, intervals, RankBorders(process_group, borders)))

@@ -236,7 +236,7 @@ class ShardedOptimizer(NamedOptimizer):
                 state[key] = self._placement.new_state(tensor, lengths, dtype)
 
     def _index(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> dict[str, BlockIndex]:
-        # Keyed by identity, not held: FSDP2 and offload replace parameters, and a stale one must be free to go.
+        # By identity, without a reference: FSDP2 and offload replace parameters, and a stale one must be free to go.
         # With the strides: model.to(memory_format) lays a parameter out anew in place.
         key = tuple((id(tensor), tensor.stride()) for tensor in tensors)
         known, indexes = self._indexes.get(key, ((), None))
