@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from ds_memopt.shards.layout import even_part
 from ds_memopt.shards.plain import PlainPlacement, sharded_mesh_dim
 from ds_memopt.shards.seams import collective_device
 
@@ -176,10 +177,8 @@ class SplitShards(WholeShards):
         return receive
 
     def _span(self, parameter: torch.Tensor) -> tuple[int, int]:
-        """First element and number of elements of this rank's part; the last ranks' may be short or empty."""
-        piece = self._piece(parameter)
-        start = min(dist.get_rank(self.process_group) * piece, self.numel(parameter))
-        return start, min(piece, self.numel(parameter) - start)
+        """First element and number of elements of this rank's part."""
+        return even_part(self.numel(parameter), self._piece(parameter), dist.get_rank(self.process_group))
 
     def sum_of_parts(self, values: torch.Tensor) -> None:
         sum_over_ranks(values, self.process_group)

@@ -75,6 +75,12 @@ def even_borders(start: int, numel: int, partition: int) -> np.ndarray:
     return np.arange(first, last + 1, dtype=np.int64) * partition - start
 
 
+def even_part(numel: int, piece: int, rank: int) -> tuple[int, int]:
+    """First element and length of a rank's part of a parameter cut every `piece` elements; the last are short or empty."""
+    start = min(rank * piece, numel)
+    return start, min(piece, numel - start)
+
+
 def partition_flat_buffer(
     members: Sequence[tuple[str | None, int, int]], partition: int, rank: int
 ) -> tuple[list[Interval], dict[str, np.ndarray]]:
@@ -105,11 +111,11 @@ def partition_each_parameter(
     intervals, borders, offset = [], {}, 0
     for name, numel, piece in members:
         # The last ranks' pieces may be partly or wholly padding, which belongs to no parameter.
-        length = min(piece, numel - rank * piece)
+        start, length = even_part(numel, piece, rank)
         if name is not None:
             borders[name] = even_borders(0, numel, piece)
             if length > 0:
-                intervals.append(Interval(name, rank * piece, length, 0, offset))
+                intervals.append(Interval(name, start, length, 0, offset))
         offset += piece
     return intervals, borders
 

@@ -14,7 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from ds_memopt.shards.layout import Interval, Layout, RankBorders, even_borders, numel_of
+from ds_memopt.shards.layout import Interval, Layout, RankBorders, even_borders, even_part, numel_of
 
 
 class PlainPlacement:
@@ -43,8 +43,7 @@ class PlainPlacement:
                     # Shard(0) splits like torch.chunk: ceil(R / N) rows a rank, the last ranks fewer or none.
                     row = numel_of(tensor.shape[1:])
                     piece = -(-tensor.shape[0] // mesh.size(shard_dim)) * row
-                    start = min(mesh.get_local_rank(shard_dim) * piece, length)
-                    length = min(piece, tensor.numel() - start)
+                    start, length = even_part(tensor.numel(), piece, mesh.get_local_rank(shard_dim))
                     assert tensor.to_local().numel() == length, f"{name}: unexpected local shape"
                     group_borders = borders.setdefault(mesh.get_group(shard_dim), {})
                     group_borders[name] = even_borders(0, tensor.numel(), max(piece, 1))
