@@ -76,7 +76,7 @@ def even_borders(start: int, numel: int, partition: int) -> np.ndarray:
 
 
 def even_part(numel: int, piece: int, rank: int) -> tuple[int, int]:
-    """First element and length of a rank's part of a parameter cut every `piece` elements; the last are short or empty."""
+    """First element and length of a rank's part of a parameter cut every `piece` elements; the last may be empty."""
     start = min(rank * piece, numel)
     return start, min(piece, numel - start)
 
