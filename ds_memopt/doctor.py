@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch.utils import cpp_extension
 
+from ds_memopt.measure import GIB
+
 
 class Finding(NamedTuple):
     """One thing that was looked for. without: what does not work; empty where nothing is amiss."""
@@ -59,7 +61,7 @@ def _gpus() -> Finding:
     if not torch.cuda.is_available():
         return Finding("GPUs", "none", "Training runs on the CPU, over gloo: to try things out, not to train a model.")
     names = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-    found = ", ".join(f"{gpu.name} ({gpu.total_memory / 2**30:.0f} GiB)" for gpu in names)
+    found = ", ".join(f"{gpu.name} ({gpu.total_memory / GIB:.0f} GiB)" for gpu in names)
     if not torch.cuda.is_bf16_supported(including_emulation=False):
         return Finding("GPUs", found, "They have no bf16, with which ds_memopt is tested: fp16 is not.")
     return Finding("GPUs", found)

@@ -19,16 +19,16 @@ from ds_memopt.train.config import load_config
 from ds_memopt.train.config_check import check_config
 from ds_memopt.train.options import Options
 from ds_memopt.train.ranks import Ranks
-from ds_memopt.train.settings import make_plan
+from ds_memopt.train.settings import make_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 
 
-def plan_of(content: dict | str, folder: Path):
+def settings_of(content: dict | str, folder: Path):
     path = folder / "c.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return make_plan(Options(deepspeed_config=str(path), output_dir=str(folder / "run")), ALONE)
+    return make_settings(Options(deepspeed_config=str(path), output_dir=str(folder / "run")), ALONE)
 
 
 REFUSED = {
@@ -81,7 +81,7 @@ REFUSED = {
 @pytest.mark.parametrize("message", REFUSED)
 def test_a_mistake_is_told_by_its_place(message, tmp_path):
     with pytest.raises(ValueError) as error:
-        plan_of({"optimizer": {"type": "AdamW"}} | REFUSED[message], tmp_path)
+        settings_of({"optimizer": {"type": "AdamW"}} | REFUSED[message], tmp_path)
     assert message in str(error.value)
 
 
@@ -93,8 +93,8 @@ COMMENTED = """{
 
 
 def test_a_config_may_hold_what_deepspeed_reads(tmp_path):
-    plan = plan_of(COMMENTED, tmp_path)
-    assert (plan.config["optimizer"]["params"], plan.facts["zero_stage"]) == ({"lr": 1e-3}, 1)
+    settled = settings_of(COMMENTED, tmp_path)
+    assert (settled.config["optimizer"]["params"], settled.facts["zero_stage"]) == ({"lr": 1e-3}, 1)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_a_config_may_hold_what_deepspeed_reads(tmp_path):
 )
 def test_a_slip_in_the_file_is_told_with_its_line_or_place(text, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        plan_of(text, tmp_path)
+        settings_of(text, tmp_path)
 
 
 SHIPPED = sorted(path.name for path in (ROOT / "ds_configs").glob("*.json"))
@@ -151,7 +151,7 @@ def test_any_config_is_taken_or_refused(tmp_path):
             else:
                 holder[key + "_"] = holder.pop(key)
         try:
-            plan_of(config, tmp_path)
+            settings_of(config, tmp_path)
         except ValueError:
             seen["refused"] += 1
         else:
@@ -191,4 +191,4 @@ def test_with_deepspeed_alone_a_slip_at_the_top_is_a_warning(caplog):
 def test_an_option_out_of_range_is_refused(option, value, limit, tmp_path):
     options = Options(deepspeed_config=str(ROOT / "ds_configs/zero2_adamw.json"), **{option: value})
     with pytest.raises(ValueError, match=f"^--{option} {value} is out of range: it must be {limit}"):
-        make_plan(options, ALONE)
+        make_settings(options, ALONE)

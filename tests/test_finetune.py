@@ -29,7 +29,7 @@ from ds_memopt.train.options import FinetuneOptions, Options
 from ds_memopt.train.output_folder import LOCK
 from ds_memopt.train.presets import build_model, find_trained, trained_folder
 from ds_memopt.train.ranks import start_ranks
-from ds_memopt.train.settings import make_plan
+from ds_memopt.train.settings import make_settings
 
 ROOT = Path(__file__).parent.parent
 VALIDATION = ("validation_loss", "validation_accuracy")
@@ -327,7 +327,7 @@ def measure(model: str, files: list[str], config: str, folder: str) -> list[dict
     torch.set_num_threads(1)
     ranks = start_ranks()
     run = FinetuneOptions(deepspeed_config=config, output_dir=folder, model=model, data="unused", micro_batch=4)
-    engine = build_engine(run, make_plan(run, ranks, find_trained), ranks)
+    engine = build_engine(run, make_settings(run, ranks, find_trained), ranks)
     return [evaluate(engine, rows.load_rows(file, BYTES, 64, 256), 4, ranks) for file in files]
 
 

@@ -17,7 +17,7 @@ from ds_memopt.train.data.length_batches import LengthBatches, divide
 from ds_memopt.train.options import FinetuneOptions, Options
 from ds_memopt.train.presets import find_trained
 from ds_memopt.train.ranks import Ranks
-from ds_memopt.train.settings import make_plan
+from ds_memopt.train.settings import make_settings
 
 LENGTHS = random.Random(0).choices((5, 9, 17, 40, 300), k=101)
 
@@ -124,10 +124,10 @@ def test_sizes_of_the_halves(job):
     given = dict(deepspeed_config=str(ROOT / "ds_configs/zero2_addax.json"))
     chosen = dict(deepspeed_config=str(ROOT / "ds_configs/zero2_adamw.json"), optimizer="Addax")
     for changes, sizes in ((given, (6, 4)), (chosen, (8, 8)), (chosen | dict(micro_batch=5), (2, 3))):
-        plan = make_plan(run_of(job, "unused", **changes), alone, find_trained)
-        params = plan.config["optimizer"]["params"]
+        settled = make_settings(run_of(job, "unused", **changes), alone, find_trained)
+        params = settled.config["optimizer"]["params"]
         assert (params["zo_batch"], params["fo_batch"]) == sizes
-        assert (plan.micro_batch, plan.accumulation) == (sum(sizes), 1)
+        assert (settled.micro_batch, settled.accumulation) == (sum(sizes), 1)
 
 
 def test_what_addax_cannot_do_is_refused(job):

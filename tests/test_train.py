@@ -19,7 +19,7 @@ from ds_memopt.results.record import MetricsFile, read_metrics
 from ds_memopt.train import config, presets, settings
 from ds_memopt.train.options import Options
 from ds_memopt.train.ranks import Ranks
-from ds_memopt.train.settings import make_plan
+from ds_memopt.train.settings import make_settings
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -175,7 +175,7 @@ def test_shipped_configs_have_twins_that_differ_in_the_optimizer_alone():
         assert mini == twin == gwt == badam
 
 
-# --- the plan ---
+# --- the settings ---
 
 
 def _options(tmp_path, **changes) -> Options:
@@ -189,19 +189,24 @@ def _file(path: Path, content: str) -> str:
 
 
 def test_plan_takes_the_recipe_and_the_command_line(tmp_path):
-    plan = make_plan(_options(tmp_path, lr=3e-4, steps=50, seq_length=32), ALONE)
-    assert plan.config["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
-    assert (plan.config["train_batch_size"], plan.config["bf16"]) == (4, {"enabled": False})
-    assert (plan.steps, plan.seq_length, plan.facts["dtype"], plan.facts["schedule"]) == (50, 32, "fp32", ["linear", 3])
+    settled = make_settings(_options(tmp_path, lr=3e-4, steps=50, seq_length=32), ALONE)
+    assert settled.config["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
+    assert (settled.config["train_batch_size"], settled.config["bf16"]) == (4, {"enabled": False})
+    assert (settled.steps, settled.seq_length, settled.facts["dtype"], settled.facts["schedule"]) == (
+        50,
+        32,
+        "fp32",
+        ["linear", 3],
+    )
 
 
 def test_command_line_fills_what_a_config_leaves_out(tmp_path):
     """DeepSpeed would take AdamW's own lr of 1e-3 and no bf16."""
     bare = _file(tmp_path / "c.json", '{"optimizer": {"type": "AdamW"}}')
-    plan = make_plan(_options(tmp_path, deepspeed_config=bare, eps=1e-6, dtype="bf16"), ALONE)
-    assert plan.config["optimizer"]["params"] == {"lr": presets.PRESETS["tiny"][1].lr, "eps": 1e-6}
-    assert plan.config["bf16"] == {"enabled": True} and plan.facts["dtype"] == "bf16"
-    assert plan.config["gradient_clipping"] == 1.0 and plan.config["train_micro_batch_size_per_gpu"] == 4
+    settled = make_settings(_options(tmp_path, deepspeed_config=bare, eps=1e-6, dtype="bf16"), ALONE)
+    assert settled.config["optimizer"]["params"] == {"lr": presets.PRESETS["tiny"][1].lr, "eps": 1e-6}
+    assert settled.config["bf16"] == {"enabled": True} and settled.facts["dtype"] == "bf16"
+    assert settled.config["gradient_clipping"] == 1.0 and settled.config["train_micro_batch_size_per_gpu"] == 4
 
 
 def test_without_nvcc_a_gpu_runs_torch_adamw(tmp_path, monkeypatch, capsys):
@@ -211,7 +216,7 @@ def test_without_nvcc_a_gpu_runs_torch_adamw(tmp_path, monkeypatch, capsys):
     def params(device, cuda_home, config):
         monkeypatch.setattr(settings, "CUDA_HOME", cuda_home)
         path = str(ROOT / f"ds_configs/{config}.json")
-        return make_plan(_options(tmp_path, deepspeed_config=path), device).config["optimizer"]["params"]
+        return make_settings(_options(tmp_path, deepspeed_config=path), device).config["optimizer"]["params"]
 
     assert params(gpu, None, "zero2_adamw")["torch_adam"] is True
     assert "AdamW runs as torch.optim.AdamW" in capsys.readouterr().out
@@ -234,7 +239,7 @@ def test_without_nvcc_a_gpu_runs_torch_adamw(tmp_path, monkeypatch, capsys):
 )
 def test_bad_settings_are_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(_options(tmp_path, **changes), ALONE)
+        make_settings(_options(tmp_path, **changes), ALONE)
 
 
 @pytest.mark.parametrize(
@@ -249,14 +254,14 @@ def test_bad_settings_are_refused(tmp_path, changes, message):
 def test_config_and_command_line_that_contradict(tmp_path, content, changes, message):
     path = _file(tmp_path / "c.json", json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        make_plan(_options(tmp_path, deepspeed_config=path, **changes), ALONE)
+        make_settings(_options(tmp_path, deepspeed_config=path, **changes), ALONE)
 
 
 def test_a_finished_run_is_not_overwritten(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="already holds a run .* with --resume, or choose another --output_dir"):
-        make_plan(_options(tmp_path), ALONE)
+        make_settings(_options(tmp_path), ALONE)
 
 
 def test_the_script_says_what_is_wrong_and_fails(tmp_path):

@@ -23,7 +23,7 @@ from ds_memopt.results.record import METRICS, write_json, write_text
 from ds_memopt.train.options import RunOptions
 from ds_memopt.train.presets import MODEL
 from ds_memopt.train.ranks import Ranks, on_all_ranks
-from ds_memopt.train.settings import Plan
+from ds_memopt.train.settings import Settings
 
 CHECKPOINTS = "checkpoints"
 FACTS = "run.json"
@@ -51,19 +51,19 @@ def save(engine: Any, folder: Path, step: int, facts: dict[str, Any], ranks: Ran
         raise SharedError(full or f"the checkpoint of step {step} could not be saved: {error}") from error
 
 
-def find(options: RunOptions, plan: Plan, ranks: Ranks) -> int:
+def find(options: RunOptions, settings: Settings, ranks: Ranks) -> int:
     """The step that --resume goes on from, after reading all files of its checkpoint. All ranks call.
 
     It is the step that --resume gives, or that of `latest`, or of the newest whole checkpoint before. ValueError on all
-    ranks if there is none, if a file may run code, or if one of the plan's facts (what the trajectory depends on:
+    ranks if there is none, if a file may run code, or if one of settings.facts (what the trajectory depends on:
     ranks, batch, data, ...) has changed since.
     """
-    folder = plan.output_dir / CHECKPOINTS
+    folder = settings.output_dir / CHECKPOINTS
     steps = on_all_ranks(lambda: _steps(folder, options.resume) if ranks.is_main else None)
     faults = []
     for step in _of_all_ranks(steps)[0]:
         path = folder / f"step{step}"
-        found = _of_all_ranks(on_all_ranks(lambda path=path: _fault(path, plan.facts, ranks)))
+        found = _of_all_ranks(on_all_ranks(lambda path=path: _fault(path, settings.facts, ranks)))
         fault = next(filter(None, found), None)
         if not fault:
             on_all_ranks(lambda path=path: None if options.trust_checkpoint else _refuse_code(path, ranks))

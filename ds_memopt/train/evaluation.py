@@ -28,13 +28,15 @@ def evaluate(engine: Any, rows: Sequence[Row], micro_batch: int, ranks: Ranks) -
     call, with the same rows; micro_batch: candidates per rank and forward pass.
     """
     share = [rows[rank :: ranks.world_size] for rank in range(ranks.world_size)]
-    most = max(sum(len(row.candidates) for row in part) for part in share)  # ZeRO-3: all ranks take part in all passes
+    most_pairs = max(
+        sum(len(row.candidates) for row in part) for part in share
+    )  # ZeRO-3: all ranks take part in all passes
     mine = share[ranks.rank]
     pairs = [(row.prompt, candidate) for row in mine for candidate in row.candidates]
     scores: list[Score] = []
     engine.eval()
     with torch.no_grad():
-        for start in range(0, most, micro_batch):
+        for start in range(0, most_pairs, micro_batch):
             part = pairs[start : start + micro_batch]
             scores += _score(engine, part or [rows[0].pair], ranks.device)[: len(part)]
     engine.train()
@@ -54,9 +56,9 @@ def _score(engine: Any, pairs: list[Pair], device: torch.device) -> list[Score]:
     batch = {name: tensor.to(device) for name, tensor in collate(pairs).items()}
     target = batch.pop("labels")[:, 1:]
     logits = engine(**batch, use_cache=False).logits[:, :-1]
-    asked = target != IGNORED_LABEL
-    logp = logits[asked].float().log_softmax(-1)  # [completion tokens of all pairs, vocabulary]
-    own = logp.gather(1, target[asked].unsqueeze(1)).squeeze(1).double()
-    exact = logp.argmax(-1) == target[asked]
-    sizes = asked.sum(1).tolist()
+    in_completion = target != IGNORED_LABEL
+    logp = logits[in_completion].float().log_softmax(-1)  # [completion tokens of all pairs, vocabulary]
+    own = logp.gather(1, target[in_completion].unsqueeze(1)).squeeze(1).double()
+    exact = logp.argmax(-1) == target[in_completion]
+    sizes = in_completion.sum(1).tolist()
     return [Score(o.sum().item(), bool(e.all())) for o, e in zip(own.split(sizes), exact.split(sizes), strict=True)]

@@ -19,7 +19,7 @@ from ds_memopt.train.options import FinetuneOptions
 from ds_memopt.train.output_folder import claim
 from ds_memopt.train.presets import find_trained, trained_folder
 from ds_memopt.train.ranks import Ranks, on_all_ranks, start_ranks
-from ds_memopt.train.settings import Plan, make_plan
+from ds_memopt.train.settings import Settings, make_settings
 
 
 def finetune(options: FinetuneOptions) -> None:
@@ -35,40 +35,40 @@ def finetune(options: FinetuneOptions) -> None:
 
 def _finetune(options: FinetuneOptions, ranks: Ranks) -> None:
     options = on_all_ranks(lambda: _with_folder(options))
-    plan = on_all_ranks(lambda: make_plan(options, ranks, find_trained))
-    claim(plan.output_dir, ranks)
-    vocab_size = plan.model_config.vocab_size
+    settings = on_all_ranks(lambda: make_settings(options, ranks, find_trained))
+    claim(settings.output_dir, ranks)
+    vocab_size = settings.model_config.vocab_size
     encoder = on_all_ranks(lambda: find_encoder(options.tokenizer, options.model, vocab_size))
     rows, held_out = (
-        on_all_ranks(lambda path=path: load_rows(path, encoder, plan.seq_length, vocab_size) if path else [])
+        on_all_ranks(lambda path=path: load_rows(path, encoder, settings.seq_length, vocab_size) if path else [])
         for path in (options.data, options.validation_data)
     )
-    engine = build_engine(options, plan, ranks)
+    engine = build_engine(options, settings, ranks)
     _check_loss(engine.module)
     splits_batch = capabilities_of(engine.basic_optimizer).splits_batch
-    halves = _find_halves(engine, plan, rows, ranks) if splits_batch else None
-    first_step = checkpoint.find(options, plan, ranks) if options.resume else 0
-    place, rest = (ranks.rank, ranks.world_size, options.seed), range(first_step, plan.steps)
-    alone, whole = (0, 1, options.seed), range(plan.steps)
+    halves = _find_halves(engine, settings, rows, ranks) if splits_batch else None
+    first_step = checkpoint.find(options, settings, ranks) if options.resume else 0
+    place, rest = (ranks.rank, ranks.world_size, options.seed), range(first_step, settings.steps)
+    alone, whole = (0, 1, options.seed), range(settings.steps)
     if halves:
         sizes = engine.basic_optimizer.zo_batch, engine.basic_optimizer.fo_batch
         batches = on_all_ranks(lambda: LengthBatches(halves, *sizes, *place, rest))
         global_batches = LengthBatches(halves, *(ranks.world_size * size for size in sizes), *alone, whole)
     else:
-        batches = on_all_ranks(lambda: StepBatches(rows, plan.micro_batch, plan.accumulation, *place, rest))
-        global_batches = StepBatches(rows, plan.facts["global_batch"], 1, *alone, whole)
+        batches = on_all_ranks(lambda: StepBatches(rows, settings.micro_batch, settings.accumulation, *place, rest))
+        global_batches = StepBatches(rows, settings.facts["global_batch"], 1, *alone, whole)
     tokens, targets = totals(rows, global_batches)
     # DeepSpeed averages the micro-batches of all ranks, so each is divided by its part of the step's completion tokens.
-    parts = [target / (plan.accumulation * ranks.world_size) for target in targets[first_step:]]
+    parts = [target / (settings.accumulation * ranks.world_size) for target in targets[first_step:]]
 
     work = Work(
-        batches=train_batches(rows, batches, parts, plan.accumulation),
+        batches=train_batches(rows, batches, parts, settings.accumulation),
         tokens=tokens,
-        validate=lambda engine: evaluate(engine, held_out, plan.micro_batch, ranks),
+        validate=lambda engine: evaluate(engine, held_out, settings.micro_batch, ranks),
         figures=("validation_loss", "validation_accuracy"),
         validate_at_start=True,
     )
-    run(engine, plan, ranks, work, first_step, encoder.folder)
+    run(engine, settings, ranks, work, first_step, encoder.folder)
 
 
 def _with_folder(options: FinetuneOptions) -> FinetuneOptions:
@@ -82,7 +82,7 @@ def _with_folder(options: FinetuneOptions) -> FinetuneOptions:
     return replace(options, model=str(trained_folder(options.model)))
 
 
-def _find_halves(engine: Any, plan: Plan, rows: list[Row], ranks: Ranks) -> Halves:
+def _find_halves(engine: Any, settings: Settings, rows: list[Row], ranks: Ranks) -> Halves:
     """What the method draws its batches from. The engine divides them by the threshold that is found here, and a
     resumed run must share it."""
     method, name = engine.basic_optimizer, type(engine.basic_optimizer).__name__
@@ -94,7 +94,7 @@ def _find_halves(engine: Any, plan: Plan, rows: list[Row], ranks: Ranks) -> Halv
             print(f'{name}: length_threshold "auto" is {method.length_threshold} tokens here', flush=True)
     halves = divide([len(row) for row in rows], method.length_threshold)
     method.length_threshold = halves.length_threshold
-    plan.facts["optimizer"]["params"]["length_threshold"] = halves.length_threshold
+    settings.facts["optimizer"]["params"]["length_threshold"] = halves.length_threshold
     if ranks.is_main:
         print(
             f"{name}: {halves}; every rank has {method.zo_batch} for the zeroth-order half of a step, "

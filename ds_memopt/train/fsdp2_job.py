@@ -17,34 +17,36 @@ from ds_memopt.train.loop import announce, pretrain_under
 from ds_memopt.train.options import Options
 from ds_memopt.train.presets import build_model, parameter_groups
 from ds_memopt.train.ranks import Ranks
-from ds_memopt.train.settings import Plan, make_plan
+from ds_memopt.train.settings import Settings, make_settings
 
 logger = logging.getLogger("ds_memopt")
 
-HEARD = {
+READ_KEYS = {
     "optimizer", "gradient_clipping", "bf16", "train_batch_size", "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps", "tensorboard", "wandb", "comet", "csv_monitor",
 }  # fmt: skip
-"""Keys of a DeepSpeed config that mean something here; of "zero_optimization" nothing does."""
-WITHOUT_MEANING = {"zero_optimization", "steps_per_print", "wall_clock_breakdown"}
+"""Keys of a DeepSpeed config that apply here."""
+
+IGNORED_KEYS = {"zero_optimization", "steps_per_print", "wall_clock_breakdown"}
+"""Keys that may stand in it and change nothing here."""
 
 
 def pretrain_fsdp2(options: Options) -> None:
     """Run the main job, as `pretrain` does, with the method and batch of the DeepSpeed config but FSDP2's sharding."""
-    pretrain_under(plan_fsdp2, build_fsdp2, options)
+    pretrain_under(fsdp2_settings, build_fsdp2, options)
 
 
-def plan_fsdp2(options: Options, ranks: Ranks) -> Plan:
-    """The plan without ZeRO. ValueError for what the config asks of DeepSpeed alone."""
-    plan = make_plan(options, ranks)
-    config = plan.config
+def fsdp2_settings(options: Options, ranks: Ranks) -> Settings:
+    """The settings without ZeRO. ValueError for what the config asks of DeepSpeed alone."""
+    settings = make_settings(options, ranks)
+    config = settings.config
     fp16 = config.get("fp16", {}).get("enabled")
-    unheard = sorted({*config} - HEARD - WITHOUT_MEANING - (set() if fp16 else {"fp16"}))
-    unheard += [key for key in config.get("zero_optimization", {}) if "offload" in key]
-    if unheard:
+    unsupported = sorted({*config} - READ_KEYS - IGNORED_KEYS - (set() if fp16 else {"fp16"}))
+    unsupported += [key for key in config.get("zero_optimization", {}) if "offload" in key]
+    if unsupported:
         raise ValueError(
-            f"{', '.join(unheard)} in {options.deepspeed_config} is DeepSpeed's, and FSDP2 would not hear it: remove "
-            "it, or run launch/pretrain.py"
+            f"{', '.join(unsupported)} in {options.deepspeed_config} is DeepSpeed's, and FSDP2 would not hear it: "
+            "remove it, or run launch/pretrain.py"
         )
     name, params = config["optimizer"]["type"], config["optimizer"]["params"]
     if name != "AdamW" and name not in METHODS:
@@ -63,18 +65,18 @@ def plan_fsdp2(options: Options, ranks: Ranks) -> Plan:
         params.pop("torch_adam", None)  # it is torch's
         if other := sorted({*params} - {*SHARED_HYPERPARAMETERS}):
             raise ValueError(f"{', '.join(other)} is no hyper-parameter of torch's AdamW: remove it")
-    config = {key: value for key, value in config.items() if key in HEARD}
-    return replace(plan, config=config, facts=plan.facts | {"zero_stage": "FSDP2"})
+    config = {key: value for key, value in config.items() if key in READ_KEYS}
+    return replace(settings, config=config, facts=settings.facts | {"zero_stage": "FSDP2"})
 
 
-def build_fsdp2(options: Options, plan: Plan, ranks: Ranks) -> Any:
-    """The model under FSDP2, with the optimizer and schedule of the plan."""
-    model = build_model(options.model, plan.model_config, options.seed, ranks.device, partitioned=False)
+def build_fsdp2(options: Options, settings: Settings, ranks: Ranks) -> Any:
+    """The model under FSDP2, with the optimizer and schedule of the settings."""
+    model = build_model(options.model, settings.model_config, options.seed, ranks.device, partitioned=False)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    announce(model, options, plan, ranks, "FSDP2")
-    name, params = plan.config["optimizer"]["type"], plan.config["optimizer"]["params"]
-    bf16 = plan.facts["dtype"] == "bf16"
+    announce(model, options, settings, ranks, "FSDP2")
+    name, params = settings.config["optimizer"]["type"], settings.config["optimizer"]["params"]
+    bf16 = settings.facts["dtype"] == "bf16"
     in_place = method_of(name).writes_weights
     if in_place and bf16:  # no masters: the stored weights are those that it computes with
         for parameter in model.parameters():
@@ -85,8 +87,8 @@ def build_fsdp2(options: Options, plan: Plan, ranks: Ranks) -> Any:
         optimizer = torch.optim.AdamW(groups, **params)
     else:
         optimizer = METHODS[name].from_model(model, groups, **params)
-    clipping = plan.config["gradient_clipping"]
+    clipping = settings.config["gradient_clipping"]
     if in_place and clipping and ranks.is_main:
         logger.warning("%s never has all gradients at once: gradient_clipping=%s is not applied.", name, clipping)
-    monitor = MonitorMaster(get_monitor_config(plan.config))
-    return Fsdp2Engine(model, optimizer, plan.lr_schedule(optimizer), plan.accumulation, clipping, monitor)
+    monitor = MonitorMaster(get_monitor_config(settings.config))
+    return Fsdp2Engine(model, optimizer, settings.lr_schedule(optimizer), settings.accumulation, clipping, monitor)

@@ -42,7 +42,7 @@ from ds_memopt.train.options import Options, RunOptions
 from ds_memopt.train.output_folder import claim
 from ds_memopt.train.presets import MODEL, build_model, count_parameters, parameter_groups
 from ds_memopt.train.ranks import Ranks, first_rank_of_node_first, on_all_ranks, start_ranks
-from ds_memopt.train.settings import Plan, make_plan
+from ds_memopt.train.settings import Settings, make_settings
 
 
 @dataclass(frozen=True)
@@ -68,61 +68,63 @@ def pretrain(options: Options) -> None:
 
     ValueError on all ranks, before any training, for bad input. RuntimeError if the loss stops being a number.
     """
-    pretrain_under(make_plan, build_engine, options)
+    pretrain_under(make_settings, build_engine, options)
 
 
 def pretrain_under(
-    plan_of: Callable[[Options, Ranks], Plan], build: Callable[[Options, Plan, Ranks], Any], options: Options
+    settings_of: Callable[[Options, Ranks], Settings],
+    build: Callable[[Options, Settings, Ranks], Any],
+    options: Options,
 ) -> None:
-    """Run the main job under the engine that `build` makes from what `plan_of` settles."""
+    """Run the main job under the engine that `build` makes from what `settings_of` settles."""
     with start_ranks(options.memory_limit_gib, options.timeout_minutes) as ranks:
-        _pretrain(plan_of, build, options, ranks)
+        _pretrain(settings_of, build, options, ranks)
 
 
 def _pretrain(
-    plan_of: Callable[[Options, Ranks], Plan],
-    build: Callable[[Options, Plan, Ranks], Any],
+    settings_of: Callable[[Options, Ranks], Settings],
+    build: Callable[[Options, Settings, Ranks], Any],
     options: Options,
     ranks: Ranks,
 ) -> None:
-    plan = on_all_ranks(lambda: _check_halves(plan_of(options, ranks)))
-    claim(plan.output_dir, ranks)
+    settings = on_all_ranks(lambda: _check_halves(settings_of(options, ranks)))
+    claim(settings.output_dir, ranks)
     corpus: Corpus = first_rank_of_node_first(
-        lambda: load_corpus(options.data, options.tokenizer, plan.seq_length, plan.model_config.vocab_size),
+        lambda: load_corpus(options.data, options.tokenizer, settings.seq_length, settings.model_config.vocab_size),
         ranks.local_rank,
     )
-    first_step = checkpoint.find(options, plan, ranks) if options.resume else 0
+    first_step = checkpoint.find(options, settings, ranks) if options.resume else 0
     batches = on_all_ranks(
         lambda: StepBatches(
             corpus.train,
-            plan.micro_batch,
-            plan.accumulation,
+            settings.micro_batch,
+            settings.accumulation,
             ranks.rank,
             ranks.world_size,
             options.seed,
-            range(first_step, plan.steps),
+            range(first_step, settings.steps),
         )
     )
     held_out = validation_batches(
         corpus.validation,
-        options.validation_batches * plan.facts["global_batch"],
-        plan.micro_batch,
+        options.validation_batches * settings.facts["global_batch"],
+        settings.micro_batch,
         ranks.rank,
         ranks.world_size,
     )
-    tokens_per_step = plan.facts["global_batch"] * plan.seq_length
+    tokens_per_step = settings.facts["global_batch"] * settings.seq_length
     work = Work(
         batches=({"input_ids": ids, "labels": ids} for ids in train_loader(corpus.train, batches)),
-        tokens=range(0, (plan.steps + 1) * tokens_per_step, tokens_per_step),
+        tokens=range(0, (settings.steps + 1) * tokens_per_step, tokens_per_step),
         validate=lambda engine: {"validation_loss": validation_loss(engine, held_out, ranks.device)},
-        seq_length=plan.seq_length,
+        seq_length=settings.seq_length,
     )
-    run(build(options, plan, ranks), plan, ranks, work, first_step, options.tokenizer)
+    run(build(options, settings, ranks), settings, ranks, work, first_step, options.tokenizer)
 
 
-def _check_halves(plan: Plan) -> Plan:
+def _check_halves(settings: Settings) -> Settings:
     """Sequences of one length cannot be told apart by it."""
-    word, params = plan.config["optimizer"]["type"], plan.config["optimizer"]["params"]
+    word, params = settings.config["optimizer"]["type"], settings.config["optimizer"]["params"]
     for name, needed in method_of(word).for_equal_lengths.items():
         given = params.get(name, getattr(METHODS[word].hyper_parameters, name))
         if given != needed:
@@ -130,27 +132,28 @@ def _check_halves(plan: Plan) -> Plan:
                 f"{word} with {name}={given} divides rows by their length, but all sequences of pre-training are "
                 f'equally long: set "{name}" to {json.dumps(needed)} in the DeepSpeed config, or fine-tune'
             )
-    return plan
+    return settings
 
 
-def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, tokenizer: str | None) -> None:
+def run(engine: Any, settings: Settings, ranks: Ranks, work: Work, first_step: int, tokenizer: str | None) -> None:
     """Train from first_step (of a checkpoint, or 0) to the end, and leave the records, checkpoints and the model.
 
     tokenizer: the folder of the tokenizer to save with the model. RuntimeError if the loss stops being a number.
     """
     if first_step:
-        checkpoint.load(engine, plan.output_dir / checkpoint.CHECKPOINTS, first_step, ranks)
+        checkpoint.load(engine, settings.output_dir / checkpoint.CHECKPOINTS, first_step, ranks)
     metrics = None
     flops = model_flops(engine.module, engine.basic_optimizer, work.seq_length)
-    peak = peak_flops(ranks.device, plan.facts["dtype"])
+    peak = peak_flops(ranks.device, settings.facts["dtype"])
     if ranks.is_main:
-        checkpoint.remove_asides(plan.output_dir)
+        checkpoint.remove_asides(settings.output_dir)
         mfu = flops if isinstance(flops, str) else flops.formula(peak)
         print(mfu, flush=True)
-        write_json(plan.output_dir / "resolved_config.json", {**plan.facts, "mfu": mfu, "deepspeed": plan.config})
-        write_json(plan.output_dir / "environment.json", environment(ranks.device, ranks.world_size, ranks.process_gib))
-        metrics = MetricsFile(plan.output_dir, first_step)
-    if work.validate_at_start and plan.validation_interval and not first_step:
+        folder, resolved = settings.output_dir, {**settings.facts, "mfu": mfu, "deepspeed": settings.config}
+        write_json(folder / "resolved_config.json", resolved)
+        write_json(folder / "environment.json", environment(ranks.device, ranks.world_size, ranks.process_gib))
+        metrics = MetricsFile(folder, first_step)
+    if work.validate_at_start and settings.validation_interval and not first_step:
         ranks.enter("the validation before training")
         row: ValidationRow = {"step": 0, "tokens": 0, "loss": None, **work.validate(engine)}
         _refuse_no_number(row)
@@ -158,26 +161,27 @@ def run(engine: Any, plan: Plan, ranks: Ranks, work: Work, first_step: int, toke
             metrics.append(row)
             print(f"before training: {_figures(row)}", flush=True)
     mfu = (lambda tokens_per_s: None) if isinstance(flops, str) else partial(flops.utilisation, peak=peak)
-    _train(engine, plan, ranks, work, metrics, mfu)
-    if plan.save_interval:
+    _train(engine, settings, ranks, work, metrics, mfu)
+    if settings.save_interval:
         ranks.enter("the saving of the model", alone=True)
-        checkpoint.save_model(engine, plan.output_dir / MODEL, tokenizer, ranks)
+        checkpoint.save_model(engine, settings.output_dir / MODEL, tokenizer, ranks)
 
 
-def build_engine(options: RunOptions, plan: Plan, ranks: Ranks) -> Any:
-    """The model inside DeepSpeed's engine, with the optimizer and schedule of the plan."""
+def build_engine(options: RunOptions, settings: Settings, ranks: Ranks) -> Any:
+    """The model inside DeepSpeed's engine, with the optimizer and schedule of the settings."""
     ds_memopt.register()
-    partitioned = zero_stage(plan.config) == 3
-    keep_alive = HfDeepSpeedConfig(plan.config) if partitioned else None  # transformers finds it by a weak reference
-    model = build_model(options.model, plan.model_config, options.seed, ranks.device, partitioned)
+    partitioned = zero_stage(settings.config) == 3
+    # transformers finds it by a weak reference, so it must live until the model is built.
+    keep_alive = HfDeepSpeedConfig(settings.config) if partitioned else None
+    model = build_model(options.model, settings.model_config, options.seed, ranks.device, partitioned)
     if options.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    announce(model, options, plan, ranks, f"ZeRO-{zero_stage(plan.config)}")
+    announce(model, options, settings, ranks, f"ZeRO-{zero_stage(settings.config)}")
     engine, *_ = deepspeed.initialize(
         model=model,
-        model_parameters=parameter_groups(model, plan.config["optimizer"]["params"].get("weight_decay")),
-        config=plan.config,
-        lr_scheduler=plan.lr_schedule,
+        model_parameters=parameter_groups(model, settings.config["optimizer"]["params"].get("weight_decay")),
+        config=settings.config,
+        lr_scheduler=settings.lr_schedule,
     )
     del keep_alive
     if not options.trust_checkpoint:
@@ -185,16 +189,16 @@ def build_engine(options: RunOptions, plan: Plan, ranks: Ranks) -> Any:
     return engine
 
 
-def announce(model: torch.nn.Module, options: RunOptions, plan: Plan, ranks: Ranks, sharding: str) -> None:
+def announce(model: torch.nn.Module, options: RunOptions, settings: Settings, ranks: Ranks, sharding: str) -> None:
     """Print, on the first rank, what is about to run."""
     if not ranks.is_main:
         return
     up_to = "up to " if options.job == "finetune" else ""
     print(
-        f"{options.model}: {count_parameters(model) / 1e6:.1f} M parameters, {plan.config['optimizer']['type']}, "
-        f"{sharding}, {ranks.world_size} x {ranks.device.type}, {plan.facts['dtype']}; "
-        f"{plan.steps} steps of {plan.facts['global_batch']} x {up_to}{plan.seq_length} tokens "
-        f"({plan.micro_batch} sequences per rank and pass, {plan.accumulation} passes)",
+        f"{options.model}: {count_parameters(model) / 1e6:.1f} M parameters, {settings.config['optimizer']['type']}, "
+        f"{sharding}, {ranks.world_size} x {ranks.device.type}, {settings.facts['dtype']}; "
+        f"{settings.steps} steps of {settings.facts['global_batch']} x {up_to}{settings.seq_length} tokens "
+        f"({settings.micro_batch} sequences per rank and pass, {settings.accumulation} passes)",
         flush=True,
     )
 
@@ -215,7 +219,12 @@ def validation_loss(engine: Any, batches: list[tuple[torch.Tensor, torch.Tensor]
 
 
 def _train(
-    engine: Any, plan: Plan, ranks: Ranks, work: Work, metrics: MetricsFile | None, mfu: Callable[[float], float | None]
+    engine: Any,
+    settings: Settings,
+    ranks: Ranks,
+    work: Work,
+    metrics: MetricsFile | None,
+    mfu: Callable[[float], float | None],
 ) -> None:
     first_step = logged_step = engine.global_steps  # 0, or what the checkpoint says
     parameters = count_parameters(engine.module)
@@ -225,18 +234,19 @@ def _train(
     reset_peak_memory(ranks.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
     on_terminal = ranks.is_main and sys.stderr.isatty()
-    bar = tqdm(total=plan.steps, initial=first_step, unit="step", disable=not on_terminal)
+    bar = tqdm(total=settings.steps, initial=first_step, unit="step", disable=not on_terminal)
     engine.train()  # transformers loads models for evaluation
-    for step in range(first_step + 1, plan.steps + 1):
+    for step in range(first_step + 1, settings.steps + 1):
         ranks.enter(f"step {step}")
         # Dropout draws from a stream that step and rank determine: nothing to save, and a resumed run goes on exactly.
-        torch.manual_seed((plan.facts["seed"] * plan.steps + step) * ranks.world_size + ranks.rank)
+        torch.manual_seed((settings.facts["seed"] * settings.steps + step) * ranks.world_size + ranks.rank)
         lr, method = engine.get_lr()[0], capabilities_of(engine.basic_optimizer)
         active_block = {} if method.active_block is None else {"active_block": method.active_block}
-        validate, save = plan.is_due(step, plan.validation_interval), plan.is_due(step, plan.save_interval)
-        due = validate or save or plan.is_due(step, plan.logging_interval)
+        validate = settings.is_due(step, settings.validation_interval)
+        save = settings.is_due(step, settings.save_interval)
+        due = validate or save or settings.is_due(step, settings.logging_interval)
         with meter:
-            for micro_step in range(plan.accumulation):
+            for micro_step in range(settings.accumulation):
                 batch = {
                     name: value.to(ranks.device) if isinstance(value, torch.Tensor) else value
                     for name, value in next(batches).items()
@@ -244,7 +254,7 @@ def _train(
                 loss = engine(**batch, use_cache=False).loss
                 with timer.phase("backward"):
                     engine.backward(loss)
-                if due and micro_step == plan.accumulation - 1:
+                if due and micro_step == settings.accumulation - 1:
                     gradients = gradient_bytes(engine, ranks.device)
                 with timer.phase("optimizer"):
                     engine.step()
@@ -266,7 +276,7 @@ def _train(
         row: MetricsRow = {
             "step": step,
             "tokens": work.tokens[step],
-            "loss": sums[0].item() / (steps * plan.accumulation * ranks.world_size),
+            "loss": sums[0].item() / (steps * settings.accumulation * ranks.world_size),
             **(work.validate(engine) if validate else dict.fromkeys(work.figures)),
             "lr": lr,
             **active_block,
@@ -284,13 +294,13 @@ def _train(
         _refuse_no_number(row)
         if metrics:
             metrics.append(row)
-            write_to_monitor(engine.monitor, row, step * plan.facts["global_batch"])
+            write_to_monitor(engine.monitor, row, step * settings.facts["global_batch"])
             bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed['tokens_per_s']:.0f} tokens/s")
             if validate:
-                bar.write(_progress(row, plan.steps))
+                bar.write(_progress(row, settings.steps))
         if save:
             ranks.enter(f"the checkpoint of step {step}", alone=True)
-            checkpoint.save(engine, plan.output_dir / checkpoint.CHECKPOINTS, step, plan.facts, ranks)
+            checkpoint.save(engine, settings.output_dir / checkpoint.CHECKPOINTS, step, settings.facts, ranks)
         loss_sum, logged_step = torch.zeros_like(loss_sum), step
         meter.reset()
         timer.start()

@@ -14,7 +14,7 @@ from ds_memopt.train.ranks import Ranks, on_all_ranks
 
 LOCK = ".lock"
 
-_held: dict[Path, TextIO] = {}
+_locks: dict[Path, TextIO] = {}
 
 
 def claim(folder: Path, ranks: Ranks) -> None:
@@ -37,8 +37,8 @@ def _check_writable(folder: Path) -> None:
 
 def _lock(folder: Path) -> None:
     """By a lock of the kernel's on a file, which the holder's end undoes, be it a kill; the file stays."""
-    if folder.resolve() in _held:  # of an earlier run of this process
-        _held.pop(folder.resolve()).close()
+    if folder.resolve() in _locks:  # of an earlier run of this process
+        _locks.pop(folder.resolve()).close()
     file = (folder / LOCK).open("a+")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # lockf: children do not inherit it, and NFS knows it
@@ -56,4 +56,4 @@ def _lock(folder: Path) -> None:
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}")
     file.flush()
-    _held[folder.resolve()] = file
+    _locks[folder.resolve()] = file

@@ -28,8 +28,8 @@ from ds_memopt.train.watchdog import Watchdog
 
 Result = TypeVar("Result")
 
-MOST_MINUTES = 10_000  # a week
-LEAST_PATIENCE = timedelta(minutes=30)  # with a rank that loads or saves alone
+MAX_TIMEOUT_MINUTES = 10_000  # a week
+MIN_PATIENCE = timedelta(minutes=30)  # with a rank that loads or saves alone
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,10 @@ def start_ranks(memory_limit_gib: float | None = None, timeout_minutes: float = 
     waiting, see `watchdog`; it watches from here on. ValueError if the launcher tells too little, started more ranks
     on this machine than it has GPUs, or if there is no such limit. TimeoutError if not all ranks start in that time.
     """
-    if not 0 < timeout_minutes <= MOST_MINUTES:
+    if not 0 < timeout_minutes <= MAX_TIMEOUT_MINUTES:
         raise ValueError(
-            f"--timeout_minutes {timeout_minutes} is out of range: it must be more than 0 and at most {MOST_MINUTES}"
+            f"--timeout_minutes {timeout_minutes} is out of range: it must be more than 0 and at most "
+            f"{MAX_TIMEOUT_MINUTES}"
         )
     transformers.utils.logging.disable_progress_bar()  # every rank would draw one for each file of weights
     # DeepSpeed 0.19 calls names that torch 2.13 deprecates; the user can do nothing about it.
@@ -97,7 +98,7 @@ def start_ranks(memory_limit_gib: float | None = None, timeout_minutes: float = 
     if local_rank == 0:
         remove_abandoned_shared_memory()
     timeout = timedelta(minutes=timeout_minutes)
-    patience = max(LEAST_PATIENCE, 3 * timeout)
+    patience = max(MIN_PATIENCE, 3 * timeout)
     watchdog = Watchdog(rank, world_size, timeout, patience) if world_size > 1 else None
     # The watchdog names the rank and its place, so it shall come first. Groups that DeepSpeed makes later name none.
     group_timeout = patience + timedelta(minutes=5)

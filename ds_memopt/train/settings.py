@@ -36,7 +36,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Plan:
+class Settings:
     """Everything about a run that is settled before a model exists. lr_schedule builds the scheduler, None if the
     DeepSpeed config has its own."""
 
@@ -57,11 +57,11 @@ class Plan:
         return bool(interval) and (step % interval == 0 or step == self.steps)
 
 
-def make_plan(
+def make_settings(
     options: RunOptions,
     ranks: Ranks,
     find: Callable[[str], tuple[transformers.PretrainedConfig, Recipe]] = find_model,
-) -> Plan:
+) -> Settings:
     """Settle all settings, from command line, DeepSpeed config and recipe. ValueError for any that is wrong.
 
     find: the configuration and recipe of the model that `--model` names.
@@ -132,7 +132,7 @@ def make_plan(
         "dtype": dtype,
         "seed": options.seed,
     }
-    return Plan(
+    return Settings(
         output_dir=output_dir,
         config=config,
         model_config=model_config,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ds_memopt.results.comparison import summarize
+from ds_memopt.results.record import METRICS
 
 LAUNCH = Path(__file__).resolve().parent.parent
 
@@ -48,7 +49,7 @@ class Runner:
             return folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "ds_config.json").write_text(json.dumps(trial.config, indent=2))
-        (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a run that did not finish
+        (folder / METRICS).unlink(missing_ok=True)  # of a run that did not finish
         command = [sys.executable, LAUNCH / trial.script, "--deepspeed_config", folder / "ds_config.json"]
         command += ["--output_dir", folder, *trial.options]
         threads = str(max(1, (os.cpu_count() or 1) // self._jobs))
