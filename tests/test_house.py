@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from spawn import free_port
 
 import ds_memopt
 from ds_memopt.optimizers import METHODS
-from ds_memopt.plan.table import BY_NEARNESS
+from ds_memopt.plan.table import NEAREST_TO_ADAMW_FIRST
 from ds_memopt.support import FEATURES, SUPPORT, markdown_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,29 @@ def test_style_is_kept():
 def test_files_stay_short():
     sources = [path for folder in ("ds_memopt", "launch", "tests") for path in (ROOT / folder).rglob("*.py")]
     assert [str(path) for path in sources if len(path.read_text().splitlines()) > 500] == []
+
+
+def tracked() -> list[Path]:
+    """The repository's files, also those that are not added yet."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    return [ROOT / name for name in names if (ROOT / name).is_file()]
+
+
+def test_no_two_files_have_one_name():
+    names = Counter(path.name for path in tracked() if path.name not in ("__init__.py", "README.md"))
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_scripts_start_in_the_root_and_name_files_that_exist():
+    texts = {path: path.read_text() for path in tracked() if path.suffix in (".py", ".sh", ".sbatch", ".md", ".toml")}
+    for path, text in texts.items():
+        for step in re.findall(r"^cd .*\$\(dirname \"\$\{BASH_SOURCE\[0\]\}\"\)(/[./]+)", text, re.MULTILINE):
+            assert Path(f"{path.parent}{step}").resolve() == ROOT, path
+        missing = {
+            name for name in re.findall(r"\blaunch/[\w/]+\.(?:py|sh|sbatch)\b", text) if not (ROOT / name).is_file()
+        }
+        assert not missing, path
 
 
 def test_maths_and_placement_import_without_deepspeed():
@@ -93,7 +117,7 @@ def test_a_stand_in_is_found(source):
 
 
 def test_every_method_is_planned():
-    assert sorted(BY_NEARNESS) == sorted(["AdamW", *METHODS])
+    assert sorted(NEAREST_TO_ADAMW_FIRST) == sorted(["AdamW", *METHODS])
 
 
 def test_the_readme_is_whole():

@@ -198,7 +198,7 @@ def test_activations_shrink_with_checkpointing_and_without_backward():
 
 def test_the_micro_batch_is_the_largest_that_fits():
     memory, length = 400_000_000, 128
-    rows = table.plan("tiny", 4, memory, length, ["AdamW", "BAdam"]).rows
+    rows = table.compare_methods("tiny", 4, memory, length, ["AdamW", "BAdam"]).rows
     needs = measure_activations(find_model("tiny")[0], length, torch.bfloat16)
     assert [(row.method, row.stage) for row in rows] == [(m, stage) for m in ("AdamW", "BAdam") for stage in range(4)]
     for row in (row for row in rows if row.micro_batch):
@@ -215,9 +215,9 @@ def test_the_micro_batch_is_the_largest_that_fits():
 
 def test_gains_are_those_of_the_formula():
     """ZeRO-2 sends (2 + 1) / 2 of the gradients' bytes on two ranks, MeZO half of the weights', at the same speed."""
-    planned = table.plan("tiny", 2, 300_000_000, 128, ["AdamW", "AdamMini", "BAdam", "MeZO"])
-    assert planned.plain > 3 * planned.checkpointed > 0 and planned.logits == 128 * 256 * 4
-    rows = {(row.method, row.stage): row for row in planned.rows}
+    compared = table.compare_methods("tiny", 2, 300_000_000, 128, ["AdamW", "AdamMini", "BAdam", "MeZO"])
+    assert compared.plain > 3 * compared.checkpointed > 0 and compared.logits == 128 * 256 * 4
+    rows = {(row.method, row.stage): row for row in compared.rows}
     adamw, mini, mezo = rows["AdamW", 2], rows["AdamMini", 2], rows["MeZO", 2]
     assert adamw.flops == 128 * (6 * 4_787_456 + 12 * 6 * 8 * 32 * 128)
     assert adamw.sent_for_a_sequence == adamw.sent / adamw.checkpointed > mini.sent_for_a_sequence
@@ -226,10 +226,10 @@ def test_gains_are_those_of_the_formula():
     again = adamw.flops / 1e12 * 4 / 3 + adamw.sent / adamw.checkpointed / 1e9
     assert adamw.seconds(1, 1e9) == min(plain, again)
     assert mezo.seconds(1, 1e9) == pytest.approx(mezo.flops / 1e12 * 2 / 3 + mezo.sent / mezo.checkpointed / 1e9)
-    least = min(row.sent_for_a_sequence for row in planned.rows if row.method == "AdamW")
-    text = table.as_text(planned.rows, 1, 10**9).splitlines()
+    least = min(row.sent_for_a_sequence for row in compared.rows if row.method == "AdamW")
+    text = table.as_text(compared.rows, 1, 10**9).splitlines()
     assert text[0].split()[-2:] == ["gain", "faster"]
-    for line, row in zip(text[1:], planned.rows, strict=True):
+    for line, row in zip(text[1:], compared.rows, strict=True):
         gain, faster = line.split()[-2:]
         assert gain == (f"{least / row.sent_for_a_sequence:.2f}" if row.sent else "inf")
         assert (faster == "-") == (row.method == "BAdam")

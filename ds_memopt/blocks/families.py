@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ds_memopt.blocks.names import WRAPPED
+from ds_memopt.blocks.names import WRAPPER_NAMES
 
 # Separate projections, as (query, key, value).
 _PROJECTIONS = (
@@ -101,4 +101,4 @@ HEAD_DIM += ("kv_channels",)  # ChatGLM
 NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 
 # Path components that wrappers add: FSDP, activation checkpointing, torch.compile, DDP, peft.
-WRAPPERS = WRAPPED | {"_fsdp_wrapped_module", "module", "base_layer"}
+ALL_WRAPPER_NAMES = WRAPPER_NAMES | {"_fsdp_wrapped_module", "module", "base_layer"}

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module"}
+WRAPPER_NAMES = {"_orig_mod", "_checkpoint_wrapped_module"}
 """What torch's wrappers call the module inside them; nobody else has a child of such a name."""
 
 
@@ -19,7 +19,7 @@ def bare_name(name: str, model: nn.Module | None) -> str:
     """What the bare model calls the parameter or module that `model`, wrapped or not, calls `name`; None: unknown."""
     words, module = [], model
     for word in name.split("."):
-        if not (word in WRAPPED or (word == "module" and _holds_model_as_module(module))):
+        if not (word in WRAPPER_NAMES or (word == "module" and _holds_model_as_module(module))):
             words.append(word)
         module = module._modules.get(word) if module is not None else None
     return ".".join(words)

@@ -47,7 +47,7 @@ class Context:
 
 def words_of(name: str) -> list[str]:
     """The components of a dotted name, without those that wrappers add."""
-    return [word for word in name.split(".") if word not in families.WRAPPERS]
+    return [word for word in name.split(".") if word not in families.ALL_WRAPPER_NAMES]
 
 
 def key_of(name: str) -> str:

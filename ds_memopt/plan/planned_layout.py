@@ -27,7 +27,7 @@ Member = tuple[str | None, int]
 
 
 @dataclass(frozen=True)
-class Ranks:
+class PlannedRank:
     """Rank `rank` of `count` at a ZeRO stage, with DeepSpeed's options of it."""
 
     stage: int
@@ -59,16 +59,16 @@ class FlatPartitions(FlatPlacement):
     groups: the members of each param group, in its order.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Member]], ranks: Ranks) -> None:
+    def __init__(self, groups: Sequence[Sequence[Member]], ranks: PlannedRank) -> None:
         super().__init__()
         self.by_group: list[list[torch.Tensor]] = []
         self.gradient_elements = 0
         for members in groups:
-            laid = list(self._sub_groups(members, ranks) if ranks.stage == 3 else [self._flat(members, ranks)])
-            self.flats += laid
-            self.by_group.append([flat for flat, _, _ in laid])
+            partitions = list(self._sub_groups(members, ranks) if ranks.stage == 3 else [self._flat(members, ranks)])
+            self.flats += partitions
+            self.by_group.append([flat for flat, _, _ in partitions])
 
-    def _flat(self, members: Sequence[Member], ranks: Ranks) -> tuple:
+    def _flat(self, members: Sequence[Member], ranks: PlannedRank) -> tuple:
         offsets, total = [], 0
         for name, numel in members:
             offsets.append((name, total, numel))
@@ -82,7 +82,7 @@ class FlatPartitions(FlatPlacement):
         self.gradient_elements += min(partition, max(0, high - total))
         return _meta(partition), held, RankBorders(None, borders)
 
-    def _sub_groups(self, members: Sequence[Member], ranks: Ranks) -> Iterator[tuple]:
+    def _sub_groups(self, members: Sequence[Member], ranks: PlannedRank) -> Iterator[tuple]:
         pieces = [(name, numel, ranks.piece(numel)) for name, numel in members]
         while pieces:
             count, total = 0, 0
@@ -114,7 +114,7 @@ class PlannedShards:
     """
 
     names: Mapping[torch.Tensor, str]
-    ranks: Ranks
+    ranks: PlannedRank
     payload: dict[str, int] = field(default_factory=dict)
     shared: int = 0
 

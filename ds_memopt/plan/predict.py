@@ -23,7 +23,7 @@ from ds_memopt.optimizers import METHODS, NamedOptimizer
 from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.optimizers.base.hyper_parameters import check_range
 from ds_memopt.plan import gather
-from ds_memopt.plan.planned_layout import FlatPartitions, PlannedShards, Ranks, WholeMasters, meta_twin
+from ds_memopt.plan.planned_layout import FlatPartitions, PlannedRank, PlannedShards, WholeMasters, meta_twin
 from ds_memopt.shards import Seams
 from ds_memopt.shards.gradients import BUCKET
 
@@ -106,7 +106,7 @@ def predict(
         raise ValueError(
             "offload is not predicted: what it moves is held by the CPU. Take it out of zero_optimization."
         )
-    place = Ranks(stage, ranks, rank, config)
+    place = PlannedRank(stage, ranks, rank, config)
     twin = meta_twin(model, DTYPES[dtype])
     own = dict(options or {}) | RULES[method].accepted({"compiled": False})
     with _silent():
@@ -122,7 +122,7 @@ def predict(
 class _Planned:
     """What all methods have in common: weights, and what ZeRO-3 gathers."""
 
-    def __init__(self, optimizer: Any, model: nn.Module, place: Ranks, checkpointing: bool) -> None:
+    def __init__(self, optimizer: Any, model: nn.Module, place: PlannedRank, checkpointing: bool) -> None:
         self.optimizer, self.model, self.place, self.checkpointing = optimizer, model, place, checkpointing
         self.numels = {name: p.numel() for name, p in bare_parameters(model).items()}
         self.itemsize = next(model.parameters()).dtype.itemsize
@@ -233,7 +233,9 @@ class _FlatPartitions(_Planned):
 class _Rotation(_FlatPartitions):
     """Of the methods that train one block at a time. block: its name, or None for the largest."""
 
-    def __init__(self, optimizer: Any, model: nn.Module, place: Ranks, checkpointing: bool, block: str | None) -> None:
+    def __init__(
+        self, optimizer: Any, model: nn.Module, place: PlannedRank, checkpointing: bool, block: str | None
+    ) -> None:
         super().__init__(optimizer, model, place, checkpointing)
         optimizer.go_to((_visit_of(optimizer, block, self.numels), 0))
 

@@ -27,7 +27,7 @@ STAGES = (0, 1, 2, 3)
 USUAL_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size, in elements, which it allocates whole even if the model is smaller."""
 
-BY_NEARNESS = ("AdamW", "AdamMini", "GWT", "BAdam", "IPSGD", "Addax", "MeZO")
+NEAREST_TO_ADAMW_FIRST = ("AdamW", "AdamMini", "GWT", "BAdam", "IPSGD", "Addax", "MeZO")
 """The order in which methods are recommended: how near their steps are to AdamW's."""
 
 HEADING = """\
@@ -47,7 +47,7 @@ UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": MIB}
 
 
 @dataclass(frozen=True)
-class Row:
+class Candidate:
     """A method at a stage. options: its hyper-parameters that are not the default ones. name: of both.
     zero: what is planned of zero_optimization; the rest has DeepSpeed's defaults.
 
@@ -97,23 +97,23 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Planned:
+class Comparison:
     """All rows, and bytes of one sequence: activations without and with checkpointing, and its logits in fp32."""
 
-    rows: list[Row]
+    rows: list[Candidate]
     plain: int
     checkpointed: int
     logits: int
 
 
-def plan(
+def compare_methods(
     model: str | PretrainedConfig,
     gpus: int,
     gpu_memory: int,
     seq_length: int,
-    methods: Iterable[str] = BY_NEARNESS,
+    methods: Iterable[str] = NEAREST_TO_ADAMW_FIRST,
     dtype: str = "bf16",
-) -> Planned:
+) -> Comparison:
     """Every method at every stage.
 
     methods: types, with the options that they have by default, or paths of ds_configs whose optimizer block is taken.
@@ -147,9 +147,9 @@ def plan(
                 _largest(prediction, _needed(method, needs, kind), gpu_memory) for kind in ("plain", "checkpointed")
             ]
             per_sequence = None if isinstance(flops, str) else flops.per_token * seq_length
-            rows.append(Row(Path(name).stem, method, options, stage, zero, prediction, *fits, per_sequence))
+            rows.append(Candidate(Path(name).stem, method, options, stage, zero, prediction, *fits, per_sequence))
     logits = 4 * seq_length * config.get_text_config().vocab_size
-    return Planned(rows, needs["plain"].first, needs["checkpointed"].first, logits)
+    return Comparison(rows, needs["plain"].first, needs["checkpointed"].first, logits)
 
 
 def _optimizer(name: str) -> tuple[str, dict[str, Any]]:
@@ -181,12 +181,12 @@ def _largest(prediction: Prediction, activations: Activations, memory: int) -> i
     return 0 if rest < 0 else 1 + rest // activations.further
 
 
-def recommend(rows: Sequence[Row]) -> Row | None:
+def recommend(rows: Sequence[Candidate]) -> Candidate | None:
     """Of what fits: the method that is nearest to AdamW, where it sends least for each sequence; None if nothing fits.
 
     Without checkpointing if that fits anywhere.
     """
-    for method in BY_NEARNESS:
+    for method in NEAREST_TO_ADAMW_FIRST:
         for attribute in ("micro_batch", "checkpointed"):
             fitting = [row for row in rows if row.method == method and getattr(row, attribute)]
             if fitting:
@@ -194,7 +194,7 @@ def recommend(rows: Sequence[Row]) -> Row | None:
     return None
 
 
-def as_text(rows: Sequence[Row], tflops: float | None = None, bandwidth: int | None = None) -> str:
+def as_text(rows: Sequence[Candidate], tflops: float | None = None, bandwidth: int | None = None) -> str:
     """A table, in GiB of each rank; what fits is marked with its largest micro-batch.
 
     tflops, bandwidth: what a GPU keeps and sends (bytes) in a second; adds how much faster a sequence is trained.
@@ -215,7 +215,7 @@ def as_text(rows: Sequence[Row], tflops: float | None = None, bandwidth: int | N
     return "\n".join("".join(map(str.rjust, line, widths)) for line in lines)
 
 
-def _gains(rows: Sequence[Row], cost: Callable[[Row], float | None]) -> list[str]:
+def _gains(rows: Sequence[Candidate], cost: Callable[[Candidate], float | None]) -> list[str]:
     """AdamW's least cost over each row's; "-" where one of them is not known."""
     costs = [cost(row) for row in rows]
     of_adamw = [c for row, c in zip(rows, costs, strict=True) if row.method == "AdamW" and c is not None]
@@ -224,7 +224,7 @@ def _gains(rows: Sequence[Row], cost: Callable[[Row], float | None]) -> list[str
     return ["-" if c is None else f"{min(of_adamw) / c:.2f}" if c else "inf" for c in costs]
 
 
-def details(rows: Sequence[Row]) -> str:
+def details(rows: Sequence[Candidate]) -> str:
     """Each row by kind: a line for every state, what completes shared blocks, and what a pass and the step need."""
     lines = []
     for row in rows:
@@ -239,7 +239,7 @@ def details(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def ds_config(row: Row, dtype: str = "bf16") -> dict[str, Any]:
+def ds_config(row: Candidate, dtype: str = "bf16") -> dict[str, Any]:
     """What to run a row with; learning rate and schedule are left "auto"."""
     adam = ("lr", "betas", "eps", "weight_decay")
     in_place = method_of(row.method).writes_weights
@@ -277,14 +277,14 @@ def run(
     by_kind: bool,
     output: Path | None,
 ) -> None:
-    """Print the table and a recommendation; write its ds_config. Raises ValueError as `plan` does."""
+    """Print the table and a recommendation; write its ds_config. Raises ValueError as `compare_methods` does."""
     if (tflops is None) != (bandwidth is None):
         raise ValueError("tflops and bandwidth tell together how fast a step is. Give both or none.")
     if tflops is not None:
         check_range("tflops", tflops, tflops > 0, "a number > 0", "Half of the data sheet's is usual.")
-    methods = BY_NEARNESS if optimizer == "all" else tuple(optimizer.split(","))
-    planned = plan(model, gpus, bytes_of(gpu_memory), seq_length, methods, dtype)
-    rows, sizes = planned.rows, {name: getattr(planned, name) / GIB for name in ("plain", "checkpointed", "logits")}
+    methods = NEAREST_TO_ADAMW_FIRST if optimizer == "all" else tuple(optimizer.split(","))
+    compared = compare_methods(model, gpus, bytes_of(gpu_memory), seq_length, methods, dtype)
+    rows, sizes = compared.rows, {name: getattr(compared, name) / GIB for name in ("plain", "checkpointed", "logits")}
     print(HEADING.format(model=model, gpus=gpus, gpu_memory=gpu_memory, seq_length=seq_length, dtype=dtype, **sizes))
     print(as_text(rows, tflops, bandwidth and bytes_of(bandwidth)))
     if bandwidth:
