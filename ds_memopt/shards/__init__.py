@@ -12,7 +12,12 @@ from ds_memopt.shards.layout import (
     partition_each_parameter,
     partition_flat_buffer,
 )
-from ds_memopt.shards.plain import MasterCopyPlacement, PlainPlacement, check_contiguous, trainable_parameters_changed
+from ds_memopt.shards.plain_placement import (
+    MasterCopyPlacement,
+    PlainPlacement,
+    check_contiguous,
+    trainable_parameters_changed,
+)
 from ds_memopt.shards.seams import Seams, SeamTable, is_first_rank, on_first_rank
 from ds_memopt.shards.zero3 import Zero3Placement
 from ds_memopt.shards.zero12 import Zero12Placement

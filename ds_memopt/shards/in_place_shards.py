@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ds_memopt.shards.layout import even_part
-from ds_memopt.shards.plain import PlainPlacement, sharded_mesh_dim
+from ds_memopt.shards.plain_placement import PlainPlacement, sharded_mesh_dim
 from ds_memopt.shards.seams import collective_device
 
 # Their names before torch 2.13 are the second ones.
