@@ -1,4 +1,4 @@
-"""What each method supports: the one table behind the errors at construction and the table in the README."""
+"""What each method supports: the one table behind the errors at construction and the table in the documents."""
 
 from __future__ import annotations
 
@@ -221,7 +221,7 @@ def refuse(cls: type, feature: str) -> None:
 
 
 def markdown_table() -> str:
-    """The table for the README: one row per feature, one column per method, reasons below."""
+    """The table for the documents: one row per feature, one column per method, reasons below."""
     methods = list(SUPPORT)
     lines = ["| | " + " | ".join(methods) + " |", "|---|" + "---|" * len(methods)]
     notes: list[str] = []

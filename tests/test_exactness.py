@@ -54,9 +54,9 @@ def test_one_rank_is_bit_for_bit_the_plain_optimizer():
 def test_every_placement_gives_the_same_weights(world_size):
     """Limit: 3x what AdamW shows for the same pair of placements (3e-6 to 2e-5 in fp32, 1.4e-2 in bf16); in fp32 8e-6.
 
-    Measured: the README's table, up to 2.9e-6. Blocks whose ranks do not add up their sums are off by 2e-2 or more,
-    which the last lines assert. (DeepSpeed's own AdamW is off by 0.1 at stage 0 in bf16, where it makes a dummy step:
-    stage 1 sets the limit there.)"""
+    Measured: the table in ds_memopt/shards/README.md, up to 2.9e-6. Blocks whose ranks do not add up their sums are off
+    by 2e-2 or more, which the last lines assert. (DeepSpeed's own AdamW is off by 0.1 at stage 0 in bf16, where it
+    makes a dummy step: stage 1 sets the limit there.)"""
     fp32, bf16, start = references()
     results, cuts, open_seams = run_ranks(all_placements, world_size, CASES[world_size])[0]
     for stage in ("zero1", "zero2", "zero3"):

@@ -1,9 +1,8 @@
-"""The habits of the house: layers, style, the README's snippets and its table, imports without deepspeed."""
+"""The habits of the house: layers, style, imports without deepspeed."""
 
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,15 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from spawn import free_port
 
 import ds_memopt
 from ds_memopt.optimizers import METHODS
 from ds_memopt.plan.table import NEAREST_TO_ADAMW_FIRST
-from ds_memopt.support import FEATURES, SUPPORT, markdown_table
+from ds_memopt.support import FEATURES, SUPPORT
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
 BIN = Path(sys.executable).parent
 
 
@@ -118,44 +115,6 @@ def test_a_stand_in_is_found(source):
 
 def test_every_method_is_planned():
     assert sorted(NEAREST_TO_ADAMW_FIRST) == sorted(["AdamW", *METHODS])
-
-
-def test_the_readme_is_whole():
-    assert markdown_table() in README
-    assert "EVIDENCE" not in README and "ONE_" not in README
-
-
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-@pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_readme_snippets_run(number, tmp_path, monkeypatch):
-    """Each runs as it stands, given a model and batches as a user has them."""
-    script = tmp_path / "snippet.py"
-    script.write_text(SETTING + SNIPPETS[number] + CHECK)
-    environment = "import os; os.environ.update(RANK='0', LOCAL_RANK='0', WORLD_SIZE='1', MASTER_ADDR='127.0.0.1')\n"
-    with_port = environment + f"os.environ['MASTER_PORT'] = '{free_port()}'\n"
-    script.write_text(with_port + script.read_text())
-    run(sys.executable, script)
-
-
-SETTING = f"""
-import sys, json
-sys.path.insert(0, {str(ROOT / "tests")!r})
-from tiny import llama, batches, full_parameters
-import torch
-model = llama()
-before = full_parameters(model)
-data = [dict(input_ids=batch, labels=batch) for batch in batches(2)]
-config = {{
-    "train_micro_batch_size_per_gpu": 12, "gradient_clipping": 1.0, "zero_optimization": {{"stage": 2}},
-    "optimizer": {{"type": "AdamW", "params": {{"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}}}},
-}}
-"""
-CHECK = """
-after = full_parameters(model)
-assert any(not torch.equal(before[name], after[name]) for name in before), "the snippet trained nothing"
-"""
 
 
 def test_the_package_exports_its_methods():

@@ -386,7 +386,7 @@ def test_multi_node_needs_to_know_where_and_how(arguments, message):
 
 
 def test_the_readmes_commands_are_accepted(monkeypatch):
-    section = (ROOT / "README.md").read_text().split("## On a cluster")[1]
+    section = (ROOT / "launch/README.md").read_text().split("## On a cluster")[1]
     commands = [shlex.split(line, comments=True) for line in section.split("```")[1].splitlines()[1:]]
     assert len(commands) == 6
     for command in commands:
