@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from ds_memopt.optimizers import GWT, IPSGD, AdamMini, Addax, BAdam, MeZO
+from ds_memopt.support import SUPPORT
 
 __version__ = "0.1.0"
-__all__ = ["GWT", "IPSGD", "AdamMini", "Addax", "BAdam", "MeZO", "register"]
+__all__ = [*SUPPORT, "register"]
 
 
 def __getattr__(name: str) -> Any:
     """The methods, imported at their first use: torch takes seconds to import, and a command's --help needs none."""
-    if name not in __all__:
+    if name not in SUPPORT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ds_memopt import optimizers
 

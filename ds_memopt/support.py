@@ -201,13 +201,14 @@ IN_BACKWARD = ZEROTH_ORDER | {
 
 SUPPORT: dict[str, dict[str, Support]] = {
     "AdamMini": STATE_COMPRESSING,
-    "BAdam": ROTATING,
     "GWT": STATE_COMPRESSING,
-    "MeZO": ZEROTH_ORDER,
+    "BAdam": ROTATING,
     "IPSGD": IN_BACKWARD | {"bf16_autocast": Support("tested")},
     "Addax": IN_BACKWARD,
+    "MeZO": ZEROTH_ORDER,
 }
-"""For every method: its standing with every feature."""
+"""For every method, by the class's name: its standing with every feature. The nearer a method's steps are to AdamW's,
+the earlier it stands: in this order methods are listed and recommended."""
 
 MARKS: dict[Status, str] = {"tested": "yes", "untested": "untested", "refused": "refused"}
 

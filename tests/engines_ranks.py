@@ -14,14 +14,24 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import DummyOptim
 from deepspeed.ops.op_builder import CPUAdamBuilder
-from tiny import GLOBAL_BATCH, HYPER, batches, ds_config, full_parameters, initialize, llama, shard_fsdp2, train
+from tiny import (
+    FIRST_ORDER,
+    GLOBAL_BATCH,
+    HYPER,
+    batches,
+    ds_config,
+    full_parameters,
+    initialize,
+    llama,
+    shard_fsdp2,
+    train,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from transformers import Trainer, TrainingArguments
 
 import ds_memopt
 from ds_memopt import AdamMini
 from ds_memopt.measure import CommunicationMeter
-from ds_memopt.optimizers import FIRST_ORDER
 
 STEPS = 4
 CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"

@@ -18,10 +18,10 @@ from deepspeed.runtime.zero import parameter_offload
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 from deepspeed.utils import groups
 from engines_ranks import message
-from tiny import HYPER, batches, ds_config, full_parameters, initialize, llama, local
+from tiny import FIRST_ORDER, HYPER, batches, ds_config, full_parameters, initialize, llama, local
 from torch.nn.functional import cross_entropy, pad
 
-from ds_memopt.optimizers import FIRST_ORDER, METHODS
+from ds_memopt.optimizers import METHODS
 
 STEPS = 3
 ADAM = HYPER | {"eps": 1e-5}

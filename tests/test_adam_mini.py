@@ -8,12 +8,11 @@ import re
 import adam_mini
 import pytest
 import torch
-from tiny import batches, distance, full_parameters, llama, train_plain
+from tiny import FIRST_ORDER, batches, distance, full_parameters, llama, train_plain
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from ds_memopt import GWT, AdamMini
-from ds_memopt.optimizers import FIRST_ORDER
 
 STEPS = 20
 BETAS, EPS, DECAY = (0.9, 0.95), 1e-8, 0.1

@@ -23,13 +23,13 @@ from engines_ranks import (
     train_small,
 )
 from spawn import free_port, run_ranks
-from tiny import HYPER, batches, distance, full_parameters, llama, train_plain
+from tiny import FIRST_ORDER, HYPER, batches, distance, full_parameters, llama, train_plain
 
 import ds_memopt
 from ds_memopt import GWT, AdamMini, BAdam
 from ds_memopt.engines.adapter import HOOKS, Adapter, set_adapter
 from ds_memopt.engines.register import ADAPTERS, _hooked
-from ds_memopt.optimizers import FIRST_ORDER, METHODS
+from ds_memopt.optimizers import METHODS
 from ds_memopt.optimizers.base.capabilities import Family
 
 

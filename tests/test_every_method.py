@@ -139,7 +139,7 @@ def test_there_are_configs(word):
 def test_there_is_a_page_with_all_hyper_parameters(word):
     found = re.search(rf"^## {word}\b.*?(?=^## |\Z)", PAGE.read_text(), re.DOTALL | re.MULTILINE)
     assert found, f"{PAGE.relative_to(ROOT)} has no section '## {word}'"
-    assert METHODS[word].hyper_parameters.table() in found[0], f"python -m ds_memopt.optimizers.tables writes {word}'s"
+    assert METHODS[word].hyper_parameters.table() in found[0], f"ds-memopt methods {word} --markdown prints it"
     assert "arXiv" in found[0], f"the section of {word} names no source"
 
 

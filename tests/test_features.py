@@ -20,10 +20,10 @@ from features_ranks import (
     rows,
 )
 from spawn import run_ranks
-from tiny import batches, bf16_llama, distance, equal, full_parameters, llama
+from tiny import FIRST_ORDER, batches, bf16_llama, distance, equal, full_parameters, llama
 
 from ds_memopt import MeZO
-from ds_memopt.optimizers import FIRST_ORDER, METHODS
+from ds_memopt.optimizers import METHODS
 from ds_memopt.support import SUPPORT
 
 

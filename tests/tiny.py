@@ -12,8 +12,11 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ds_memopt
+from ds_memopt.optimizers import METHODS
 
 VOCABULARY, GLOBAL_BATCH, LENGTH = 101, 12, 16
+FIRST_ORDER = {word: method for word, method in METHODS.items() if not method.writes_weights}
+"""The methods for which ZeRO lays flat partitions."""
 HYPER = {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
 
 

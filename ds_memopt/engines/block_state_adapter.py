@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from ds_memopt.engines.adapter import Adapter
-from ds_memopt.optimizers import ShardedOptimizer
+from ds_memopt.optimizers.block_state.sharded_optimizer import ShardedOptimizer
 from ds_memopt.shards import MasterCopyPlacement, Placement, Zero3Placement, Zero12Placement
 
 

@@ -22,8 +22,9 @@ from ds_memopt.engines.interleave import interleaved, one_step
 from ds_memopt.engines.losses import loss_of
 from ds_memopt.engines.split_batch import Half, half_of, halves, largest_length, stand_in
 from ds_memopt.engines.zeroth_order_adapter import ZerothOrderAdapter
-from ds_memopt.optimizers import Addax, UpdatesInBackward
+from ds_memopt.optimizers import Addax
 from ds_memopt.optimizers.stored_weights.repeat import repeatable
+from ds_memopt.optimizers.stored_weights.updates_in_backward import UpdatesInBackward
 from ds_memopt.shards.gradients import BUCKET
 
 logger = logging.getLogger("ds_memopt")

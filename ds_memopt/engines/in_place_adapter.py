@@ -21,8 +21,8 @@ from deepspeed.utils import groups
 from ds_memopt.engines.adapter import Adapter
 from ds_memopt.engines.losses import HandedOut
 from ds_memopt.engines.timing import one_pass
-from ds_memopt.optimizers import InPlaceOptimizer, StatePart
-from ds_memopt.optimizers.stored_weights.in_place_optimizer import PROGRESS
+from ds_memopt.optimizers import StatePart
+from ds_memopt.optimizers.stored_weights.in_place_optimizer import PROGRESS, InPlaceOptimizer
 from ds_memopt.shards import PartitionedShards, SplitShards, WholeShards
 
 PLACEMENT_KEY = "ds_memopt_placement"

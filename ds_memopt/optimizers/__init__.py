@@ -1,24 +1,31 @@
-"""The methods: pure update rules over shards of named parameters. No engine is known here."""
+"""The methods: pure update rules over shards of named parameters. No engine is known here.
 
-from ds_memopt.optimizers.adam_mini import AdamMini
-from ds_memopt.optimizers.addax import Addax
-from ds_memopt.optimizers.badam import BAdam
+Each file of this folder is a method. A row in `ds_memopt.support.SUPPORT` is what lets one in.
+"""
+
+import importlib
+import pkgutil
+
 from ds_memopt.optimizers.base.capabilities import Capabilities, capabilities_of
 from ds_memopt.optimizers.base.named_optimizer import NamedOptimizer
 from ds_memopt.optimizers.base.named_state import StatePart, check_meaning
 from ds_memopt.optimizers.base.naming import METHOD_KEY
-from ds_memopt.optimizers.block_state.sharded_optimizer import ShardedOptimizer
-from ds_memopt.optimizers.gwt import GWT
-from ds_memopt.optimizers.ipsgd import IPSGD
-from ds_memopt.optimizers.mezo import MeZO
-from ds_memopt.optimizers.stored_weights.in_place_optimizer import InPlaceOptimizer
-from ds_memopt.optimizers.stored_weights.updates_in_backward import UpdatesInBackward
+from ds_memopt.support import SUPPORT
 
-FIRST_ORDER: dict[str, type[ShardedOptimizer]] = {"AdamMini": AdamMini, "BAdam": BAdam, "GWT": GWT}
-"""The methods that go by gradients: an engine lays their flat partitions."""
 
-METHODS: dict[str, type[NamedOptimizer]] = FIRST_ORDER | {"MeZO": MeZO, "IPSGD": IPSGD, "Addax": Addax}
+def _find_methods() -> dict[str, type[NamedOptimizer]]:
+    files = (found.name for found in pkgutil.iter_modules(__path__) if not found.ispkg)
+    classes = {}
+    for file in files:
+        classes |= vars(importlib.import_module(f"{__name__}.{file}"))
+    missing = [word for word in SUPPORT if word not in classes]
+    assert not missing, f"ds_memopt/support.py has rows for {missing}, but no file of ds_memopt/optimizers/ has them"
+    return {word: classes[word] for word in SUPPORT}
+
+
+METHODS: dict[str, type[NamedOptimizer]] = _find_methods()
 """Every method by the word that turns it on in a ds_config's optimizer type."""
+globals().update(METHODS)
 
 
 def method_of(word: str) -> type[Capabilities]:
@@ -27,21 +34,12 @@ def method_of(word: str) -> type[Capabilities]:
 
 
 __all__ = [
-    "FIRST_ORDER",
-    "GWT",
-    "IPSGD",
+    *METHODS,
     "METHODS",
     "METHOD_KEY",
-    "AdamMini",
-    "Addax",
-    "BAdam",
     "Capabilities",
-    "InPlaceOptimizer",
-    "MeZO",
     "NamedOptimizer",
-    "ShardedOptimizer",
     "StatePart",
-    "UpdatesInBackward",
     "capabilities_of",
     "check_meaning",
     "method_of",

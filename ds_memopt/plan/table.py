@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from ds_memopt.measure import GIB, MIB
-from ds_memopt.optimizers import method_of
+from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.optimizers.base.hyper_parameters import check_range
 from ds_memopt.plan.activations import Activations, measure_activations
 from ds_memopt.plan.predict import DTYPES, RULES, Prediction, predict
@@ -27,8 +27,8 @@ STAGES = (0, 1, 2, 3)
 USUAL_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size, in elements, which it allocates whole even if the model is smaller."""
 
-NEAREST_TO_ADAMW_FIRST = ("AdamW", "AdamMini", "GWT", "BAdam", "IPSGD", "Addax", "MeZO")
-"""The order in which methods are recommended: how near their steps are to AdamW's."""
+NEAREST_TO_ADAMW_FIRST = ("AdamW", *METHODS)
+"""The order in which methods are recommended."""
 
 HEADING = """\
 {model}, {gpus} GPUs of {gpu_memory}, sequences of {seq_length} tokens, {dtype}. GiB of each GPU.
