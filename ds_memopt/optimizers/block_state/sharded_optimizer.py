@@ -48,9 +48,8 @@ class OptimizerCall:
     """What one call of `step` updates, by number of tensor: only those that have a gradient, this rank's part of each.
 
     parameters, gradients: 1-D. states: by key; 1-D, or [blocks, width] where a state has several numbers per block.
-    groups: each one's param group. indexes: for each structure its blocks.
-
-    Where ranks share parameters, all have the same numbers here; `indexes` tell what of them a rank holds.
+    groups: each one's param group. indexes: for each structure the blocks of all tensors, of those without a gradient,
+    too.
     """
 
     parameters: dict[int, torch.Tensor]
