@@ -43,7 +43,8 @@ class AdamScalars(NamedTuple):
 
     def denominator(self, v: torch.Tensor) -> torch.Tensor:
         """What m is divided by, a new tensor."""
-        return v.sqrt().div_(self.root).add_(self.eps)
+        root = v.sqrt()
+        return (root.div_(self.root) if self.root != 1 else root).add_(self.eps)
 
 
 def add_means(values: Tensors, table: Table, means: Tensors, size: int) -> None:
