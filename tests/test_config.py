@@ -159,8 +159,7 @@ def test_any_config_is_taken_or_refused(tmp_path):
             assert change != "misspell", config
 
     check()
-    print(seen)
-    assert min(seen.values()) > 10
+    assert min(seen.values()) > 5, seen
 
 
 def test_what_deepspeed_reads_is_found_by_watching():

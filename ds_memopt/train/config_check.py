@@ -97,13 +97,15 @@ def _first_of(error: pydantic.ValidationError, config: dict[str, Any], block: st
 
 
 def _fields(title: str, place: tuple[str, ...]) -> list[str]:
-    """The keys of the object at `place` in DeepSpeed's model of this name."""
-    model = next(one for one in DeepSpeedConfigModel.__subclasses__() if one.__name__ == title)
+    """The keys of the object at `place` in DeepSpeed's model of this name, as far as the models' types tell."""
+    model = next((one for one in DeepSpeedConfigModel.__subclasses__() if one.__name__ == title), None)
     for key in place:
+        if model is None or key not in model.model_fields:
+            return []
         annotation = model.model_fields[key].annotation
         kinds = [one for one in (annotation, *get_args(annotation)) if isinstance(one, type)]
-        model = next(one for one in kinds if issubclass(one, pydantic.BaseModel))
-    return list(model.model_fields)
+        model = next((one for one in kinds if issubclass(one, pydantic.BaseModel)), None)
+    return list(model.model_fields) if model is not None else []
 
 
 def check_rules(config: dict[str, Any], dtype: torch.dtype) -> None:
