@@ -32,7 +32,7 @@ def test_the_front_page_is_short():
 
 
 def test_the_table_of_support_is_whole():
-    assert markdown_table() in (ROOT / "ds_memopt/engines/README.md").read_text()
+    assert markdown_table() in (ROOT / "ds_memopt/README.md").read_text()
 
 
 def test_no_figure_is_missing():
