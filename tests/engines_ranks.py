@@ -87,7 +87,9 @@ def trainer(folder: Path, file: str) -> dict[str, torch.Tensor]:
 def with_accelerate(stage: int, method: str) -> dict[str, torch.Tensor]:
     ds_memopt.register()
     reset_accelerate()
-    plugin = accelerate.DeepSpeedPlugin(hf_ds_config=ds_config(stage, method, HYPER | OPTIONS.get(method, {})))
+    plugin = accelerate.DeepSpeedPlugin(
+        hf_ds_config=ds_config(stage, method, FIRST_ORDER[method].accepted(HYPER) | OPTIONS.get(method, {}))
+    )
     accelerator = accelerate.Accelerator(deepspeed_plugin=plugin)
     model = llama()
     model, optimizer = accelerator.prepare(model, DummyOptim(model.parameters(), **HYPER))
@@ -243,8 +245,8 @@ def fsdp2_traffic() -> tuple[dict, int]:
         model(input_ids=batch, labels=batch).loss.backward()
     with CommunicationMeter() as meter:
         optimizer.step()
-    ((_, plan),) = optimizer._plans.values()
-    return meter.by_collective(), plan["block"].seams.num_slots
+    ((_, indexes),) = optimizer._indexes.values()
+    return meter.by_collective(), indexes["block"].seams.num_slots
 
 
 def small_model() -> torch.nn.Sequential:
@@ -281,7 +283,7 @@ def frozen_parameters(method: str, stage: int) -> dict[str, torch.Tensor]:
     model = llama()
     freeze(model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    config = ds_config(stage, method, HYPER | FROZEN_OPTIONS.get(method, {}))
+    config = ds_config(stage, method, FIRST_ORDER[method].accepted(HYPER) | FROZEN_OPTIONS.get(method, {}))
     engine = initialize(model, config, model_parameters=trained)
     train(engine, batches(STEPS, dist.get_rank(), dist.get_world_size()))
     weights = full_parameters(engine.module)
@@ -307,7 +309,6 @@ def everything(folder: Path) -> dict:
         results[f"empty shards {name}"] = empty_shards(method)
         for stage in (2, 3):
             results[f"frozen {name} {stage}"] = frozen_parameters(name, stage)
-    results["accelerate AdamMini"] = with_accelerate(1, "AdamMini")
-    results["accelerate GWT"] = with_accelerate(3, "GWT")
-    results["accelerate BAdam"] = with_accelerate(2, "BAdam")
+    for number, name in enumerate(FIRST_ORDER):
+        results[f"accelerate {name}"] = with_accelerate((1, 3, 2)[number % 3], name)
     return results

@@ -28,8 +28,7 @@ ADAM = HYPER | {"eps": 1e-5}
 ROTATION = {"switch_every": 1, "include_embedding": True, "include_lm_head": True}
 OPTIONS = {
     "AdamW": ADAM,
-    "AdamMini": ADAM,
-    "GWT": ADAM,
+    **{word: method.accepted(ADAM) for word, method in FIRST_ORDER.items()},
     "BAdam": ADAM | ROTATION,
     "MeZO": {"lr": 1e-4, "noise": "rademacher", "compiled": False},
     "IPSGD": {"lr": 0.1},
@@ -295,7 +294,7 @@ def refusals() -> dict[tuple, str]:
     quantized = {"zero_optimization": {"zero_quantized_gradients": True}}
     both = BF16_MASTERS | {"bf16_optimizer_states": True}
     cases = {
-        **{("low_precision_masters", m, stage): {"bf16": both} for stage, m in enumerate(FIRST_ORDER, 1)},
+        **{("low_precision_masters", m, 1 + n % 3): {"bf16": both} for n, m in enumerate(FIRST_ORDER)},
         ("low_precision_masters", "AdamMini", 3): {"bf16": BF16_MASTERS},
         ("low_precision_masters", "GWT", 1): {"bf16": both, "zero_optimization": cpu},
         ("low_precision_masters", "BAdam", 1): {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},

@@ -51,7 +51,7 @@ def plain():
 def test_accelerate_needs_nothing_but_json(results, method):
     model = llama()
     start = full_parameters(model)
-    hyper = HYPER | OPTIONS.get(method, {})
+    hyper = FIRST_ORDER[method].accepted(HYPER) | OPTIONS.get(method, {})
     train_plain(model, FIRST_ORDER[method].from_model(model, model.parameters(), **hyper), batches(STEPS))
     expected = full_parameters(model)
     assert distance(results[f"accelerate {method}"], expected) <= 1e-5 * distance(expected, start)
@@ -110,7 +110,7 @@ def test_frozen_parameters_do_not_move_under_zero(results, method, stage):
     freeze(model)
     start = full_parameters(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    hyper = HYPER | FROZEN_OPTIONS.get(method, {})
+    hyper = FIRST_ORDER[method].accepted(HYPER) | FROZEN_OPTIONS.get(method, {})
     train_plain(model, FIRST_ORDER[method].from_model(model, trained.values(), **hyper), batches(STEPS))
     expected = full_parameters(model)
     assert distance(weights, expected) <= 1e-5 * distance(expected, start)

@@ -11,7 +11,6 @@ from features_ranks import (
     CYCLE,
     OPTIONS,
     PROFILED,
-    ROTATION,
     SCHEDULES,
     STEPS,
     on_four_ranks,
@@ -209,8 +208,7 @@ def test_sequences_may_be_cut_between_ranks(two):
         if method == "AdamW":
             optimizer = torch.optim.AdamW(model.parameters(), **ADAM)
         else:
-            hyper = ADAM | (ROTATION if method == "BAdam" else {})
-            optimizer = METHODS[method].from_model(model, model.parameters(), **hyper)
+            optimizer = METHODS[method].from_model(model, model.parameters(), **OPTIONS[method])
         for batch in batches(STEPS):
             model(input_ids=batch, labels=batch).loss.backward()
             optimizer.step()
