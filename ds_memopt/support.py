@@ -199,9 +199,21 @@ IN_BACKWARD = ZEROTH_ORDER | {
     ),
 }
 
+SAME_CODE = Support("untested", "The code is that of AdamMini, with which it is tested.")
+
+FACTORED = STATE_COMPRESSING | {"zero0": Support("tested", "In fp32; bf16 is tested with AdamMini, by the same code.")}
+FACTORED |= dict.fromkeys(
+    (
+        "ddp", "zero1_fp32_accumulation", "zero2_offload", "zero3_offload", "param_offload", "trainer", "zero_to_fp32",
+        "round_robin_gradients", "profiling", "pipeline",
+    ),
+    SAME_CODE,
+)  # fmt: skip
+
 SUPPORT: dict[str, dict[str, Support]] = {
     "AdamMini": STATE_COMPRESSING,
     "GWT": STATE_COMPRESSING,
+    "CAME": FACTORED,
     "BAdam": ROTATING,
     "IPSGD": IN_BACKWARD | {"bf16_autocast": Support("tested")},
     "Addax": IN_BACKWARD,
