@@ -57,7 +57,7 @@ def run(make, method: str = "MeZO", **hyper) -> dict:
     with CommunicationMeter() as meter:
         losses += train(engine, data[3:])
     result = {"weights": full_parameters(engine.module), "sent": meter.bytes_sent(), "losses": losses}
-    result["lockstep"] = getattr(engine.optimizer, "lockstep", None) is not None
+    result["lockstep"] = engine.optimizer.evaluator.lockstep is not None
     engine.destroy()
     return result
 
@@ -104,7 +104,7 @@ def addax(make, lockstep: bool, interrupt: bool = False, autocast: bool = False)
     torch.manual_seed(1)
     with CommunicationMeter() as meter:
         step(data[4])
-    weights, in_lockstep = full_parameters(engine.module), engine.optimizer.lockstep is not None
+    weights, in_lockstep = full_parameters(engine.module), engine.optimizer.evaluator.lockstep is not None
     engine.destroy()
     return {"weights": weights, "sent": meter.bytes_sent(), "lockstep": in_lockstep, "raised": raised}
 

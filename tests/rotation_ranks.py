@@ -13,8 +13,8 @@ from tiny import HYPER, ds_config, full_parameters, initialize, llama, local, sh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from ds_memopt import BAdam
+from ds_memopt.kernels.residual import add_residual_
 from ds_memopt.measure import CommunicationMeter, state_bytes
-from ds_memopt.optimizers.stored_weights.residual import add_residual_
 
 LAYERS = 8
 BF16 = {"bf16": {"enabled": True}}

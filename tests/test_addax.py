@@ -15,11 +15,11 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from ds_memopt import Addax, MeZO
+from ds_memopt.kernels import stored_weights
 from ds_memopt.measure import state_bytes
 from ds_memopt.optimizers import METHODS
 from ds_memopt.optimizers.probes.noise import Noise
 from ds_memopt.optimizers.probes.trajectory import SKIPPED, read_trajectory
-from ds_memopt.optimizers.stored_weights import in_place_optimizer
 from ds_memopt.replay import replay
 
 STEPS, SEED, EPSILON, ALPHA = 3, 5, 1e-3, 0.01
@@ -282,7 +282,7 @@ def most_matrices(step) -> int:
 @pytest.mark.parametrize("method", BOTH)
 def test_no_set_of_gradients_is_ever_held(method, clip, monkeypatch):
     """Of 16 matrices one gradient is alive, and where it is clipped a second copy; 16 without the method."""
-    monkeypatch.setattr(in_place_optimizer, "PIECE", 2**10)  # temporary memory of an update, which is not to count here
+    monkeypatch.setattr(stored_weights, "PIECE", 2**10)  # temporary memory of an update, which is not to count here
     model, plain, x = layers(), layers(), torch.ones(1, 256)
     options = {} if method == "IPSGD" else {"length_threshold": None, "compiled": False}
     optimizer = METHODS[method].from_model(model, clip=clip, **options)
@@ -349,7 +349,7 @@ def test_fp16_weights_train_with_a_loss_scale():
     for model in models:
         model.body[2].p = 0.0  # fp16 draws other random numbers
     start, (optimizer, reference) = full_parameters(models[0]), (build("IPSGD", m, **options) for m in models)
-    optimizer._set_progress(loss_scale=2.0**24)
+    optimizer.set_progress(loss_scale=2.0**24)
     before = bits(models[0])
     while bits(models[0]) == before:
         train(models[0], optimizer, range(1))
@@ -361,7 +361,7 @@ def test_fp16_weights_train_with_a_loss_scale():
     error = apart(full_parameters(models[0]), full_parameters(models[1]), start)
     print(overflows, error)
     assert error < 1e-2
-    optimizer._set_progress(since_overflow=1999)
+    optimizer.set_progress(since_overflow=1999)
     train(models[0], optimizer, range(4, 5))
     assert math.log2(optimizer.progress["loss_scale"]) == 25 - overflows
 

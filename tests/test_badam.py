@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ds_memopt import GWT, AdamMini, BAdam
-from ds_memopt.optimizers.stored_weights.residual import add_residual_, residual_of
+from ds_memopt.kernels.residual import add_residual_, residual_of
 
 HYPER = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 K = 3  # steps per visit

@@ -135,7 +135,7 @@ def test_a_compiled_layer_alone_is_perturbed_while_it_runs():
     model = each_layer(llama())
     optimizer, layers, moved = METHODS["MeZO"](model), model.model.layers, []
     weights = {name: p.data_ptr() for name, p in layers.named_parameters()}
-    with optimizer.perturbed(optimizer.evaluations()[0]), torch.no_grad():
+    with optimizer.probe.perturbed(optimizer.probe.evaluations()[0]), torch.no_grad():
         look = torch.compiler.disable(
             lambda *_: moved.append({name[0] for name, p in layers.named_parameters() if p.data_ptr() != weights[name]})
         )

@@ -63,7 +63,7 @@ def direction(optimizer: MeZO, name: str, step: int = 0, probe: int = 0, start: 
     """Elements of z as the optimizer makes them, 1-D."""
     weights = dict(optimizer._model.named_parameters())[name].detach().flatten()[start:end]
     z = torch.zeros(len(weights))
-    optimizer.directions.add_(z, weights, name, start, step, probe, 1.0)
+    optimizer.probe.directions.add_(z, weights, name, start, step, probe, 1.0)
     return z
 
 
@@ -116,7 +116,7 @@ def test_lezo_draws_that_many_layers_anew_in_every_step(layers, fraction, count)
     assert with_noise(MeZO.from_model(Net(layers), layer_fraction=fraction, **HYPER), 0) == with_noise(optimizer, 0)
     counts = np.zeros(layers)
     for step in range(1000):
-        skipped = optimizer.directions.skipped(step)
+        skipped = optimizer.probe.directions.skipped(step)
         chosen = [layer for layer in range(layers) if f"layers.{layer}.0.weight" not in skipped]
         counts[chosen] += 1
         drawn.append(frozenset(chosen))
@@ -214,7 +214,7 @@ def test_a_slice_is_a_slice_of_the_whole(options):
     """To fp32 rounding of the product, 1e-6 of the largest element; measured 5e-8, and 0 without a product."""
     model = Net()
     optimizer = MeZO.from_model(model, **HYPER | options)
-    optimizer._choose_thresholds()
+    optimizer.probe.choose_thresholds()
     worst = 0.0
     for name, p in model.named_parameters():
         whole = direction(optimizer, name, step=3)
@@ -260,9 +260,9 @@ def test_sparse_mezo_perturbs_the_same_weights_with_both_signs():
     optimizer = MeZO.from_model(model, **HYPER | SPARSE | {"probes": 1})
     weights = model.head.weight.detach().clone()
     small = cut_off(weights.numpy()) <= threshold(weights.numpy(), 0.25)
-    optimizer.evaluate(lambda: model(*inputs(0)))
-    with optimizer.perturbed(optimizer.evaluations()[0]), torch.no_grad():
-        optimizer.new_lockstep().run(model, inputs(0), {})
+    optimizer.probe.evaluate(lambda: model(*inputs(0)))
+    with optimizer.probe.perturbed(optimizer.probe.evaluations()[0]), torch.no_grad():
+        optimizer.probe.new_lockstep().run(model, inputs(0), {})
     above, below, *together = model.head.seen
     assert np.array_equal((above != weights).numpy(), small) and np.array_equal((below != weights).numpy(), small)
     assert torch.equal(below, together[0]) and torch.equal(above, together[1])
@@ -287,7 +287,7 @@ def by_hand(model: nn.Module, steps: int, optimizer: MeZO, options: dict) -> dic
                     z[name] = low_rank(name, w.shape, step, probe)
                 if "magnitude_fraction" in options and w.ndim == 2:
                     z[name] = z[name] * (cut_off(w) <= limits[name])
-                if name in optimizer.directions.skipped(step):
+                if name in optimizer.probe.directions.skipped(step):
                     z[name] = np.zeros_like(w)
             above = loss(step, {name: w + EPSILON * z[name] for name, w in weights.items()})
             below = loss(step, {name: w - EPSILON * z[name] for name, w in weights.items()})
@@ -378,7 +378,7 @@ def test_skipped_layers_decay():
     model = Net(5)
     optimizer, before = MeZO.from_model(model, **HYPER | LEZO), named(model)
     optimizer.apply([1.0] * PROBES)
-    skipped = [name for name in optimizer.directions.skipped(0) if name.endswith("weight")]
+    skipped = [name for name in optimizer.probe.directions.skipped(0) if name.endswith("weight")]
     assert len(skipped) == 2 * 3
     for name in skipped:
         assert np.abs(named(model)[name] / before[name] - (1 - LR * DECAY)).max() < 1e-12
@@ -446,7 +446,7 @@ def test_bases_are_made_once_for_a_window_and_then_dropped(bases):
     optimizer = MeZO.from_model(model, **HYPER | {"rank": 1, "refresh_every": 2})
     for step, windows in enumerate((1, 1, 2, 2, 3)):
         for name, p in model.named_parameters():
-            optimizer.directions.add_(torch.zeros(6), p.detach().view(-1), name, 0, step, 0, 1.0)
+            optimizer.probe.directions.add_(torch.zeros(6), p.detach().view(-1), name, 0, step, 0, 1.0)
         assert (len(bases), alive(bases)) == (windows * 2 * 1100, 2 * 1100)
 
 

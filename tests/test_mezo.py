@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ds_memopt import MeZO
+from ds_memopt.kernels.residual import add_residual_
 from ds_memopt.measure import state_bytes
-from ds_memopt.optimizers.mezo import Evaluation
 from ds_memopt.optimizers.probes.noise import Noise
-from ds_memopt.optimizers.stored_weights.residual import add_residual_
+from ds_memopt.optimizers.probes.probe import Evaluation
 
 HYPER = {"lr": 1e-3, "epsilon": 1e-3, "weight_decay": 0.1, "seed": 5}
 
@@ -247,9 +247,9 @@ def test_probes_write_no_weight_and_forwards_without_one_are_plain():
     optimizer = mezo(model, probes=2)
     for step in range(2):
         before, plain, losses = bits(model), copy.deepcopy(model).eval(), []
-        optimizer.evaluate(lambda step=step, to=losses: to.append(model(*inputs(model, step))) or to[-1])
+        optimizer.probe.evaluate(lambda step=step, to=losses: to.append(model(*inputs(model, step))) or to[-1])
         assert bits(model) == before and len(set(map(float, losses))) == 4  # at four different points
-        with optimizer.perturbed(Evaluation(0, 0.0)):
+        with optimizer.probe.perturbed(Evaluation(0, 0.0)):
             assert torch.equal(model(*inputs(model, step)), plain(*inputs(model, step)))
         assert torch.equal(model.eval()(*inputs(model, step)), plain(*inputs(model, step)))
         model.train()
@@ -337,7 +337,7 @@ def test_a_probe_holds_one_module_twice_and_no_copy_of_the_model():
                 most[0] = max(most[0], alive_bytes())
             return result
 
-    with optimizer.perturbed(optimizer.evaluations()[0]), torch.no_grad():
+    with optimizer.probe.perturbed(optimizer.probe.evaluations()[0]), torch.no_grad():
         for module in model:  # after the perturbation's own hooks
             module.register_forward_pre_hook(lambda *_: held.append(alive_bytes()))
             module.register_forward_hook(lambda *_: held.append(alive_bytes()))

@@ -115,9 +115,9 @@ def test_what_the_user_names_is_named_as_in_the_bare_model():
     layers = [[name for name in dict(other.named_parameters()) if f"layers.{number}" in name] for number in (0, 1)]
     assert all("_checkpoint_wrapped_module" in name for layer in layers for name in layer)
     theirs = MeZO.from_model(other, layer_fraction=0.5, layers=layers, compiled=False)
-    bare = [[*layer] for layer in theirs.directions.layers]
+    bare = [[*layer] for layer in theirs.probe.directions.layers]
     ours = MeZO.from_model(net(), layer_fraction=0.5, layers=bare, compiled=False)
-    assert theirs.directions.layers[1][0] == "layers.1.norm.weight"
+    assert theirs.probe.directions.layers[1][0] == "layers.1.norm.weight"
     assert theirs.param_groups[0]["ds_memopt_state"] == ours.param_groups[0]["ds_memopt_state"]
 
 

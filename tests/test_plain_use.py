@@ -169,7 +169,7 @@ def test_a_model_can_be_copied_and_saved_in_training_but_no_optimizer(method):
         before = [p.detach().clone() for p in other.parameters()]
         if method in ("MeZO", "Addax"):
             own = other(images(0)).item()
-            with optimizer.perturbed(optimizer.evaluations()[0]):
+            with optimizer.probe.perturbed(optimizer.probe.evaluations()[0]):
                 assert other(images(0)).item() == own
         for p in other.parameters():
             p.requires_grad_(True)

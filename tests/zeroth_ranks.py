@@ -119,7 +119,7 @@ def cuts_a_row(optimizer: MeZO) -> bool:
     ends = [
         (part.name, end) for part in optimizer.shards.parts() for end in (part.start, part.start + len(part.elements))
     ]
-    shapes = optimizer.directions.shapes
+    shapes = optimizer.probe.directions.shapes
     return any(end % shapes[name][-1] for name, end in ends if len(shapes[name]) == 2)
 
 

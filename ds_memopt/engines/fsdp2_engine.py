@@ -55,7 +55,7 @@ class Fsdp2Engine:
         """The model's output. A method without gradients runs all forwards of a micro-batch here, and this is the loss
         of the first."""
         if not self.method.uses_gradients and self.module.training:
-            return SimpleNamespace(loss=self.optimizer.evaluate(lambda: self.module(**inputs).loss))
+            return SimpleNamespace(loss=self.optimizer.probe.evaluate(lambda: self.module(**inputs).loss))
         return self.module(**inputs)
 
     def backward(self, loss: torch.Tensor) -> None:

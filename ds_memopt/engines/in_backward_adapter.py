@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from ds_memopt.engines.in_place_adapter import InPlaceAdapter
 from ds_memopt.engines.interleave import interleaved, one_step
+from ds_memopt.engines.loss_evaluator import LossEvaluator
 from ds_memopt.engines.losses import loss_of
 from ds_memopt.engines.split_batch import Half, half_of, halves, largest_length, stand_in
-from ds_memopt.engines.zeroth_order_adapter import ZerothOrderAdapter
 from ds_memopt.optimizers import Addax
 from ds_memopt.optimizers.stored_weights.repeat import repeatable
 from ds_memopt.optimizers.stored_weights.updates_in_backward import UpdatesInBackward
@@ -103,7 +103,7 @@ class InBackwardAdapter(InPlaceAdapter):
         factor = factor.double() * pending.share
         for number, value in enumerate(pending.zeroth or ()):
             value = value.double() * factor * pending.zo_count if pending.zo_count else 0.0
-            optimizer.observe(number, value, pending.zo_count)
+            optimizer.probe.observe(number, value, pending.zo_count)
         if pending.first is None:
             total, count = 0.0, 0.0
         else:
@@ -147,14 +147,15 @@ class InBackwardAdapter(InPlaceAdapter):
         return loss.detach()
 
 
-class AddaxAdapter(InBackwardAdapter, ZerothOrderAdapter):
+class AddaxAdapter(InBackwardAdapter):
     """For Addax: a batch is divided by the length of its rows."""
 
     optimizer: Addax
-    freezes = False
 
     def configure_zero(self, original: Callable, engine: Any, optimizer: Addax) -> InPlaceAdapter:
         super().configure_zero(original, engine, optimizer)
+        gathers = self.offload is not None
+        self.evaluator = LossEvaluator(type(optimizer).__name__, optimizer.probe, gathers, optimizer.shards.sum)
         on_cpu = next(iter(optimizer.names_by_tensor())).device.type == "cpu"
         if optimizer.length_threshold == "auto" and optimizer.memory_gib is None and on_cpu:
             raise ValueError(
@@ -201,7 +202,7 @@ class AddaxAdapter(InBackwardAdapter, ZerothOrderAdapter):
         output = zeroth = first = again = None
 
         def zeroth_order() -> tuple[Any, list[torch.Tensor]]:
-            output, known, rest = self.evaluate(original, (), zo.keywords)
+            output, known, rest = self.evaluator.evaluate(original, (), zo.keywords)
             return output, [value.detach() for value in (*known, *rest())]
 
         def first_order() -> tuple[Any, torch.Tensor, Callable]:
@@ -211,9 +212,9 @@ class AddaxAdapter(InBackwardAdapter, ZerothOrderAdapter):
         if not use_zo and not use_fo:  # nothing is to be learnt from this batch: the step is skipped, and counted
             use_fo, fo = True, stand_in(fo.keywords)
         with one_step(self.offload):
-            if use_zo and use_fo and self.lockstep is not None and self.lockstep_checked:
+            if use_zo and use_fo and self.evaluator.lockstep is not None and self.evaluator.lockstep_checked:
                 (_, zeroth), (output, first, again) = interleaved(
-                    zeroth_order, first_order, self.lockstep.units, self.optimizer.paused
+                    zeroth_order, first_order, self.evaluator.lockstep.units, self.optimizer.probe.paused
                 )
             else:
                 if use_zo:
@@ -246,7 +247,9 @@ class AddaxAdapter(InBackwardAdapter, ZerothOrderAdapter):
                 f"{(held + kept + buckets) / 2**30:.2f} GiB, and no row of one token beside. Raise memory_gib, or use "
                 "more GPUs."
             )
-        self._tell(f"length_threshold is {int(chosen)}: {rows} rows of it take {available / 2**30:.2f} GiB in backward")
+        self.evaluator.tell(
+            f"length_threshold is {int(chosen)}: {rows} rows of it take {available / 2**30:.2f} GiB in backward"
+        )
         return int(chosen)
 
 

@@ -9,102 +9,36 @@ Private names used here are in private_names.py.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from ds_memopt.engines.in_place_adapter import InPlaceAdapter
-from ds_memopt.engines.losses import loss_of, tokens_of
+from ds_memopt.engines.loss_evaluator import LossEvaluator
+from ds_memopt.engines.losses import tokens_of
 from ds_memopt.engines.timing import one_pass
 from ds_memopt.optimizers import MeZO
-
-logger = logging.getLogger("ds_memopt")
 
 
 class ZerothOrderAdapter(InPlaceAdapter):
     """For methods that go by losses alone."""
 
     optimizer: MeZO
-    freezes = True
-    lockstep = None
-    lockstep_checked = False
 
     def configure_zero(self, original: Callable, engine: Any, optimizer: MeZO) -> InPlaceAdapter:
         super().configure_zero(original, engine, optimizer)
-        if self.offload is not None and optimizer.lockstep and optimizer.two_sided:
-            try:
-                self.lockstep = optimizer.new_lockstep()
-            except ValueError as error:
-                self._tell(f"each layer is gathered once for each sign: {str(error).split('. ')[0]}")
-        for parameter in optimizer.names_by_tensor() if self.freezes else ():
+        gathers = self.offload is not None
+        self.evaluator = LossEvaluator(type(optimizer).__name__, optimizer.probe, gathers, optimizer.shards.sum)
+        for parameter in optimizer.names_by_tensor():
             parameter.requires_grad_(False)  # no gradient is needed, and checkpoints then hold all weights as they are
         return self
 
-    def check_lockstep(self, run: Callable[[], tuple[Any, list]], apart: Iterator[torch.Tensor]) -> None:
-        """Once: go on in lockstep only if both signs have the losses that they have one after the other, everywhere.
-
-        run: a forward in lockstep, of which the second result is both losses.
-        """
-        try:
-            _, together = run()
-        except Exception as error:
-            error.add_note(
-                "If engine(...) works in evaluation, the model cannot run both signs in lockstep. Then set "
-                f'"lockstep": false in the params of {type(self.optimizer).__name__}.'
-            )
-            raise
-        self.lockstep_checked = True
-        differ = torch.zeros(1, dtype=torch.float64)
-        for first, second in zip(together, apart, strict=False):
-            differ += first is None or not torch.allclose(first, second, rtol=1e-6, atol=0, equal_nan=True)
-        self.optimizer.shards.sum(differ)
-        if differ.item():
-            self.lockstep = None
-            self._tell("in lockstep the losses differ, so each layer is gathered once for each sign")
-
-    def _tell(self, what: str) -> None:
-        if dist.get_rank() == 0:
-            logger.info("%s: %s.", type(self.optimizer).__name__, what)
-
     def forward_in_training(self, original, engine, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
         """The forward at the first evaluation's weights; backward runs the others."""
-        output, known, rest = self.evaluate(original, inputs, keywords)
+        output, known, rest = self.evaluator.evaluate(original, inputs, keywords)
         pending = Pending([value.detach() for value in known], rest, tokens_of(engine, keywords))
         return self.losses.give(output, known[0], pending)
-
-    def evaluate(
-        self, original, inputs: tuple, keywords: Mapping[str, Any]
-    ) -> tuple[Any, list[torch.Tensor], Callable[[], Iterator[torch.Tensor]]]:
-        """The first forwards of a step: output and losses of the first, and what yields the losses of the rest."""
-        optimizer, evaluations = self.optimizer, self.optimizer.evaluations()
-
-        def both_signs(probe: int) -> tuple[Any, list[torch.Tensor]]:
-            with torch.no_grad(), optimizer.perturbed(evaluations[2 * probe]):
-                output, second = self.lockstep.run(original, inputs, keywords)
-            return output, [self._loss(output), second]
-
-        def one_by_one(first: int) -> Iterator[torch.Tensor]:
-            for evaluation in evaluations[first:]:
-                with torch.no_grad(), optimizer.perturbed(evaluation):
-                    yield self._loss(original(*inputs, **keywords))
-
-        if self.lockstep is not None and not self.lockstep_checked:
-            self.check_lockstep(partial(both_signs, 0), one_by_one(0))
-        if self.lockstep is not None:
-            output, known = both_signs(0)
-            return output, known, partial(_chain, both_signs, range(1, optimizer.probes))
-        with torch.no_grad(), optimizer.perturbed(evaluations[0]):
-            output = original(*inputs, **keywords)
-        return output, [self._loss(output)], partial(one_by_one, 1)
-
-    def _loss(self, output: Any) -> torch.Tensor:
-        loss = loss_of(output)
-        self.optimizer.check_loss(loss)
-        return loss
 
     def backward_of_method(self, engine, loss: torch.Tensor, retain_graph: bool, scale_wrt_gas: bool) -> torch.Tensor:
         """Run the step's other forwards on the same inputs. Returns the loss as the engine's backward does."""
@@ -125,12 +59,12 @@ class ZerothOrderAdapter(InPlaceAdapter):
         if pending.tokens is not None:
             values = [value if pending.tokens else torch.zeros_like(value) for value in values]
         for number, value in enumerate(values):
-            optimizer.observe(number, value * factor, weight)
+            optimizer.probe.observe(number, value * factor, weight)
         return loss
 
     def backward_cost(self, engine) -> float:
         """The evaluations that are left, one by one or both signs at once as the first was."""
-        return len(self.optimizer.evaluations()) / (1 if self.lockstep is None else 2) - 1
+        return len(self.optimizer.probe.evaluations()) / (1 if self.evaluator.lockstep is None else 2) - 1
 
     def train_step(self, engine, closure: Callable[[], Any]) -> Any:
         """One step on any objective that Python can compute, without gradients: a loss, or 1 - accuracy of generated
@@ -141,7 +75,7 @@ class ZerothOrderAdapter(InPlaceAdapter):
         Returns its first result. All ranks call.
         """
         with one_pass(engine, "forward"):
-            first = self.optimizer.evaluate(closure)
+            first = self.optimizer.probe.evaluate(closure)
         with one_pass(engine, "backward", cost=0.0):
             pass  # no pass is left: DeepSpeed's reports divide by its time
         engine.set_gradient_accumulation_boundary(True)
@@ -159,8 +93,3 @@ class Pending(NamedTuple):
     known: list[torch.Tensor]
     rest: Callable[[], Iterator[torch.Tensor]]
     tokens: torch.Tensor | None
-
-
-def _chain(both_signs: Callable, probes: range) -> Iterator[torch.Tensor]:
-    for probe in probes:
-        yield from both_signs(probe)[1]

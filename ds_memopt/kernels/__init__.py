@@ -14,10 +14,13 @@ from ds_memopt.kernels.plain import (
     divide_blocks,
     multiply_elements,
 )
+from ds_memopt.kernels.residual import add_residual_, residual_of
+from ds_memopt.kernels.stored_weights import Moved, move
 
 __all__ = [
     "AdamScalars",
     "ColumnPiece",
+    "Moved",
     "Piece",
     "RowPiece",
     "Table",
@@ -26,9 +29,12 @@ __all__ = [
     "adam_mini",
     "add_mean_squares",
     "add_means",
+    "add_residual_",
     "add_scaled_and_shifted",
     "add_sums_of_blocks",
     "compile_exactly",
     "divide_blocks",
+    "move",
     "multiply_elements",
+    "residual_of",
 ]

@@ -7,28 +7,25 @@ Fine-Tuning Language Models", ICLR 2025 (arXiv 2410.06441), Algorithm 1 and Equa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from ds_memopt.optimizers.base.hyper_parameters import LR, either, hyper_parameter, integer, real
-from ds_memopt.optimizers.mezo import MeZO, ProbeHyperParameters
-from ds_memopt.optimizers.probes.noise import NOISE_VERSION
-from ds_memopt.optimizers.probes.trajectory import SKIPPED
+from ds_memopt.optimizers.probes.directions import NoiseTerms
+from ds_memopt.optimizers.probes.probe import Probe, ProbeHyperParameters
+from ds_memopt.optimizers.probes.recorder import Recorder
 from ds_memopt.optimizers.stored_weights.in_place_optimizer import InPlaceHyperParameters
 from ds_memopt.optimizers.stored_weights.repeat import repeatable
 from ds_memopt.optimizers.stored_weights.updates_in_backward import (
     Bucket,
     ClippingHyperParameters,
     UpdatesInBackward,
-    add_gradient,
     sum_and_count,
 )
-from ds_memopt.shards import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +33,6 @@ class AddaxHyperParameters(ProbeHyperParameters, ClippingHyperParameters, InPlac
     """What all in-place methods have, those of the probe, how gradients are clipped, and Addax's own."""
 
     positional = ("lr", "alpha", "epsilon", "weight_decay")
-    probes, estimator, momentum, normalize = 1, "two_sided", 0.0, False
-    layer_fraction, rank, refresh_every, magnitude_fraction, layers = 1.0, 0, 1000, 1.0, None
 
     lr: float = hyper_parameter(1e-4, LR, "Learning rate; lr * alpha is what MeZO has for lr.", True)
     alpha: float = hyper_parameter(1e-3, real("[0, 1]", "1e-3 is usual."), "Share of the zeroth-order half.")
@@ -63,7 +58,7 @@ class AddaxHyperParameters(ProbeHyperParameters, ClippingHyperParameters, InPlac
     )
 
 
-class Addax(UpdatesInBackward, MeZO):
+class Addax(UpdatesInBackward):
     """With z = Noise(seed, t, 0), losses L0 of the zeroth-order half of a batch and L1 of the first-order half:
 
         g0 = [L0(theta + epsilon z) - L0(theta - epsilon z)] / (2 epsilon),  g1 = grad L1(theta)
@@ -89,28 +84,33 @@ class Addax(UpdatesInBackward, MeZO):
     for_equal_lengths = {"length_threshold": None}
     hyper: AddaxHyperParameters
 
-    def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
-        super().__init__(params, *positional, model=model, **named)
+    def build(self) -> tuple[dict[str, Any], dict[str, Any], *tuple[str, ...]]:
         hyper = self.hyper
         self.alpha, self.length_threshold, self.memory_gib = hyper.alpha, hyper.length_threshold, hyper.memory_gib
         self.zo_batch, self.fo_batch = hyper.zo_batch, hyper.fo_batch
+        self.probe = Probe(self, hyper)
+        self.recorder = Recorder(self, self.probe, hyper.trajectory)
+        self._terms: list[tuple[int, int, float]] = []
+        start = {"history": [], "mean_square": 0.0, "thresholds": {}, "base_checksum": ""}  # as MeZO's, for its files
         # Not the threshold and the batches: with others a run may go on.
         own = {"alpha": hyper.alpha, "clip": hyper.clip, "max_norm": hyper.max_norm}
-        self._describe(self.described | own, self.progress, f"noise version {NOISE_VERSION}")
-        self._watch()
-        self._terms: list[tuple[int, int, float]] = []
+        return self.probe.meaning() | own, start, *self.probe.words()
+
+    def release(self) -> None:
+        super().release()
+        self.probe.release()
 
     def begin(self, total: torch.Tensor | float, count: Any) -> float | None:
         """As for all: and sets g0 from what was observed of the zeroth-order half."""
-        self._open_trajectory()
+        self.recorder.open()
         first = self._sums_of(total, count)
-        observed, self._sums = self._sums, None
+        observed = self.probe.take()
         if observed is None:
-            observed = first.new_zeros(len(self.evaluations()) + 1)
+            observed = first.new_zeros(len(self.probe.evaluations()) + 1)
         sums = torch.cat([observed, first])
         self.shards.sum(sums)
         *observed, not_finite, samples, ranks = sums.tolist()
-        g0 = self._projected(observed)[0] if observed[-1] else 0.0
+        g0 = self.probe.projected(observed)[0] if observed[-1] else 0.0
         if not_finite or not math.isfinite(g0) or not (samples or observed[-1]):
             self._g0 = math.nan
             return None
@@ -121,19 +121,14 @@ class Addax(UpdatesInBackward, MeZO):
     def passes(self) -> float | None:
         if self.length_threshold is not None or not (self.zo_batch and self.fo_batch):
             return None
-        zo = self.zo_batch * len(self.evaluations()) / 3 if self.alpha > 0 else 0
+        zo = self.zo_batch * self.probe.passes if self.alpha > 0 else 0
         fo = self.fo_batch if self.alpha < 1 else 0
         return (zo + fo) / (self.zo_batch + self.fo_batch)
 
     def update_bucket(self, bucket: Bucket) -> None:
         for part, gradient in bucket:
-            self._move(part, partial(self._add_both, part, gradient))
-
-    def _add_both(
-        self, part: Part, gradient: torch.Tensor | None, direction: torch.Tensor, piece: slice, weights: torch.Tensor
-    ) -> None:
-        add_gradient(gradient, 1 - self.alpha, direction, piece, weights)
-        self._add_noise(part, self._terms, direction, piece, weights)
+            noise = NoiseTerms(self.probe.directions, part.name, part.start, self._terms)
+            self._move(part, gradient=gradient, share=1 - self.alpha, noise=noise)
 
     def needs_closure(self) -> str:
         return "Addax measures the zeroth-order half first: call optimizer.step(zo_closure, fo_closure)."
@@ -146,9 +141,7 @@ class Addax(UpdatesInBackward, MeZO):
         return True
 
     def end_step(self, done: bool) -> None:
-        if self._writer is not None:
-            rates = [group["lr"] for group in self.param_groups]
-            self._writer.append(self.steps, 0 if done else SKIPPED, [self._g0], rates)
+        self.recorder.append(self.steps, done, [self._g0])
         super().end_step(done)
 
     @torch.compiler.disable
@@ -171,9 +164,9 @@ class Addax(UpdatesInBackward, MeZO):
             if self._makes_state_alone():
                 return None
             raise ValueError(self.needs_closure())
-        self._check_parameters()
-        self._sums = None  # of a step that an exception interrupted
-        zo_first = self.evaluate(zo_closure) if zo_closure is not None and self.alpha > 0 else None
+        self.check_parameters()
+        self.probe.forget()
+        zo_first = self.probe.evaluate(zo_closure) if zo_closure is not None and self.alpha > 0 else None
         if fo_closure is None or self.alpha == 1:
             factor = self.begin(0.0, 0.0)
             self.end_step(factor is not None and self.without_first_order())
@@ -189,3 +182,6 @@ class Addax(UpdatesInBackward, MeZO):
                 done = factor is not None and self.first_order(total, factor, lambda: sum_and_count(again())[0])
         self.end_step(done)
         return zo_first, first
+
+    def _loaded(self) -> None:
+        self.recorder.close()

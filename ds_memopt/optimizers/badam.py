@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import ParamBlocks, bare_parameters, full_shape, partition_into_blocks
+from ds_memopt.kernels.residual import add_residual_, residual_of
 from ds_memopt.optimizers.adam_mini import AdamMini
 from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.optimizers.base.hyper_parameters import (
@@ -35,7 +36,6 @@ from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_me
 from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
 from ds_memopt.optimizers.gwt import GWT
 from ds_memopt.optimizers.rotation.visit_order import ORDERS, Rotation
-from ds_memopt.optimizers.stored_weights.residual import add_residual_, residual_of
 from ds_memopt.shards import Placement, is_first_rank, numel_of, trainable_parameters_changed
 
 from .rotation.block_guard import BlockGuard

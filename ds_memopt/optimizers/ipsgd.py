@@ -8,13 +8,12 @@ Sources: Lv et al., "Full Parameter Fine-tuning for Large Language Models with L
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from ds_memopt.blocks import full_shape
 from ds_memopt.optimizers.base.hyper_parameters import choice, hyper_parameter
@@ -26,7 +25,6 @@ from ds_memopt.optimizers.stored_weights.updates_in_backward import (
     Bucket,
     ClippingHyperParameters,
     UpdatesInBackward,
-    add_gradient,
     sum_and_count,
 )
 from ds_memopt.shards import Part, is_first_rank
@@ -63,13 +61,11 @@ class IPSGD(UpdatesInBackward):
     family = "in backward"
     hyper: IPSGDHyperParameters
 
-    def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
-        super().__init__(params, *positional, model=model, **named)
+    def build(self) -> tuple[dict[str, Any], dict[str, Any]]:
         hyper = self.hyper
         self._rule = AdaLomo() if hyper.rule == "adalomo" else None
-        self._describe({"rule": hyper.rule, "clip": hyper.clip, "max_norm": hyper.max_norm, "keep": hyper.keep}, {})
-        self._watch()
         self._told = False
+        return {"rule": hyper.rule, "clip": hyper.clip, "max_norm": hyper.max_norm, "keep": hyper.keep}, {}
 
     def update_bucket(self, bucket: Bucket) -> None:
         rates: list[Any] = [1.0] * len(bucket)
@@ -81,7 +77,7 @@ class IPSGD(UpdatesInBackward):
             updates, rates = self._rule.directions(filled, shapes, states, self.steps + 1, self.shards.sum_of_parts)
             bucket = [(part, update) for (part, _), update in zip(bucket, updates, strict=True)]
         for (part, gradient), rate in zip(bucket, rates, strict=True):
-            self._move(part, partial(add_gradient, gradient, 1.0), rate)
+            self._move(part, rate, gradient=gradient)
 
     def needs_closure(self) -> str:
         if self.clip == "two_pass":
@@ -112,7 +108,7 @@ class IPSGD(UpdatesInBackward):
         All ranks call. If a closure's loss is not finite, on whatever rank, or with clip="two_pass" a gradient, all
         skip. What backward has done without a closure cannot be taken back.
         """
-        self._check_parameters()
+        self.check_parameters()
         if closure is not None:
             again = repeatable(partial(self._call, closure), next(iter(self._names)).device)
             first = self._call(closure)

@@ -302,7 +302,7 @@ class _StoredWeights(_Planned):
         """Take all gradients through the method's own buckets; returns the elements of the two that may be held."""
         optimizer._in_step = True
         # Of what moves a part only what is kept of it matters.
-        with mock.patch.object(optimizer, "_move", lambda part, *_: optimizer._store(part)):
+        with mock.patch.object(optimizer, "_move", lambda part, *_, **terms: optimizer._store(part)):
             for measuring in (True, False) if optimizer.clip == "two_pass" else (False,):
                 optimizer._measuring = measuring
                 optimizer.gradients.finish()
@@ -313,8 +313,8 @@ class _StoredWeights(_Planned):
         optimizer, once = self.optimizer, gather.forward(self.owners)
         if not optimizer.uses_gradients:
             if self._in_lockstep():
-                return [gather.forward(self.owners, times_in_layer=2)] * optimizer.probes
-            return [once] * len(optimizer.evaluations())
+                return [gather.forward(self.owners, times_in_layer=2)] * optimizer.probe.probes
+            return [once] * len(optimizer.probe.evaluations())
         (first_order,) = super().passes(trained)
         again = [first_order] if optimizer.clip == "two_pass" else []
         if not optimizer.uses_losses:
@@ -322,12 +322,12 @@ class _StoredWeights(_Planned):
         back = first_order[len(once) :]
         if self._in_lockstep():
             return [gather.forward(self.owners, times_in_layer=3, times_outside=2) + back, *again]
-        return [once * (len(optimizer.evaluations()) + 1) + back, *again]
+        return [once * (len(optimizer.probe.evaluations()) + 1) + back, *again]
 
     def _in_lockstep(self) -> bool:
         optimizer = self.optimizer
         try:
-            return optimizer.lockstep and optimizer.two_sided and bool(optimizer.new_lockstep())
+            return optimizer.probe.lockstep and optimizer.probe.two_sided and bool(optimizer.probe.new_lockstep())
         except ValueError:
             return False
 

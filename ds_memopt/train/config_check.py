@@ -21,7 +21,7 @@ from ds_memopt.optimizers.base.hyper_parameters import (
     check_hyper_parameters,
     check_values,
 )
-from ds_memopt.optimizers.mezo import check_epsilon
+from ds_memopt.optimizers.probes.probe import check_epsilon
 from ds_memopt.train.config import AUTO, places, value_at
 
 _COUNTS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")

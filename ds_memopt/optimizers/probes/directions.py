@@ -11,9 +11,9 @@ from __future__ import annotations
 import functools
 import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -198,6 +198,20 @@ class Directions:
             drawn = [noise.values(f"{name}, {side}", 0, size * rank, device).view(size, rank) for side, size in sides]
             held[number] = tuple(torch.linalg.qr(side).Q for side in drawn)
         return held[number]
+
+
+class NoiseTerms(NamedTuple):
+    """The sum of factor * z over terms (step, probe, factor), for parameter `name` from element `start` on."""
+
+    directions: Directions
+    name: str
+    start: int
+    terms: Sequence[tuple[int, int, float]]
+
+    def add_(self, direction: torch.Tensor, weights: torch.Tensor, start: int) -> None:
+        """Add it to a direction of elements that begin `start` after the first, and hold these weights."""
+        for step, probe, factor in self.terms:
+            self.directions.add_(direction, weights, self.name, self.start + start, step, probe, factor)
 
 
 def magnitude_bins(weights: torch.Tensor) -> torch.Tensor:

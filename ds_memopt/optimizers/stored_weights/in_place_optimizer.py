@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from ds_memopt import kernels
 from ds_memopt.blocks import bare_parameters
 from ds_memopt.optimizers.base.hyper_parameters import LR, WEIGHT_DECAY, HyperParameters, choice, hyper_parameter
 from ds_memopt.optimizers.base.named_optimizer import NamedOptimizer, asks_for_state
 from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart
 from ds_memopt.optimizers.base.naming import check_current
-from ds_memopt.optimizers.stored_weights.residual import add_residual_, residual_of
 from ds_memopt.shards import InPlaceShards, Part, WholeShards, check_contiguous, reshard
-
-PIECE = 2**20
-"""Elements that are updated at once, so that temporary memory stays small."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +65,20 @@ class InPlaceOptimizer(NamedOptimizer):
             for name, p in zip(group["param_names"], group["params"], strict=True)
             if p.requires_grad
         }
-        self._realised: Any = 0.0
-        self._intended: Any = 0.0
+        self._moved = kernels.Moved(0.0, 0.0)
         InPlaceOptimizer.bind(self, WholeShards(model, self._names))  # the subclass is not built yet
         self._check_contiguous()
+        self.described, progress, *more = self.build()
+        for group in self.param_groups:
+            words = [f"{key} {value}" for key, value in self.described.items()]
+            group[STATE_KEY] = ", ".join([type(self).__name__, *words, *more])
+            group[PROGRESS] = {"steps": 0, "skipped": 0, **progress, STATE_KEY: group[STATE_KEY]}
         self._built, self._checked = True, False
+
+    def build(self) -> tuple[dict[str, Any], dict[str, Any], *tuple[str, ...]]:
+        """Build what the method consists of, once its parameters are known. Returns what its state means, by name, how
+        `progress` begins, and more words on the meaning."""
+        raise NotImplementedError
 
     def the_model(self) -> nn.Module:
         return self._model
@@ -85,20 +91,12 @@ class InPlaceOptimizer(NamedOptimizer):
         if self.keep == "residual" and any(p.dtype == torch.float16 for p in self.param_groups[-1]["params"]):
             raise ValueError('keep="residual" needs bf16 or fp32 weights, not fp16. Use bf16, or keep="fp32".')
 
-    def _describe(self, hyper: Mapping[str, Any], progress: Mapping[str, Any], *more: str) -> None:
-        """Write into the param groups what the state means, and what the run has come to."""
-        self.described = dict(hyper)
-        for group in self.param_groups:
-            words = [f"{key} {value}" for key, value in hyper.items()]
-            group[STATE_KEY] = ", ".join([type(self).__name__, *words, *more])
-            group[PROGRESS] = {"steps": 0, "skipped": 0, **progress, STATE_KEY: group[STATE_KEY]}
-
     @property
     def progress(self) -> dict[str, Any]:
         """What the run has come to: counters, and whatever is needed to go on. Saved with the state."""
         return self.param_groups[0][PROGRESS]
 
-    def _set_progress(self, **changes: Any) -> None:
+    def set_progress(self, **changes: Any) -> None:
         for group in self.param_groups:
             group[PROGRESS] = group[PROGRESS] | changes
 
@@ -116,7 +114,7 @@ class InPlaceOptimizer(NamedOptimizer):
         """All parameters that train, whether or not they require gradients."""
         return list(self._names)
 
-    def _check_parameters(self) -> None:
+    def check_parameters(self) -> None:
         """Before the first step: raise ValueError where what trains is no longer what the model computes with."""
         if not self._checked:
             reshard(self._model)
@@ -145,35 +143,17 @@ class InPlaceOptimizer(NamedOptimizer):
         """Steps that were skipped because a loss was not finite."""
         return self.progress["skipped"]
 
-    def _move(
-        self, part: Part, add_direction: Callable[[torch.Tensor, slice, torch.Tensor], None], rate: Any = 1.0
-    ) -> None:
-        """Make a step with a part: theta <- theta * (1 - lr * weight_decay) - lr * direction.
-
-        add_direction(direction, piece, weights): add to zeros what the elements part.elements[piece], which hold these
-            weights, are to go along. rate: multiplies lr.
-        """
-        group, store = self.param_groups[self._group_number[part.parameter]], self._store(part)
-        lr = group["lr"] * rate
-        for start in range(0, len(part.elements), PIECE):
-            piece = slice(start, start + PIECE)
-            weights, kept = part.elements[piece], store[piece] if store is not None else None
-            before = self._master(weights, kept)
-            direction = torch.zeros_like(before)
-            add_direction(direction, piece, weights)
-            after = before * (1 - lr * group["weight_decay"]) - lr * direction
-            weights.copy_(after)
-            if kept is not None:
-                kept.copy_(after if self.keep == "fp32" else residual_of(after))
-            wish = after - before
-            self._realised = self._realised + torch.dot(self._master(weights, kept) - before, wish)
-            self._intended = self._intended + torch.dot(wish, wish)
+    def _move(self, part: Part, rate: Any = 1.0, **terms: Any) -> None:
+        """Make a step with a part, at lr * rate. terms: `gradient`, `share` and `noise` of `kernels.move`."""
+        group = self.param_groups[self._group_number[part.parameter]]
+        lr, decay = group["lr"] * rate, group["weight_decay"]
+        self._moved = kernels.move(part.elements, self._store(part), lr, decay, self._moved, **terms)
 
     @property
     def update_kept(self) -> float:
         """Projection of the last step's real movement on the intended one, of this rank's part: 1 if none was lost."""
-        intended = float(self._intended)
-        return float(self._realised) / intended if intended else 1.0
+        realised, intended = map(float, self._moved)
+        return realised / intended if intended else 1.0
 
     def _store(self, part: Part) -> torch.Tensor | None:
         """What is kept of a part beside its 16-bit weights, made when first needed."""
@@ -185,15 +165,6 @@ class InPlaceOptimizer(NamedOptimizer):
             if self.keep == "fp32":
                 self.shards.local(state["kept"]).copy_(part.elements)
         return self.shards.local(state["kept"])
-
-    def _master(self, weights: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        """A copy of the weights, with what is kept of them, in fp32 or better."""
-        if kept is not None and self.keep == "fp32":
-            return kept.clone()
-        master = weights.to(torch.float64 if weights.dtype == torch.float64 else torch.float32, copy=True)
-        if kept is not None:
-            add_residual_(master, kept)
-        return master
 
     def _state_parts(self) -> Iterator[StatePart]:
         """What this rank keeps beside its weights."""
@@ -212,7 +183,7 @@ class InPlaceOptimizer(NamedOptimizer):
         if progress is None:
             raise ValueError("The state by name is not all: hand in the `progress` of the optimizer that gave it out.")
         super().load_named_state(parts, progress)
-        self._set_progress(**progress)
+        self.set_progress(**progress)
         self._loaded()
         self.shards.publish()
 

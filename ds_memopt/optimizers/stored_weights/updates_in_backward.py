@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ds_memopt import kernels
 from ds_memopt.optimizers.base.hyper_parameters import HyperParameters, choice, hyper_parameter, real
 from ds_memopt.optimizers.stored_weights.in_place_optimizer import InPlaceOptimizer, backward_in_closure
 from ds_memopt.shards import GradientBuckets, InPlaceShards, Part
@@ -39,12 +41,15 @@ FIRST_LOSS_SCALE, GROW_EVERY = 2.0**16, 2000
 class UpdatesInBackward(InPlaceOptimizer):
     """What the first-order methods share that hold no set of gradients: IPSGD and Addax.
 
-    A step is `begin`, `first_order` and `end_step`. A subclass implements `update_bucket`, and calls `_watch` after it
-    is initialised.
+    A step is `begin`, `first_order` and `end_step`. A subclass implements `update_bucket`.
     """
 
     accumulates = False
     hyper: ClippingHyperParameters
+
+    def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
+        super().__init__(params, *positional, model=model, **named)
+        self._watch()
 
     @property
     def clip(self) -> Literal["none", "tensor", "two_pass"]:
@@ -72,7 +77,7 @@ class UpdatesInBackward(InPlaceOptimizer):
         self.grad_norm: float | None = None
         self._fp16 = any(p.dtype == torch.float16 for p in self._names)
         if self._fp16 and "loss_scale" not in self.progress:
-            self._set_progress(loss_scale=FIRST_LOSS_SCALE, since_overflow=0)
+            self.set_progress(loss_scale=FIRST_LOSS_SCALE, since_overflow=0)
 
     def bind(self, shards: InPlaceShards, **reduction: Any) -> None:
         """Called by the engine. reduction: `elements` and `dtype` of `GradientBuckets`."""
@@ -159,7 +164,7 @@ class UpdatesInBackward(InPlaceOptimizer):
             scale, since = scale / 2, 0
         elif since == GROW_EVERY:
             scale, since = scale * 2, 0
-        self._set_progress(loss_scale=scale, since_overflow=since)
+        self.set_progress(loss_scale=scale, since_overflow=since)
 
     def needs_closure(self) -> str:
         """Why a backward outside `step` cannot be a step; empty where it can."""
@@ -184,7 +189,7 @@ class UpdatesInBackward(InPlaceOptimizer):
             return
         if self._step_is_new:
             self._check_contiguous()
-            self._step_is_new, self._realised, self._intended = False, 0.0, 0.0
+            self._step_is_new, self._moved = False, kernels.Moved(0.0, 0.0)
         if self.clip == "tensor":
             squares = torch.stack([_square(part, gradient) for part, gradient in bucket])
             self.shards.sum_of_parts(squares)
@@ -205,7 +210,7 @@ class UpdatesInBackward(InPlaceOptimizer):
         self._step_is_new = True
         if done:
             self.shards.publish()
-        self._set_progress(steps=self.steps + 1, skipped=self.skipped_steps + (not done))
+        self.set_progress(steps=self.steps + 1, skipped=self.skipped_steps + (not done))
 
 
 def _square(part: Part, gradient: torch.Tensor | None) -> torch.Tensor:
@@ -221,11 +226,3 @@ def _exact(gradient: torch.Tensor) -> torch.Tensor:
 def sum_and_count(result: Any) -> tuple[Any, Any]:
     """What a closure returned as (sum of losses, number of samples): a mean counts as one sample of every rank."""
     return result if isinstance(result, tuple) else (result, 1.0)
-
-
-def add_gradient(
-    gradient: torch.Tensor | None, share: float, direction: torch.Tensor, piece: slice, weights: torch.Tensor
-) -> None:
-    """Add a share of a gradient's elements to the direction of a piece of its part."""
-    if gradient is not None:
-        direction.add_(gradient[piece], alpha=share)
