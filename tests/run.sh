@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Sets up .venv like the quick start and runs all tests, or those that pytest's arguments select.
+# Sets up .venv like the quick start and runs all tests, or those that pytest's arguments select, in two processes.
+# A file's tests share what its fixtures started, so each file stays in one process. To see what tests print: -n 0 -s.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh train,test
 # Ranks share the cores: one thread each.
 export OMP_NUM_THREADS=1
-exec python -m pytest --durations=10 "$@"
+exec python -m pytest --durations=10 -n 2 --dist loadfile "$@"

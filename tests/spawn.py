@@ -5,7 +5,9 @@ Processes are forked from a server that has imported the slow packages once, so 
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import itertools
 import multiprocessing
 import os
 import socket
@@ -21,13 +23,23 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "deepspeed", "transformers", "torch.distributed.fsdp"])
 
 
+# Below the ports that the system gives away by itself, and for each worker of pytest-xdist others: between the look at
+# a port and its use nobody takes it. Two runs of the tests begin at different numbers.
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+PORTS = itertools.count(12_000 + 1_000 * WORKER + os.getppid() % 1_000)
+TIME_LIMIT = 1200
+"""Seconds for what takes some: only what hangs takes them, so that a busy machine fails no test."""
+
+
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """One that nobody uses, and that is never returned again."""
+    for port in PORTS:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
-def run_ranks(function, world_size: int, *args, timeout_s: float = 400):
+def run_ranks(function, world_size: int, *args, timeout_s: float = TIME_LIMIT):
     """Return [function(*args) of each rank]; rank and size are in torch.distributed and in the environment.
 
     Raises RuntimeError with the first failing rank's traceback, or if a rank is not done after timeout_s.
@@ -55,7 +67,7 @@ def run_ranks(function, world_size: int, *args, timeout_s: float = 400):
                 raise RuntimeError(message)
         finally:
             for rank in ranks:
-                rank.join(20 if not any(Path(folder).glob("*.failed")) else 0)
+                rank.join(60 if not any(Path(folder).glob("*.failed")) else 0)
                 if rank.is_alive():
                     rank.kill()
             # DeepSpeed's CPU all_reduce leaves 66 MiB of shared memory per rank behind.

@@ -8,6 +8,7 @@ import sys
 
 import deepspeed
 import torch
+from spawn import TIME_LIMIT
 
 from ds_memopt import doctor
 
@@ -16,7 +17,7 @@ def findings(**environment: str) -> dict[str, str]:
     """Each line that it prints: {name: found}; {name + " without": what does not work}."""
     command = [sys.executable, "-m", "ds_memopt.cli", "doctor"]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=120
+        command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=TIME_LIMIT
     )
     assert done.returncode == 0, done.stderr
     results, name = {}, ""

@@ -22,7 +22,7 @@ from engines_ranks import (
     small_model,
     train_small,
 )
-from spawn import free_port, run_ranks
+from spawn import TIME_LIMIT, free_port, run_ranks
 from tiny import FIRST_ORDER, HYPER, batches, distance, full_parameters, llama, train_plain
 
 import ds_memopt
@@ -211,7 +211,7 @@ def test_a_script_that_knows_nothing_of_us_runs_unchanged(tmp_path):
     done = subprocess.run(
         [sys.executable, launcher, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "ds_memopt.run",
          "script.py", "--out", "result"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200,
+        cwd=tmp_path, capture_output=True, text=True, timeout=TIME_LIMIT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "result").read_text() == "AdamMini __main__ script.py"

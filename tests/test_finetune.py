@@ -14,7 +14,7 @@ import torch
 import transformers
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file, save_file
-from spawn import run_ranks
+from spawn import TIME_LIMIT, run_ranks
 from tiny import equal_tensors
 
 from ds_memopt.optimizers import METHODS
@@ -451,7 +451,7 @@ def test_the_script_says_what_is_wrong_and_fails(place):
     write(place / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
     command = [sys.executable, str(ROOT / "launch/finetune.py"), "--model", str(place / "sure"), "--steps", "1"]
     command += ["--data", str(place / "bad.jsonl"), "--output_dir", str(place / "bad")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 1 and [path.name for path in (place / "bad").iterdir()] == [LOCK]
     assert f"ValueError: {place}/bad.jsonl, line 2: the field 'completion' must be a string" in done.stderr
     assert "Traceback" not in done.stderr

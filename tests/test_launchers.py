@@ -19,7 +19,7 @@ import pytest
 import torch
 from deepspeed.launcher import runner
 from safetensors.torch import load_file
-from spawn import CONTEXT, free_port, run_ranks
+from spawn import CONTEXT, TIME_LIMIT, free_port, run_ranks
 from torch.distributed.run import get_args_parser
 
 from ds_memopt import cli
@@ -42,7 +42,7 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     outside = {name: value for name, value in os.environ.items() if name not in {*PLACE, *MPI_SIZES}}
     outside |= {"OMP_NUM_THREADS": "1", "PATH": f"{BIN}:{os.environ['PATH']}"}
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=200, cwd=ROOT, env=outside | environment, check=False
+        command, capture_output=True, text=True, timeout=TIME_LIMIT, cwd=ROOT, env=outside | environment, check=False
     )
 
 
@@ -103,12 +103,12 @@ def test_a_rank_that_fails_under_mpirun_ends_the_others():
     program = (
         "import os, time; from ds_memopt.train.launcher import find_place; find_place();"
         "print(*(os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_PORT')),"
-        "flush=True); time.sleep(120 if os.environ['RANK'] == '0' else 1); raise RuntimeError('out of luck')"
+        "flush=True); time.sleep(900 if os.environ['RANK'] == '0' else 1); raise RuntimeError('out of luck')"
     )
     began = time.monotonic()
     done = run([*MPIRUN, sys.executable, "-c", program], MASTER_PORT="12345")
     assert done.returncode != 0 and "out of luck" in done.stderr
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 600
     assert sorted(re.findall(r"^[\d ]+$", done.stdout, re.MULTILINE)) == ["0 0 2 2 12345", "1 1 2 2 12345"]
 
 
@@ -140,7 +140,7 @@ def test_srun_starts_one_run_of_all_tasks():
     ]
     for task in tasks:
         task.start()
-    seen = sorted(results.get(timeout=100) for _ in tasks)
+    seen = sorted(results.get(timeout=TIME_LIMIT) for _ in tasks)
     for task in tasks:
         task.join()
     assert seen == [(0, 0, 3, "2", 6), (1, 1, 3, "2", 6), (2, 0, 3, "1", 6)]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from spawn import TIME_LIMIT
 
 from ds_memopt.results.record import read_metrics
 from ds_memopt.train.sweep import Case, Sweep, describe, ds_config, largest_that_fits, summary
@@ -34,10 +35,10 @@ def test_search_finds_the_largest_of_all_limits(smallest):
 
 def _sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     sizes = ["--gpus", "1", "--seq_length", "512", "--warm_up", "1", "--measure", "2", "--memory_limit_gib", "0.55"]
-    sizes += ["--timeout", "120"]
+    sizes += ["--timeout", str(TIME_LIMIT)]
     command = [sys.executable, str(ROOT / "launch/throughput.py"), "--output_dir", str(folder), *sizes, *arguments]
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=4 * TIME_LIMIT, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
 
 

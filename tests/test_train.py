@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 from deepspeed.runtime.config import DeepSpeedConfig
+from spawn import TIME_LIMIT
 
 from ds_memopt.results import comparison
 from ds_memopt.results.record import MetricsFile, read_metrics
@@ -267,7 +268,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
 def test_the_script_says_what_is_wrong_and_fails(tmp_path):
     """`python launch/pretrain.py` alone, without a launcher."""
     command = [sys.executable, str(ROOT / "launch/pretrain.py"), "--output_dir", str(tmp_path), "--data", "nowhere.txt"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
     assert done.returncode == 1
     assert "ValueError: --data nowhere.txt: no such file or folder" in done.stderr
     assert "Traceback" not in done.stderr and [path.name for path in tmp_path.iterdir()] == [".lock"]
@@ -283,7 +284,7 @@ def test_the_script_says_what_is_wrong_and_fails(tmp_path):
 def test_set_up_says_what_the_machine_lacks(variables, message):
     command = ["bash", "-euc", ". launch/setup.sh none"]
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables}, timeout=60
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **variables}, timeout=TIME_LIMIT
     )
     assert done.returncode == 1 and message in done.stderr and done.stdout == ""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from spawn import free_port, run_ranks
+from spawn import TIME_LIMIT, free_port, run_ranks
 from tiny import equal_tensors
 
 from ds_memopt.results.record import read_metrics
@@ -39,7 +39,7 @@ def _launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         [*launcher, str(ROOT / "launch/pretrain.py"), "--output_dir", str(folder), *sizes, *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=TIME_LIMIT,
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
     )
