@@ -142,16 +142,16 @@ SIZE = dict(steps=5, seq_length=16, micro_batch=2, accumulation=1, validation_in
     [
         # The stopped rank may not have had the time to say that its third step has begun.
         (loop.pretrain, "zero2_adam_mini", "stop",
-         r"no answer for 0.1 minutes \(--timeout_minutes\) from rank 1 in (step [123]|the start), by its last word, "
+         r"no answer for 0.2 minutes \(--timeout_minutes\) from rank 1 in (step [123]|the start), by its last word, "
          r"while this rank is in step 3: "),
         (pretrain_fsdp2, "zero3_adam_mini", "sleep",
-         r"the others have waited 0.1 minutes \(--timeout_minutes 0.1\) for rank 1 in step 3: "),
+         r"the others have waited 0.2 minutes \(--timeout_minutes 0.2\) for rank 1 in step 3: "),
     ],
 )  # fmt: skip
 def test_a_rank_that_does_not_arrive_is_named(pretrain, config, fault, sentence, tmp_path):
     options = Options(
         deepspeed_config=str(ROOT / f"ds_configs/{config}.json"), output_dir=str(tmp_path / "run"), data="synthetic",
-        timeout_minutes=0.1, **SIZE,
+        timeout_minutes=0.2, **SIZE,
     )  # fmt: skip
     said, seconds = launch(_train_with_a_fault, tmp_path, pretrain, options, fault)
     assert len(re.findall(rf"^\[rank0\]: TimeoutError: {sentence}", said[0], re.MULTILINE)) == 1, said
@@ -160,7 +160,7 @@ def test_a_rank_that_does_not_arrive_is_named(pretrain, config, fault, sentence,
 
 def _long_stages(seconds: float) -> None:
     """Longer than the timeout: one rank alone where it may, then both. Then the first one stops."""
-    with start_ranks(timeout_minutes=0.05) as ranks:
+    with start_ranks(timeout_minutes=0.1) as ranks:
         ranks.enter("the saving of the model", alone=True)
         if ranks.is_main:
             time.sleep(seconds)
@@ -177,10 +177,10 @@ def _long_stages(seconds: float) -> None:
 
 
 def test_long_stages_end_nothing_and_the_second_rank_watches_the_first(tmp_path):
-    said, seconds = launch(_long_stages, tmp_path, 5.0)
+    said, seconds = launch(_long_stages, tmp_path, 8.0)
     assert said[0] == "" and said[1].count("TimeoutError") == 1, said
-    assert "[rank1]: TimeoutError: no answer for 0.05 minutes (--timeout_minutes) from rank 0 in step 2" in said[1]
-    assert seconds > 2 * 5 + 1 + 0.05 * 60
+    assert "[rank1]: TimeoutError: no answer for 0.1 minutes (--timeout_minutes) from rank 0 in step 2" in said[1]
+    assert seconds > 2 * 8 + 1 + 0.1 * 60
 
 
 def _fail_alike(error: type[Exception]) -> None:
