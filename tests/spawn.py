@@ -33,7 +33,8 @@ TIME_LIMIT = 1200
 
 def free_port() -> int:
     """One that nobody uses, and that is never returned again."""
-    for port in PORTS:
+    while True:
+        port = next(PORTS)
         with socket.socket() as listener, contextlib.suppress(OSError):
             listener.bind(("127.0.0.1", port))
             return port
