@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from lockstep_ranks import everything, models, trajectories
 from spawn import run_ranks
 from tiny import distance, full_parameters
+
+from ds_memopt.cli import main
 
 FAMILIES = list(models())
 
@@ -69,23 +68,21 @@ def test_a_model_that_mixes_rows_falls_back_to_two_passes(results):
     assert distance(together["weights"], apart["weights"]) == 0
 
 
-def test_replay_rebuilds_the_weights_of_any_stage(tmp_path):
+def test_replay_rebuilds_the_weights_of_any_stage(tmp_path, capsys):
     """Two ranks in bf16, with schedule, decay and a resume; the command on one process gives the same bits."""
     (ends, refusals), (_, on_the_second_rank) = run_ranks(trajectories, 2, tmp_path)
     for stage, weights in ends.items():
-        command = [sys.executable, "-m", "ds_memopt.cli", "replay"]
         paths = [str(tmp_path / f"{name}{stage}") for name in ("base", "steps", "rebuilt")]
         paths[0] += ".bin"
-        done = subprocess.run([*command, *paths], capture_output=True, text=True, check=False)
-        assert done.returncode == 0 and "8 steps applied" in done.stdout, done.stderr
+        assert main(["replay", *paths]) == 0 and "8 steps applied" in capsys.readouterr().out
         rebuilt = torch.load(tmp_path / f"rebuilt{stage}", weights_only=True)
         assert all(torch.equal(rebuilt[name].float(), weight) for name, weight in weights.items()), stage
 
     def refused(base, steps) -> str:
         out = tmp_path / "none"
-        done = subprocess.run([*command, base, steps, out], capture_output=True, text=True, check=False)
-        assert done.returncode == 2 and not out.exists() and not list(tmp_path.glob(".none*"))
-        return done.stderr
+        assert main(["replay", str(base), str(steps), str(out)]) == 2
+        assert not out.exists() and not list(tmp_path.glob(".none*"))
+        return capsys.readouterr().err
 
     assert "is not what the run began with" in refused(tmp_path / "rebuilt0", tmp_path / "steps0")
     cut = tmp_path / "cut"
