@@ -76,10 +76,11 @@ def measured(method: str, placement: str, dtype: str) -> dict:
     config = ds_config(zero["stage"], type_of(method), {"lr": 1e-4} | METHODS[method], **bf16)
     config["zero_optimization"] = zero
     engine = initialize(model, config, model_parameters=param_groups(model))
-    batches = [halves(batch) if method == "Addax" else {"input_ids": batch, "labels": batch} for batch in local(5)]
+    steps = local(5 if zero["stage"] == 3 else 2)  # until states are there, and ZeRO-3 has traced a step
+    batches = [halves(batch) if method == "Addax" else {"input_ids": batch, "labels": batch} for batch in steps]
     meter = CommunicationMeter()
     for number, batch in enumerate(batches):
-        if number == 4:  # states are there, and ZeRO-3 has traced a step
+        if number == len(batches) - 1:
             meter.start()
         engine.backward(engine(**batch).loss)
         gradients = gradient_bytes(engine, engine.device)
