@@ -62,8 +62,8 @@ class AliveBytes(TorchDispatchMode):
 
 
 def many_small_layers():
-    """In bf16; its largest matrix has 0.3 % of its weights."""
-    return bf16_llama(num_hidden_layers=64, **SIZES)
+    """In bf16; its largest matrix has 0.4 % of its weights."""
+    return bf16_llama(num_hidden_layers=48, **SIZES)
 
 
 def peaks(stage: int) -> dict[str, int]:
@@ -90,7 +90,7 @@ def all_peaks(stages: list[int]) -> list[dict[str, int]]:
 
 @pytest.mark.parametrize("stages, ranks", [([0, 1], 1), ([1], 2)])
 def test_a_step_takes_the_memory_of_inference_and_the_residuals(stages, ranks):
-    """2 / N bytes per weight. Limit 1.05 of both; measured 1.005, and 1.022 on two ranks. The copy of the module that
+    """2 / N bytes per weight. Limit 1.05 of both; measured 1.01, and 1.027 on two ranks. The copy of the module that
     runs, its noise and what is gathered at once are small beside this model, as they are in one of usual size.
 
     What ZeRO-1 gathers at once of small parameters, 8 MiB and 1 / N of that, is cut to what it is of 2e8 weights: uncut
@@ -163,7 +163,7 @@ def all_peaks_in_backward() -> list[dict[str, int]]:
 
 
 def test_a_step_in_backward_takes_weights_residuals_and_the_activations_of_one_half():
-    """Weights are cut at ZeRO-3, residuals at ZeRO-1 to 3. Limit 1.05; measured 1.00 to 1.03, most of it the noise of a
+    """Weights are cut at ZeRO-3, residuals at ZeRO-1 to 3. Limit 1.05; measured 1.00 to 1.04, most of it the noise of a
     module and a bucket on its way. With a set of gradients it would be 1.3 and more; AdamW takes 2.0 at ZeRO-3."""
     ranks = 2
     for results in run_ranks(all_peaks_in_backward, ranks):
