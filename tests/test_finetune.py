@@ -437,9 +437,14 @@ def test_ranks_and_stages_change_nothing_of_addax(place, whole):
     """The same 4 long and 2 short rows a step."""
     same = dict(steps=2, lr=1e-3, micro_batch=None, accumulation=None)
     cases = {(1, 2): addax(place, zo_batch=4, fo_batch=2), (2, 0): addax(place, 0), (2, 3): addax(place, 3)}
-    for (world_size, stage), config in cases.items():
-        run = options(place / f"addax{world_size}_{stage}", place / "sure", place, deepspeed_config=config, **same)
-        assert run_ranks(run_all, world_size, [run]) == [[None]] * world_size
+    runs = {
+        case: options(place / "addax{}_{}".format(*case), place / "sure", place, deepspeed_config=config, **same)
+        for case, config in cases.items()
+    }
+    for world_size in (1, 2):
+        tried = [run for (ranks, _), run in runs.items() if ranks == world_size]
+        assert run_ranks(run_all, world_size, tried) == [[None] * len(tried)] * world_size
+    for run in runs.values():
         for ours, theirs in zip(read_metrics(Path(run.output_dir)), read_metrics(whole["Addax"]), strict=True):
             assert ours["tokens"] == theirs["tokens"]
             measured = [key for key in VALIDATION if theirs[key] is not None]
