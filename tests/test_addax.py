@@ -335,7 +335,7 @@ def test_what_is_not_finite_skips_the_step(method, factors):
     step_with(method, models[0], optimizer, **factors)
     assert bits(models[0]) == before and (optimizer.steps, optimizer.skipped_steps) == (1, 1)
     assert all(p.grad is None for p in models[0].parameters())
-    reference._set_progress(steps=1)
+    reference.set_progress(steps=1)
     assert equal(run_on(models[0], optimizer, range(1, 3)), run_on(models[1], reference, range(1, 3)))
     assert optimizer.skipped_steps == 1 and bits(models[0]) != before
 

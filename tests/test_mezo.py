@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_finite_skips_the_step(losses):
     before, values = bits(model), iter(losses)
     optimizer.step(lambda: next(values))
     assert bits(model) == before and (optimizer.steps, optimizer.skipped_steps) == (3, 1)
-    expected._set_progress(steps=3)
+    expected.set_progress(steps=3)
     assert equal(train(model, optimizer, range(3, 5)), train(reference, expected, range(3, 5)))
 
 

@@ -101,9 +101,7 @@ class InBackwardAdapter(InPlaceAdapter):
         optimizer = self.optimizer
         pending, factor = self.losses.take(loss, retain_graph, type(optimizer).__name__)
         factor = factor.double() * pending.share
-        for number, value in enumerate(pending.zeroth or ()):
-            value = value.double() * factor * pending.zo_count if pending.zo_count else 0.0
-            optimizer.probe.observe(number, value, pending.zo_count)
+        self.observe(pending, factor)
         if pending.first is None:
             total, count = 0.0, 0.0
         else:
@@ -120,6 +118,9 @@ class InBackwardAdapter(InPlaceAdapter):
         finally:
             engine._running_engine_backward = False
         return loss
+
+    def observe(self, pending: Pending, factor: torch.Tensor) -> None:
+        """Hand the losses of a zeroth-order half to the method: there is none."""
 
     def backward_cost(self, engine) -> float | None:
         """With two passes: two backwards, and a forward between them."""
@@ -154,8 +155,7 @@ class AddaxAdapter(InBackwardAdapter):
 
     def configure_zero(self, original: Callable, engine: Any, optimizer: Addax) -> InPlaceAdapter:
         super().configure_zero(original, engine, optimizer)
-        gathers = self.offload is not None
-        self.evaluator = LossEvaluator(type(optimizer).__name__, optimizer.probe, gathers, optimizer.shards.sum)
+        self.evaluator = LossEvaluator(optimizer, gathers=self.offload is not None)
         on_cpu = next(iter(optimizer.names_by_tensor())).device.type == "cpu"
         if optimizer.length_threshold == "auto" and optimizer.memory_gib is None and on_cpu:
             raise ValueError(
@@ -226,6 +226,11 @@ class AddaxAdapter(InBackwardAdapter):
         measured = [(torch.stack(zeroth).mean(), zo.count)] if use_zo else []
         measured += [(first, fo.count)] if use_fo else []
         return self.losses.give(output, _mean(measured), pending)
+
+    def observe(self, pending: Pending, factor: torch.Tensor) -> None:
+        for number, value in enumerate(pending.zeroth or ()):
+            value = value.double() * factor * pending.zo_count if pending.zo_count else 0.0
+            self.optimizer.probe.observe(number, value, pending.zo_count)
 
     def choose_threshold(self, original: Callable, engine, keywords: Mapping[str, Any]) -> int:
         """The largest that fits on all ranks, with what is held beside activations already."""

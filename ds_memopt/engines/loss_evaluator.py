@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from ds_memopt.engines.losses import loss_of
-from ds_memopt.optimizers.probes.probe import Probe
+from ds_memopt.optimizers import Addax, MeZO
 
 logger = logging.getLogger("ds_memopt")
 
@@ -19,18 +19,16 @@ logger = logging.getLogger("ds_memopt")
 class LossEvaluator:
     """Runs the evaluations of a step on one batch.
 
-    probe: of the method. gathers: whether weights are gathered for each forward. sum_over_ranks:
-    sums a few numbers over the ranks, in place. lockstep: what runs both signs in one forward, or None.
+    optimizer: a method with a probe. gathers: whether weights are gathered for each forward: then lockstep is tried.
+    lockstep: what runs both signs in one forward, or None.
     """
 
-    def __init__(
-        self, method: str, probe: Probe, gathers: bool, sum_over_ranks: Callable[[torch.Tensor], None]
-    ) -> None:
-        self._method, self.probe, self._sum = method, probe, sum_over_ranks
+    def __init__(self, optimizer: MeZO | Addax, gathers: bool) -> None:
+        self._method, self.probe, self._shards = type(optimizer).__name__, optimizer.probe, optimizer.shards
         self.lockstep, self.lockstep_checked = None, False
-        if gathers and probe.lockstep and probe.two_sided:
+        if gathers and self.probe.lockstep and self.probe.two_sided:
             try:
-                self.lockstep = probe.new_lockstep()
+                self.lockstep = self.probe.new_lockstep()
             except ValueError as error:
                 self.tell(f"each layer is gathered once for each sign: {str(error).split('. ')[0]}")
 
@@ -81,7 +79,7 @@ class LossEvaluator:
         differ = torch.zeros(1, dtype=torch.float64)
         for first, second in zip(together, apart, strict=False):
             differ += first is None or not torch.allclose(first, second, rtol=1e-6, atol=0, equal_nan=True)
-        self._sum(differ)
+        self._shards.sum(differ)
         if differ.item():
             self.lockstep = None
             self.tell("in lockstep the losses differ, so each layer is gathered once for each sign")

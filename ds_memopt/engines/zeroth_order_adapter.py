@@ -28,8 +28,7 @@ class ZerothOrderAdapter(InPlaceAdapter):
 
     def configure_zero(self, original: Callable, engine: Any, optimizer: MeZO) -> InPlaceAdapter:
         super().configure_zero(original, engine, optimizer)
-        gathers = self.offload is not None
-        self.evaluator = LossEvaluator(type(optimizer).__name__, optimizer.probe, gathers, optimizer.shards.sum)
+        self.evaluator = LossEvaluator(optimizer, gathers=self.offload is not None)
         for parameter in optimizer.names_by_tensor():
             parameter.requires_grad_(False)  # no gradient is needed, and checkpoints then hold all weights as they are
         return self

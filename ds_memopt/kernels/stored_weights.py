@@ -12,7 +12,7 @@ PIECE = 2**20
 """Elements that are updated at once, so that temporary memory stays small."""
 
 
-class Noise(Protocol):
+class NoiseSum(Protocol):
     """A sum of noise terms, which is made anew for any part of a parameter."""
 
     def add_(self, direction: torch.Tensor, weights: torch.Tensor, start: int) -> None:
@@ -29,18 +29,19 @@ class Moved(NamedTuple):
 def move(
     weights: torch.Tensor,
     kept: torch.Tensor | None,
-    lr: float,
+    lr: float | torch.Tensor,
     weight_decay: float,
     moved: Moved,
     *,
     gradient: torch.Tensor | None = None,
     share: float = 1.0,
-    noise: Noise | None = None,
+    noise: NoiseSum | None = None,
 ) -> Moved:
     """theta <- theta * (1 - lr * weight_decay) - lr * (share * gradient + noise), in fp32 or better.
 
     weights: 1-D, of 16, 32 or 64 bits. kept: of 16-bit weights what rounding drops, int16, or fp32 masters, or None.
-    moved: by earlier calls. gradient: of the same elements. Returns the sum of that and of what this call moved.
+    lr: a number, or a tensor without dimensions. moved: by earlier calls. gradient: of the same elements.
+    Returns the sum of `moved` and of what this call moved.
     """
     realised, intended = moved
     for start in range(0, len(weights), PIECE):

@@ -91,7 +91,8 @@ class Addax(UpdatesInBackward):
         self.probe = Probe(self, hyper)
         self.recorder = Recorder(self, self.probe, hyper.trajectory)
         self._terms: list[tuple[int, int, float]] = []
-        start = {"history": [], "mean_square": 0.0, "thresholds": {}, "base_checksum": ""}  # as MeZO's, for its files
+        # Checkpoints have a momentum's part as well, which stays as it is.
+        start = {"history": [], "mean_square": 0.0} | self.probe.START | self.recorder.START
         # Not the threshold and the batches: with others a run may go on.
         own = {"alpha": hyper.alpha, "clip": hyper.clip, "max_norm": hyper.max_norm}
         return self.probe.meaning() | own, start, *self.probe.words()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -51,12 +51,16 @@ class MeZOHyperParameters(DirectionHyperParameters, ProbeHyperParameters, InPlac
     )
 
 
-class Momentum(NamedTuple):
+@dataclass(frozen=True)
+class Momentum:
     """From g of each probe, the terms (step, probe, factor) along whose noise the weights move.
 
     momentum: b of the average (1 - b) * sum_i b^i g_{t-i} z_{t-i}. normalize: whether g is divided by the root of the
     moving average of its squares.
     """
+
+    START: ClassVar[dict[str, Any]] = {"history": [], "mean_square": 0.0}
+    """How its part of the method's `progress` begins."""
 
     momentum: float
     normalize: bool
@@ -107,7 +111,7 @@ class MeZO(InPlaceOptimizer):
         self.probe = Probe(self, hyper, hyper.probes, hyper.estimator, hyper)
         self.rule = Momentum(hyper.momentum, hyper.normalize)
         self.recorder = Recorder(self, self.probe, hyper.trajectory)
-        start = {"history": [], "mean_square": 0.0, "thresholds": {}, "base_checksum": ""}
+        start = self.rule.START | self.probe.START | self.recorder.START
         return self.probe.meaning(hyper.momentum, hyper.normalize), start, *self.probe.words()
 
     def release(self) -> None:

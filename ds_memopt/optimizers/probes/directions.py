@@ -67,15 +67,14 @@ class Directions:
     """z of any step and probe.
 
     kind, seed, compiled: of the noise, see `Noise`.
-    layer_fraction: LeZO: in each step this share of the layers, drawn anew, has noise; so has all that is in no layer.
-        The others stay where they are but for weight decay, which knows no layers.
-    rank: SubZero: for matrices z = sqrt(R C) / rank * U Z V^T, with U [R, rank] and V [C, rank] orthonormal and drawn
-        anew every `refresh_every` steps, Z [rank, rank] in every step. 0: full noise. Other ranks and placements agree
-        to fp32 rounding of the product, not bit for bit.
-    magnitude_fraction: Sparse-MeZO: of each matrix only the smallest weights have noise, up to the magnitude below
-        which this share of them lay at the first step. Where that is 0, as in LoRA's B, all have noise: weights that
-        start at zero would leave the mask with their first step, and nothing would train from then on.
-    layers: the names of each layer's parameters. None: what the model's structure tells, if layer_fraction < 1.
+    picked: LeZO: in each step a share of the layers, drawn anew, has noise; so has all that is in no layer. The others
+        stay where they are but for weight decay, which knows no layers.
+        SubZero: for matrices z = sqrt(R C) / rank * U Z V^T, with U [R, rank] and V [C, rank] orthonormal and drawn
+        anew every `refresh_every` steps, Z [rank, rank] in every step. Other ranks and placements agree to fp32
+        rounding of the product, not bit for bit.
+        Sparse-MeZO: of each matrix only the smallest weights have noise, up to the magnitude below which this share of
+        them lay at the first step. Where that is 0, as in LoRA's B, all have noise: weights that start at zero would
+        leave the mask with their first step, and nothing would train from then on.
 
     Raises ValueError for layers that are empty, or name a parameter that does not train or
     one twice; and where layer_fraction < 1 finds no layers.
@@ -86,18 +85,15 @@ class Directions:
     kind: str
     seed: int
     compiled: bool
-    layer_fraction: float = 1.0
-    rank: int = 0
-    refresh_every: int = 1000
-    magnitude_fraction: float = 1.0
-    layers: list[list[str]] | None = None
+    picked: DirectionHyperParameters
     thresholds: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.layers = self.picked.layers
         self.shapes = {name: full_shape(p) for p, name in self.names.items()}
         if self.layers is not None:
             self._check_layers()
-        elif self.layer_fraction < 1:
+        elif self.picked.layer_fraction < 1:
             self.layers = self._find_layers()
         # Of this instance: a cache of the class would keep the model alive. One entry for each step of the momentum.
         self.skipped = functools.lru_cache(maxsize=512)(self.skipped)
@@ -127,7 +123,7 @@ class Directions:
             blocks = partition_into_blocks(self.model, self.names.values()).blocks
         except ValueError as error:
             cause = str(error).split(". ")[0]  # its remedy is an option of another method
-            raise ValueError(f"layer_fraction={self.layer_fraction} needs layers. {cause}. {LAYERS}") from error
+            raise ValueError(f"layer_fraction={self.picked.layer_fraction} needs layers. {cause}. {LAYERS}") from error
         return [list(names) for names in blocks.values()]
 
     def add_(
@@ -137,11 +133,11 @@ class Directions:
         if name in self.skipped(step):
             return
         threshold = self.thresholds.get(name, 0)
-        if not self.rank and not threshold:
+        if not self.picked.rank and not threshold:
             self._noise(step, probe).add_(target, name, start, scale)
             return
         z = torch.zeros_like(target, dtype=torch.float32)
-        if self.rank and len(self.shapes[name]) == 2:
+        if self.picked.rank and len(self.shapes[name]) == 2:
             z.add_(self._low_rank(name, start, len(target), step, probe, target.device), alpha=scale)
         else:
             self._noise(step, probe).add_(z, name, start, scale)
@@ -151,7 +147,7 @@ class Directions:
 
     def choose_thresholds(self, shards: InPlaceShards) -> None:
         """Look at the weights, once, before the first step. A collective where ranks hold parts."""
-        if self.magnitude_fraction == 1 or self.thresholds:
+        if self.picked.magnitude_fraction == 1 or self.thresholds:
             return
         parts = {part.name: part.elements for part in shards.parts()}
         for parameter, name in self.names.items():  # the same on every rank, also where one holds nothing of it
@@ -161,15 +157,15 @@ class Directions:
             counts = torch.bincount(bins, minlength=BINS).to(parameter.device, torch.float64)
             shards.sum_of_parts(counts)
             below = counts.cumsum(0)
-            self.thresholds[name] = int(torch.searchsorted(below, self.magnitude_fraction * below[-1]))
+            self.thresholds[name] = int(torch.searchsorted(below, self.picked.magnitude_fraction * below[-1]))
 
     def skipped(self, step: int) -> frozenset[str]:
         """The parameters that have no noise in this step."""
-        if self.layer_fraction == 1:
+        if self.picked.layer_fraction == 1:
             return frozenset()
         generator = torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.seed}, layers, {step}".encode()))
         order = torch.randperm(len(self.layers), generator=generator, device="cpu").tolist()
-        left_out = order[math.ceil(self.layer_fraction * len(self.layers)) :]
+        left_out = order[math.ceil(self.picked.layer_fraction * len(self.layers)) :]
         return frozenset(name for number in left_out for name in self.layers[number])
 
     def _noise(self, step: int, probe: int) -> Noise:
@@ -179,8 +175,8 @@ class Directions:
         self, name: str, start: int, length: int, step: int, probe: int, device: torch.device
     ) -> torch.Tensor:
         rows, columns = self.shapes[name]
-        rank = min(self.rank, rows, columns)
-        left, right = self._bases_of(name, rank, step // self.refresh_every, device)
+        rank = min(self.picked.rank, rows, columns)
+        left, right = self._bases_of(name, rank, step // self.picked.refresh_every, device)
         middle = self._noise(step, probe).values(name, 0, rank * rank, device).view(rank, rank)
         first, last = start // columns, -(-(start + length) // columns)
         product = left[first:last] @ middle @ right.T * (math.sqrt(rows * columns) / rank)

@@ -22,13 +22,13 @@ class Lockstep:
     """A model whose forward can run two halves of a batch in lockstep.
 
     model: a transformers model, which computes its loss in `loss_function`. layers: paths of its layers.
-    set_sign: called with +1 where the first half of a batch follows, and with -1 where the second does.
+    flip: changes the sign at which the model runs, which is positive at first.
 
     Raises ValueError where the model cannot be split: no loss_function, or parameters owned by a module that holds
     layers.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[str], set_sign: Callable[[int], None]) -> None:
+    def __init__(self, model: nn.Module, layers: Sequence[str], flip: Callable[[], None]) -> None:
         if not hasattr(model, "loss_function"):
             raise ValueError(f"{type(model).__name__} has no loss_function")
         owners = [name for name, module in bare_modules(model).items() if list(module.parameters(recurse=False))]
@@ -39,7 +39,7 @@ class Lockstep:
             raise ValueError(f"{holder} owns parameters and holds layers")
         if "" in outside:
             raise ValueError(f"{type(model).__name__} itself owns parameters")
-        self._model, self._set_sign = model, set_sign
+        self._model, self._flip = model, flip
         modules = wrapped_modules(model)
         self.units = [modules[name] for name in (*layers, *outside)]
         self._batch, self._sign = 0, 1
@@ -87,7 +87,7 @@ class Lockstep:
             for sign in (self._sign, -self._sign):  # begin where the last module ended: to change signs takes new noise
                 if sign != self._sign:
                     self._sign = sign
-                    self._set_sign(sign)
+                    self._flip()
                 half = self._first if sign == 1 else self._second
                 halves[sign] = forward(*_map(inputs, half), **_map(keywords, half))
             return _join(halves[1], halves[-1], self._batch)

@@ -17,8 +17,9 @@ from torch import nn
 
 from ds_memopt.blocks import Hook, full_shape
 
-AddNoise = Callable[[torch.Tensor, torch.Tensor, str], None]
-"""add(copy, weights, name): add the scaled noise of parameter `name` to `copy`, which holds its `weights`; both 1-D."""
+AddNoise = Callable[[torch.Tensor, torch.Tensor, str, float], None]
+"""add(copy, weights, name, factor): add factor x the noise of parameter `name` to `copy`, which holds its `weights`;
+both 1-D."""
 
 REASON = (
     "the weights are perturbed between graphs. Compile the model with torch.compile(model) before the optimizer is "
@@ -69,10 +70,10 @@ class Perturbation:
             handle.remove()
 
     @contextlib.contextmanager
-    def applied(self, add: AddNoise | None) -> Iterator[None]:
-        """While this lasts forwards in this thread run at perturbed weights; with None at the weights as they are."""
+    def applied(self, add: AddNoise, factor: float) -> Iterator[None]:
+        """While this lasts forwards in this thread run at perturbed weights, with factor 0 at these as they are."""
         assert self._add is None and not self._held, "a perturbed forward inside another"
-        self._add, self._thread = add, threading.get_ident()
+        self._add, self._factor, self._thread = add if factor else None, factor, threading.get_ident()
         try:
             yield
         finally:
@@ -92,14 +93,15 @@ class Perturbation:
             if depth == 0:
                 self._perturb(parameter, weights, name)
 
-    def renew(self) -> None:
-        """Perturb anew what the modules that run now read, for noise or scale have changed."""
+    def flip(self) -> None:
+        """Change the sign of the noise, also in what the modules that run now read."""
+        self._factor = -self._factor
         for parameter, weights, name, _ in self._held.values():
             self._perturb(parameter, weights, name)
 
     def _perturb(self, parameter: nn.Parameter, weights: torch.Tensor, name: str) -> None:
         copy = torch.clone(weights, memory_format=torch.contiguous_format)
-        self._add(copy.view(-1), weights.reshape(-1), name)
+        self._add(copy.view(-1), weights.reshape(-1), name, self._factor)
         parameter.data = copy
         self.reached.add(name)
 

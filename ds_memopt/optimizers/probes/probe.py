@@ -13,7 +13,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -99,10 +99,13 @@ class Probe:
     observed, summed over the ranks, to `projected`; `evaluate` does the first two with a closure.
 
     optimizer: the method whose parameters are perturbed. It is asked for the model, the names, the shards, the step.
-    hyper: epsilon, noise, seed, lockstep and compiled. picking: which directions, if not all.
+    hyper: epsilon, noise, seed, lockstep and compiled. picked: which directions, if not all.
 
     Raises ValueError for an epsilon too small for the weights, and for what `Directions` refuses.
     """
+
+    START: ClassVar[dict[str, Any]] = {"thresholds": {}}
+    """How its part of the method's `progress` begins."""
 
     def __init__(
         self,
@@ -110,12 +113,12 @@ class Probe:
         hyper: ProbeHyperParameters,
         probes: int = 1,
         estimator: Literal["two_sided", "one_sided"] = "two_sided",
-        picking: DirectionHyperParameters | None = None,
+        picked: DirectionHyperParameters | None = None,
     ) -> None:
         self._optimizer, self._model = optimizer, optimizer.the_model()
         self._names = optimizer.names_by_tensor()
         self._hyper, self._estimator = hyper, estimator
-        self._picking = DirectionHyperParameters() if picking is None else picking
+        self._picked = DirectionHyperParameters() if picked is None else picked
         self.epsilon, self.lockstep = hyper.epsilon, hyper.lockstep
         self.probes, self.two_sided = probes, estimator == "two_sided"
         for weights_dtype in {p.dtype for p in self._names}:
@@ -124,13 +127,11 @@ class Probe:
         self._reach_checked = False
         self._sums: torch.Tensor | None = None
         compiled = self._can_compile(hyper.noise) if hyper.compiled is None else hyper.compiled
-        one = self._picking
-        picked = one.layer_fraction, one.rank, one.refresh_every, one.magnitude_fraction, one.layers
-        self.directions = Directions(self._model, self._names, hyper.noise, hyper.seed, compiled, *picked)
+        self.directions = Directions(self._model, self._names, hyper.noise, hyper.seed, compiled, self._picked)
 
     def meaning(self, momentum: float = 0.0, normalize: bool = False) -> dict[str, Any]:
         """What tells one run's steps from another's, by name, as trajectories and checkpoints have it."""
-        hyper, one = self._hyper, self._picking
+        hyper, one = self._hyper, self._picked
         return {
             "epsilon": hyper.epsilon, "probes": self.probes, "noise": hyper.noise, "estimator": self._estimator,
             "keep": self._optimizer.keep, "momentum": momentum, "normalize": normalize,
@@ -141,7 +142,7 @@ class Probe:
     def words(self) -> list[str]:
         """The same, for what is no number or word."""
         layers = zlib.crc32(json.dumps(self.directions.layers).encode())
-        told = [] if self._picking.layers is None else [f"layers {layers:08x}"]
+        told = [] if self._picked.layers is None else [f"layers {layers:08x}"]
         return [*told, f"noise version {NOISE_VERSION}"]
 
     def release(self) -> None:
@@ -172,16 +173,15 @@ class Probe:
             self.choose_thresholds()
         self._without_dropout = [module for module in self._model.modules() if module.training]
         step, probe = self._optimizer.steps, evaluation.probe
-        self._coefficient = evaluation.coefficient
 
-        def add(copy: torch.Tensor, weights: torch.Tensor, name: str) -> None:
+        def add(copy: torch.Tensor, weights: torch.Tensor, name: str, factor: float) -> None:
             device = copy.device.type
             bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
             if bf16 and copy.dtype != torch.bfloat16:  # weights in bf16 are rounded anyway
                 refuse(type(self._optimizer), "bf16_autocast")
-            self.directions.add_(copy, weights, name, 0, step, probe, self._coefficient)
+            self.directions.add_(copy, weights, name, 0, step, probe, factor)
 
-        with self._perturbation.applied(add if self._coefficient else None):
+        with self._perturbation.applied(add, evaluation.coefficient):
             self._set_training(False)
             try:
                 yield
@@ -227,12 +227,8 @@ class Probe:
         Raises ValueError where the model cannot be split.
         """
 
-        def set_sign(sign: int) -> None:
-            self._coefficient = sign * self.epsilon
-            self._perturbation.renew()
-
         layers = partition_into_blocks(self._model, bare_parameters(self._model)).blocks
-        return Lockstep(self._model, list(layers), set_sign)
+        return Lockstep(self._model, list(layers), lambda: self._perturbation.flip())
 
     def observe(self, number: int, total: Any, weight: Any) -> None:
         """Add the losses of a micro-batch at evaluation `number`: their sum, and the number of samples or tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from ds_memopt.optimizers.probes.checksum import as_hex, checksum
 from ds_memopt.optimizers.probes.probe import Probe
@@ -24,6 +24,9 @@ class Recorder:
 
     Raises ValueError, on all ranks, for a file that cannot be written.
     """
+
+    START: ClassVar[dict[str, Any]] = {"base_checksum": ""}
+    """How its part of the method's `progress` begins."""
 
     def __init__(self, optimizer: InPlaceOptimizer, probe: Probe, trajectory: str | None) -> None:
         self._optimizer, self._probe, self._trajectory = optimizer, probe, trajectory
