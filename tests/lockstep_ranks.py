@@ -58,7 +58,7 @@ def run(make, method: str = "MeZO", **hyper) -> dict:
     with CommunicationMeter() as meter:
         losses += train(engine, data[3:])
     result = {"weights": full_parameters(engine.module), "sent": meter.bytes_sent(), "losses": losses}
-    result["lockstep"] = engine.optimizer.evaluator.lockstep is not None
+    result["lockstep"] = method != "AdamW" and engine.optimizer.evaluator.lockstep is not None
     engine.destroy()
     return result
 

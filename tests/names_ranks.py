@@ -23,8 +23,8 @@ from ds_memopt.blocks import bare_parameters
 from ds_memopt.engines import fsdp2_engine
 from ds_memopt.optimizers import METHODS
 
-OPTIONS = {
-    "AdamMini": {"lr": 1e-2}, "GWT": {"lr": 1e-2, "level": 1, "include": [r"^layers.*up.weight"]},
+OPTIONS = dict.fromkeys(METHODS, {"lr": 1e-2}) | {
+    "GWT": {"lr": 1e-2, "level": 1, "include": [r"^layers.*up.weight"]},
     # The first block is a matrix alone: of the two param groups, that of the vectors has nothing in it.
     "BAdam": {
         "lr": 1e-2, "switch_every": 2, "order": "ascending", "include_embedding": True, "include_lm_head": True,

@@ -6,4 +6,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh train,test
 # Ranks share the cores: one thread each.
 export OMP_NUM_THREADS=1
-exec python -m pytest --durations=10 -n 2 --dist loadfile "$@"
+exec python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -297,7 +297,13 @@ def job_options(words: list[str], monkeypatch) -> dict:
     number = next(number for number, word in enumerate(words) if word.endswith(".py"))
     monkeypatch.setattr(sys, "argv", words[number:])
     monkeypatch.syspath_prepend(ROOT / "launch")
-    return vars(runpy.run_path(ROOT / words[number])["parse"]())
+    script = runpy.run_path(ROOT / words[number])
+    if "parse" in script:
+        return vars(script["parse"]())
+    given = []
+    script["main"].__globals__["run_job"] = lambda job, options: given.append(vars(options))
+    script["main"]()
+    return given[0]
 
 
 def test_a800_2x_sweeps_and_reports(monkeypatch, capsys):

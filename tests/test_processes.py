@@ -29,7 +29,7 @@ BIN = Path(sys.executable).parent
 
 JOB = f"""
 import sys; sys.path.insert(0, {str(ROOT / "launch")!r})
-import argparse, dataclasses, torch
+import dataclasses, torch
 from arguments import run_job
 from ds_memopt.train.ranks import start_ranks
 
@@ -43,7 +43,7 @@ def job(options):
             {{fault}}
         torch.distributed.all_reduce(torch.ones(1))
 
-run_job(job, Options, argparse.Namespace())
+run_job(job, Options())
 """
 UNAWARE = """
 import deepspeed, torch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ import transformers
 from deepspeed.runtime.config import DeepSpeedConfig
 from spawn import TIME_LIMIT
 
+from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.results import comparison
 from ds_memopt.results.record import MetricsFile, read_metrics
 from ds_memopt.train import config, presets, settings
@@ -141,10 +143,10 @@ def _small_llama() -> transformers.LlamaConfig:
 def test_shipped_config_is_accepted_by_deepspeed_and_trainer(path, tmp_path):
     raw = config.load_config(path)
     stage, offload = path.stem[4], "offload" in path.stem
-    kinds = {"badam": "BAdam", "gwt": "GWT", "adam_mini": "AdamMini", "adamw": "AdamW", "mezo": "MeZO",
-             "addax": "Addax", "ipsgd": "IPSGD"}  # fmt: skip
-    kind = next(kind for word, kind in kinds.items() if word in path.stem)
-    batch = {"micro_batch": 6, "accumulation": 1} if kind in ("Addax", "IPSGD") else {}  # they cannot accumulate
+    files = {method.__module__.rpartition(".")[2]: word for word, method in METHODS.items()} | {"adamw": "AdamW"}
+    name = re.sub(r"^zero\d_(offload_)?", "", path.stem)
+    kind = next(word for file, word in files.items() if name.startswith(file))
+    batch = {} if method_of(kind).accumulates else {"micro_batch": 6, "accumulation": 1}
 
     assert raw["optimizer"]["type"] == kind
     assert raw["gradient_clipping"] == 1.0

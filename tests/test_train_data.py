@@ -115,8 +115,8 @@ def test_text_is_split_by_document(tmp_path, tokenizer, kind):
     words = [{int(i) for row in range(len(half)) for i in half[row]} - {0} for half in halves]
     assert not words[0] & words[1]
     assert len(words[0] | words[1]) == 60 and len(words[1]) == 3
-    assert corpus.train[0].tolist()[-1] == 0 and len(set(corpus.train[0].tolist())) == 2
-    assert corpus.train[0].dtype == torch.int64 and corpus.train[0].shape == (10,)
+    assert loaded.train[0].tolist()[-1] == 0 and len(set(loaded.train[0].tolist())) == 2
+    assert loaded.train[0].dtype == torch.int64 and loaded.train[0].shape == (10,)
 
 
 def test_bad_data_is_refused(tmp_path, tokenizer):

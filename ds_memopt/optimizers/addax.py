@@ -90,7 +90,7 @@ class Addax(UpdatesInBackward):
         self.zo_batch, self.fo_batch = hyper.zo_batch, hyper.fo_batch
         self.probe = Probe(self, hyper)
         self.recorder = Recorder(self, self.probe, hyper.trajectory)
-        self._terms: list[tuple[int, int, float]] = []
+        self._g0, self._terms = math.nan, []  # of the step that is made: the slope, and the noise terms
         # Checkpoints have a momentum's part as well, which stays as it is.
         start = {"history": [], "mean_square": 0.0} | self.probe.START | self.recorder.START
         # Not the threshold and the batches: with others a run may go on.

@@ -1,4 +1,4 @@
-"""Worker of test_in_backward.py: IPSGD and Addax under one placement after another, and in people's loops."""
+"""Worker of test_ipsgd.py: IPSGD and Addax under one placement after another, and in people's loops."""
 
 from __future__ import annotations
 

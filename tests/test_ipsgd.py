@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from in_backward_ranks import (
+from ipsgd_ranks import (
     EMPTY,
     HALF,
     INTERRUPTED,
@@ -55,7 +55,7 @@ def error(weights, expected, of=None) -> float:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("in_backward")
+    return tmp_path_factory.mktemp("ipsgd")
 
 
 @pytest.fixture(scope="module")
