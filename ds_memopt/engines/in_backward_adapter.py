@@ -22,6 +22,7 @@ from ds_memopt.engines.interleave import interleaved, one_step
 from ds_memopt.engines.loss_evaluator import LossEvaluator
 from ds_memopt.engines.losses import loss_of
 from ds_memopt.engines.split_batch import Half, half_of, halves, largest_length, stand_in
+from ds_memopt.measure import GIB
 from ds_memopt.optimizers import Addax
 from ds_memopt.optimizers.stored_weights.repeat import repeatable
 from ds_memopt.optimizers.stored_weights.updates_in_backward import UpdatesInBackward
@@ -30,7 +31,7 @@ from ds_memopt.shards.gradients import BUCKET
 logger = logging.getLogger("ds_memopt")
 
 
-class Pending(NamedTuple):
+class PendingHalves(NamedTuple):
     """Forwards that wait for backward.
 
     zeroth: losses of the zeroth-order half at its evaluations, of zo_count samples. first: the loss of the first-order
@@ -78,7 +79,7 @@ class InBackwardAdapter(InPlaceAdapter):
         count = torch.as_tensor(whole.count, dtype=torch.float64, device=engine.device).view(1).clone()
         self.optimizer.shards.sum(count)
         output, first, again = self.first_order(partial(original, *inputs), whole)
-        pending = Pending(None, 0, first, whole.count, again, self.share_of(keywords, count.item()))
+        pending = PendingHalves(None, 0, first, whole.count, again, self.share_of(keywords, count.item()))
         return self.losses.give(output, first, pending)
 
     def first_order(self, original: Callable, half: Half) -> tuple[Any, torch.Tensor, Callable[[], torch.Tensor]]:
@@ -119,7 +120,7 @@ class InBackwardAdapter(InPlaceAdapter):
             engine._running_engine_backward = False
         return loss
 
-    def observe(self, pending: Pending, factor: torch.Tensor) -> None:
+    def observe(self, pending: PendingHalves, factor: torch.Tensor) -> None:
         """Hand the losses of a zeroth-order half to the method: there is none."""
 
     def backward_cost(self, engine) -> float | None:
@@ -222,12 +223,12 @@ class AddaxAdapter(InBackwardAdapter):
                 if use_fo:
                     output, first, again = first_order()
         share = self.share_of(keywords, some_fo if zo is fo else some_zo + some_fo)
-        pending = Pending(zeroth, zo.count, first, fo.count, again, share)
+        pending = PendingHalves(zeroth, zo.count, first, fo.count, again, share)
         measured = [(torch.stack(zeroth).mean(), zo.count)] if use_zo else []
         measured += [(first, fo.count)] if use_fo else []
         return self.losses.give(output, _mean(measured), pending)
 
-    def observe(self, pending: Pending, factor: torch.Tensor) -> None:
+    def observe(self, pending: PendingHalves, factor: torch.Tensor) -> None:
         for number, value in enumerate(pending.zeroth or ()):
             value = value.double() * factor * pending.zo_count if pending.zo_count else 0.0
             self.optimizer.probe.observe(number, value, pending.zo_count)
@@ -241,19 +242,19 @@ class AddaxAdapter(InBackwardAdapter):
             * {"residual": 2, "fp32": 4, "none": 0}[optimizer.keep]
         )
         buckets = 2 * max(BUCKET, *map(optimizer.shards.numel, optimizer.names_by_tensor())) * 2
-        limit = optimizer.memory_gib * 2**30 if optimizer.memory_gib else torch.cuda.mem_get_info(device)[1]
+        limit = optimizer.memory_gib * GIB if optimizer.memory_gib else torch.cuda.mem_get_info(device)[1]
         available = max(0, int(limit - held - kept - buckets))
         rows = optimizer.fo_batch or engine.train_micro_batch_size_per_gpu()
         chosen = torch.tensor(float(largest_length(original, keywords, rows, available)), device=device)
         dist.all_reduce(chosen, op=dist.ReduceOp.MIN, group=self.dp_process_group)
         if not chosen.item():
             raise ValueError(
-                f'length_threshold="auto": {limit / 2**30:.2f} GiB hold the weights and what is kept of them, '
-                f"{(held + kept + buckets) / 2**30:.2f} GiB, and no row of one token beside. Raise memory_gib, or use "
+                f'length_threshold="auto": {limit / GIB:.2f} GiB hold the weights and what is kept of them, '
+                f"{(held + kept + buckets) / GIB:.2f} GiB, and no row of one token beside. Raise memory_gib, or use "
                 "more GPUs."
             )
         self.evaluator.tell(
-            f"length_threshold is {int(chosen)}: {rows} rows of it take {available / 2**30:.2f} GiB in backward"
+            f"length_threshold is {int(chosen)}: {rows} rows of it take {available / GIB:.2f} GiB in backward"
         )
         return int(chosen)
 

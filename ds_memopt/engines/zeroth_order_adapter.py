@@ -36,7 +36,7 @@ class ZerothOrderAdapter(InPlaceAdapter):
     def forward_in_training(self, original, engine, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
         """The forward at the first evaluation's weights; backward runs the others."""
         output, known, rest = self.evaluator.evaluate(original, inputs, keywords)
-        pending = Pending([value.detach() for value in known], rest, tokens_of(engine, keywords))
+        pending = PendingEvaluations([value.detach() for value in known], rest, tokens_of(engine, keywords))
         return self.losses.give(output, known[0], pending)
 
     def backward_of_method(self, engine, loss: torch.Tensor, retain_graph: bool, scale_wrt_gas: bool) -> torch.Tensor:
@@ -83,7 +83,7 @@ class ZerothOrderAdapter(InPlaceAdapter):
         return first
 
 
-class Pending(NamedTuple):
+class PendingEvaluations(NamedTuple):
     """A forward at the first evaluation's weights, waiting for backward to run the others.
 
     known: the losses of the first evaluations. rest: runs the others, in order. tokens: that the losses are means of.
