@@ -11,6 +11,7 @@ import torch
 from spawn import TIME_LIMIT
 
 from ds_memopt import doctor
+from ds_memopt.engines.private_names import check_private_names
 
 
 def findings(**environment: str) -> dict[str, str]:
@@ -72,6 +73,7 @@ def test_a_deepspeed_that_is_not_there_or_another_is_told(monkeypatch):
     assert missing.found == "not installed" and "methods as a word in a ds_config" in missing.without
     monkeypatch.undo()
     monkeypatch.delattr(engine.DeepSpeedEngine, "_ds_memopt_registered", raising=False)
+    check_private_names.cache_clear()  # another test may have registered in this process
     monkeypatch.delattr(engine.DeepSpeedEngine, "_configure_zero_optimizer")
     other = doctor._deepspeed()
     assert "lacks DeepSpeedEngine._configure_zero_optimizer, which ds_memopt needs" in other.without
