@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from ds_memopt.train.fsdp2_job import pretrain_fsdp2
 from ds_memopt.train.launcher import MPI_SIZES, PLACE
 from ds_memopt.train.options import Options
 from ds_memopt.train.ranks import start_ranks
+from ds_memopt.train.watchdog import Beat, Watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -262,3 +264,15 @@ def test_only_shared_memory_that_nobody_uses_is_removed(monkeypatch):
             mapped.close()
         remove_abandoned_shared_memory()
         assert os.listdir(folder) == ["another"]
+
+
+@pytest.mark.parametrize(("silent_s", "told"), [(0.3, "the others have waited 0.1 minutes"), (5.0, "")])
+def test_a_rank_is_waited_for_only_while_it_answers(silent_s, told):
+    """It was behind for the whole timeout in both cases; one that was stopped is told as silent a little later."""
+    watchdog, said = object.__new__(Watchdog), []
+    watchdog._rank, watchdog._interval, watchdog._stage = 0, 0.3, (3, 0, "step 3", False)
+    watchdog._timeout = watchdog._patience = timedelta(seconds=6)
+    watchdog._end = said.append
+    beats = {0: Beat(9, 3, 0, "step 3", False), 1: Beat(4, 1, 0, "step 1", False)}
+    watchdog._judge(beats, {0: 0.0, 1: silent_s}, {0: 0.0, 1: 6.0})
+    assert told in "".join(said) and len(said) == bool(told)
