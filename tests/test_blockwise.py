@@ -126,7 +126,7 @@ def test_seams_work_in_a_process_group_without_a_backend_name():
         borders = {"p": even_borders(0, 91, 10)}
         seams = Seams((RankBorders(None, borders),), lambda name, cuts: cut_blocks(STRUCTURES["rows"], cuts))
         slots = torch.arange(float(seams.num_slots))
-        seams.sum(slots)
+        seams.begin_sum(slots)()
         assert seams.num_slots > 0 and slots.tolist() == list(range(seams.num_slots))
     finally:
         torch.distributed.destroy_process_group()

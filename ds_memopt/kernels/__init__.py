@@ -1,12 +1,11 @@
 """The arithmetic of whole optimizer calls, and what is compiled, each held to the plain-PyTorch formula."""
 
+from ds_memopt.kernels.calls import Blocks, adam_by_element, adam_mini
 from ds_memopt.kernels.compiled import compile_exactly
 from ds_memopt.kernels.descriptors import ColumnPiece, Piece, RowPiece, Table
 from ds_memopt.kernels.plain import (
     AdamScalars,
     adam_by_block,
-    adam_by_element,
-    adam_mini,
     add_mean_squares,
     add_means,
     add_scaled_and_shifted,
@@ -16,14 +15,17 @@ from ds_memopt.kernels.plain import (
 )
 from ds_memopt.kernels.residual import add_residual_, residual_of
 from ds_memopt.kernels.stored_weights import Moved, move
+from ds_memopt.kernels.work import Work
 
 __all__ = [
     "AdamScalars",
+    "Blocks",
     "ColumnPiece",
     "Moved",
     "Piece",
     "RowPiece",
     "Table",
+    "Work",
     "adam_by_block",
     "adam_by_element",
     "adam_mini",

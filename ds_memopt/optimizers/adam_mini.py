@@ -77,8 +77,5 @@ class AdamMini(ShardedOptimizer):
         return {"block": dict(roles)}
 
     def update(self, call: OptimizerCall) -> None:
-        index = call.indexes["block"]
-        mean_squares = index.mean_squares(call.gradients)
-        index.complete(mean_squares)
-        m, v = call.state("exp_avg"), call.state("block_exp_avg_sq")
-        kernels.adam_mini(call.parameters, call.gradients, m, v, mean_squares, index.pieces, call.adam_scalars())
+        m, v, scalars = call.state("exp_avg"), call.state("block_exp_avg_sq"), call.adam_scalars()
+        kernels.adam_mini(call.parameters, call.gradients, m, v, call.indexes["block"], scalars)

@@ -359,7 +359,7 @@ class GWT(ShardedOptimizer):
             kernels.adam_by_block(call.parameters, gradients, m, denominators, pieces, scalars)
         else:
             v, pieces = call.state("exp_avg_sq"), dense.packed_as(dense)
-            kernels.adam_by_element(call.parameters, gradients, m, v, pieces, scalars)
+            kernels.plain.adam_by_element(call.parameters, gradients, m, v, pieces, scalars)
 
 
 class _Sums(NamedTuple):

@@ -74,17 +74,26 @@ class Seams:
     def num_slots(self) -> int:
         return sum(table.num_slots for _, table in self.tables)
 
-    def sum(self, slots: torch.Tensor) -> None:
-        """Sum `slots` ([num_slots] or [num_slots, width]) over the ranks that share each slot, in place."""
-        base = 0
+    def begin_sum(self, slots: torch.Tensor) -> Callable[[], None]:
+        """Begin to sum `slots` ([num_slots] or [num_slots, ...]) over the ranks that share each slot, in place.
+
+        Returns what waits for the sums. Until then `slots` must be left alone. A collective.
+        """
+        base, begun = 0, []
         for group, table in self.tables:
             if table.num_slots:
                 part = slots.narrow(0, base, table.num_slots)
                 on_wire = part.to(collective_device(group, part.device))
-                dist.all_reduce(on_wire, group=group)
+                begun.append((dist.all_reduce(on_wire, group=group, async_op=True), part, on_wire))
+            base += table.num_slots
+
+        def wait() -> None:
+            for work, part, on_wire in begun:
+                work.wait()
                 if on_wire is not part:
                     part.copy_(on_wire)
-            base += table.num_slots
+
+        return wait
 
 
 def collective_device(group: ProcessGroup | None, device: torch.device) -> torch.device:

@@ -5,14 +5,15 @@ Everything here is index arithmetic on the layout; what is computed with it stan
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled
-from ds_memopt.kernels import ColumnPiece, Piece, RowPiece, Table, add_mean_squares
+from ds_memopt.kernels import ColumnPiece, Piece, RowPiece, Table, Work, add_mean_squares
 from ds_memopt.shards import Interval, Layout, Seams
 
 CACHED = 2**18
@@ -217,17 +218,34 @@ class BlockIndex:
         """
         if self.seams.num_slots == 0:
             return
-        device, dtype = self._tensors[0]
-        slots = torch.zeros(self.seams.num_slots, len(quantities), width, dtype=dtype, device=device)
+        slots = self.new_slots(len(quantities) * width).view(-1, len(quantities), width)
         for column, quantity in enumerate(quantities):
             for number, values in quantity.items():
                 cut = values.view(-1, width)[self._seam_blocks[number]]
                 slots[:, column].index_copy_(0, self._seam_slots[number], cut)
-        self.seams.sum(slots)
+        self.begin_sum(slots)()
         for column, quantity in enumerate(quantities):
             for number, values in quantity.items():
                 whole = slots[self._seam_slots[number], column]
                 values.view(-1, width).index_copy_(0, self._seam_blocks[number], whole)
+
+    @functools.cached_property
+    def work(self) -> Work | None:
+        """The pieces as rows of integers for a fused back end; None if some are of columns."""
+        slots = [
+            dict(zip(blocks.tolist(), slots.tolist(), strict=True))
+            for blocks, slots in zip(self._seam_blocks, self._seam_slots, strict=True)
+        ]
+        return Work.of(self.pieces, lambda number, block: slots[number][block])
+
+    def new_slots(self, width: int) -> torch.Tensor:
+        """Zeros, `width` for each block that ranks share: [slots, width]."""
+        device, dtype = self._tensors[0]
+        return torch.zeros(self.seams.num_slots, width, dtype=dtype, device=device)
+
+    def begin_sum(self, slots: torch.Tensor) -> Callable[[], None]:
+        """Begin to sum slots over the ranks, in place; returns what waits. A collective where there are any."""
+        return self.seams.begin_sum(slots)
 
 
 def _index(parts: list[np.ndarray], device: torch.device) -> torch.Tensor:
