@@ -227,7 +227,7 @@ def traffic() -> dict[str, dict]:
             engine.step()
         else:
             train(engine, batches(1, dist.get_rank(), dist.get_world_size()))
-        tensors = optimizer._placement.named_tensors(optimizer.param_groups)
+        tensors = optimizer.placement.named_tensors(optimizer.param_groups)
         slots = [
             {structure: index.seams.num_slots for structure, index in optimizer._index((tensor,), (name,)).items()}
             for tensor, name in tensors

@@ -170,7 +170,7 @@ def zero(rule: str, stage: int, zero_init: bool = False, **changes) -> tuple[dic
     assert type(inner).__name__ == method
     cut = {}
     if method != "AdamW":
-        for tensor, name in inner._placement.named_tensors(inner.param_groups):
+        for tensor, name in inner.placement.named_tensors(inner.param_groups):
             for structure, index in inner._index((tensor,), (name,)).items():
                 intervals = cut.setdefault("intervals", {}).setdefault(structure, [])
                 intervals += [(part.interval, part.first, part.count) for part in index.intervals[0]]

@@ -281,9 +281,9 @@ def secondary(method: str, size: int, **changes) -> tuple[dict, dict, dict]:
         }
         optimizer = engine.basic_optimizer
         if method in FIRST_ORDER:
-            held["optimizer"] = {dist.get_world_size(b.process_group) for _, _, b in optimizer._placement.flats}
+            held["optimizer"] = {dist.get_world_size(b.process_group) for _, _, b in optimizer.placement.flats}
         else:
-            held["optimizer"] = {dist.get_world_size(optimizer.shards.process_group)}
+            held["optimizer"] = {dist.get_world_size(optimizer.placement.process_group)}
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     return without, weights, held
 

@@ -167,7 +167,7 @@ def cuts_a_row(engine) -> bool:
     """Whether what this rank updates of a matrix begins or ends within a row."""
     optimizer = engine.basic_optimizer
     shapes = {name: getattr(p, "ds_shape", p.shape) for p, name in optimizer.names_by_tensor().items()}
-    ends = [(p.name, end) for p in optimizer.shards.parts() for end in (p.start, p.start + len(p.elements))]
+    ends = [(p.name, end) for p in optimizer.placement.parts() for end in (p.start, p.start + len(p.elements))]
     return any(end % shapes[name][-1] for name, end in ends if len(shapes[name]) == 2)
 
 

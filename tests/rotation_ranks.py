@@ -148,8 +148,8 @@ def small_steps(stage: int, keep_residual: bool) -> dict[str, dict]:
 
 def held_intervals(optimizer) -> dict[str, int]:
     """Where this rank's part of each active parameter begins."""
-    tensors, names = zip(*optimizer._placement.named_tensors(optimizer.param_groups), strict=True)
-    return {interval.name: interval.start for interval in optimizer._placement.layout(tensors, names).intervals}
+    tensors, names = zip(*optimizer.placement.named_tensors(optimizer.param_groups), strict=True)
+    return {interval.name: interval.start for interval in optimizer.placement.layout(tensors, names).intervals}
 
 
 def checkpoints(folder: Path) -> dict:

@@ -116,9 +116,7 @@ def exact(names: Sequence[str], placements: Sequence[str] = tuple(PLACEMENTS)) -
 
 def cuts_a_row(optimizer: MeZO) -> bool:
     """Whether what this rank updates of a matrix begins or ends within a row."""
-    ends = [
-        (part.name, end) for part in optimizer.shards.parts() for end in (part.start, part.start + len(part.elements))
-    ]
+    ends = [(part.name, end) for part in optimizer.placement.parts() for end in (part.start, part.start + part.length)]
     shapes = optimizer.probe.directions.shapes
     return any(end % shapes[name][-1] for name, end in ends if len(shapes[name]) == 2)
 

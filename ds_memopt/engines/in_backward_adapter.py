@@ -71,13 +71,13 @@ class InBackwardAdapter(InPlaceAdapter):
             )  # fmt: skip
         super().configure_zero(original, engine, optimizer)
         elements = min(BUCKET, engine._config.zero_config.reduce_bucket_size)
-        optimizer.bind(optimizer.shards, elements=elements, dtype=engine.communication_data_type)
+        optimizer.watch_gradients(elements=elements, dtype=engine.communication_data_type)
         return self
 
     def forward_in_training(self, original: Callable, engine, inputs: tuple, keywords: Mapping[str, Any]) -> Any:
         whole = half_of(engine, keywords) if keywords else Half({}, len(inputs[0]))
         count = torch.as_tensor(whole.count, dtype=torch.float64, device=engine.device).view(1).clone()
-        self.optimizer.shards.sum(count)
+        self.optimizer.placement.sum(count)
         output, first, again = self.first_order(partial(original, *inputs), whole)
         pending = PendingHalves(None, 0, first, whole.count, again, self.share_of(keywords, count.item()))
         return self.losses.give(output, first, pending)
@@ -198,7 +198,7 @@ class AddaxAdapter(InBackwardAdapter):
     def run(self, original: Callable, engine, zo: Half, fo: Half, keywords: Mapping[str, Any]) -> Any:
         """The forwards of both halves; each is left out if no rank has samples of it. keywords: as the caller gave."""
         counts = torch.tensor([float(zo.count), float(fo.count)], dtype=torch.float64, device=engine.device)
-        self.optimizer.shards.sum(counts)
+        self.optimizer.placement.sum(counts)
         some_zo, some_fo = counts.tolist()
         output = zeroth = first = again = None
 
@@ -238,10 +238,10 @@ class AddaxAdapter(InBackwardAdapter):
         optimizer, device = self.optimizer, engine.device
         held = sum(getattr(p, "ds_tensor", p).nbytes for p in engine.module.parameters())
         kept = (
-            sum(len(part.elements) for part in optimizer.shards.parts())
+            sum(len(part.elements) for part in optimizer.placement.parts())
             * {"residual": 2, "fp32": 4, "none": 0}[optimizer.keep]
         )
-        buckets = 2 * max(BUCKET, *map(optimizer.shards.numel, optimizer.names_by_tensor())) * 2
+        buckets = 2 * max(BUCKET, *map(optimizer.placement.numel, optimizer.names_by_tensor())) * 2
         limit = optimizer.memory_gib * GIB if optimizer.memory_gib else torch.cuda.mem_get_info(device)[1]
         available = max(0, int(limit - held - kept - buckets))
         rows = optimizer.fo_batch or engine.train_micro_batch_size_per_gpu()

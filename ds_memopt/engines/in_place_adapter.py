@@ -127,7 +127,7 @@ class InPlaceAdapter(Adapter):
     def load_state_dict(self, state_dict: dict[str, Any] | None, load_optimizer_states: bool = True) -> None:
         """At stage 0, where the state is in the file of the weights."""
         if not load_optimizer_states:
-            self.optimizer.shards.publish()  # the weights were loaded before
+            self.optimizer.placement.publish()  # the weights were loaded before
         elif state_dict is None:
             raise ValueError(f"This checkpoint was saved at ZeRO-1 or above, this engine is at ZeRO-0. {BY_NAME}")
         else:
@@ -148,7 +148,7 @@ class InPlaceAdapter(Adapter):
             self.offload.partition_all_parameters()
 
     def checkpoint_event_epilogue(self) -> None:
-        self.optimizer.shards.publish()
+        self.optimizer.placement.publish()
 
     def destroy(self) -> None:
         if self.offload is not None:
@@ -156,7 +156,7 @@ class InPlaceAdapter(Adapter):
 
     def _restore_from_bit16_weights(self) -> None:
         # What DeepSpeed calls after it has loaded weights alone.
-        self.optimizer.shards.publish()
+        self.optimizer.placement.publish()
 
     def empty_partition_cache(self) -> None:
         if self.offload is not None:

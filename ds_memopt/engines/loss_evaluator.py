@@ -24,7 +24,7 @@ class LossEvaluator:
     """
 
     def __init__(self, optimizer: MeZO | Addax, gathers: bool) -> None:
-        self._method, self.probe, self._shards = type(optimizer).__name__, optimizer.probe, optimizer.shards
+        self._method, self.probe, self._shards = type(optimizer).__name__, optimizer.probe, optimizer.placement
         self.lockstep, self.lockstep_checked = None, False
         if gathers and self.probe.lockstep and self.probe.two_sided:
             try:

@@ -109,7 +109,7 @@ class Addax(UpdatesInBackward):
         if observed is None:
             observed = first.new_zeros(len(self.probe.evaluations()) + 1)
         sums = torch.cat([observed, first])
-        self.shards.sum(sums)
+        self.placement.sum(sums)
         *observed, not_finite, samples, ranks = sums.tolist()
         g0 = self.probe.projected(observed)[0] if observed[-1] else 0.0
         if not_finite or not math.isfinite(g0) or not (samples or observed[-1]):
@@ -129,17 +129,15 @@ class Addax(UpdatesInBackward):
     def update_bucket(self, bucket: Bucket) -> None:
         for part, gradient in bucket:
             noise = NoiseTerms(self.probe.directions, part.name, part.start, self._terms)
-            self._move(part, gradient=gradient, share=1 - self.alpha, noise=noise)
+            self.move(part, gradient=gradient, share=1 - self.alpha, noise=noise)
 
     def needs_closure(self) -> str:
         return "Addax measures the zeroth-order half first: call optimizer.step(zo_closure, fo_closure)."
 
     def without_first_order(self) -> bool:
         """Make the step where no rank has samples of the first-order half: all parts move along the noise alone."""
-        self._in_step = True
-        self.gradients.finish()
-        self._in_step = False
-        return True
+        with self.using_gradients():
+            return True
 
     def end_step(self, done: bool) -> None:
         self.recorder.append(self.steps, done, [self._g0])

@@ -271,7 +271,7 @@ class BAdam(ShardedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self._bound:
+        if not self.bound:
             self._check_residual()
             self._warn_of_rounding()
             self._fill_missing_gradients()
@@ -287,7 +287,7 @@ class BAdam(ShardedOptimizer):
         super().step()
         for tensor, gradient in lent:
             tensor.grad = gradient
-        if not self._bound and self.finish_step():
+        if not self.bound and self.finish_step():
             self.next_block()
             self._make_state()
         return loss
@@ -318,7 +318,7 @@ class BAdam(ShardedOptimizer):
 
         Raises ValueError inside DeepSpeed, whose load_checkpoint does both.
         """
-        if self._bound:
+        if self.bound:
             raise ValueError("resume_at is for plain PyTorch and FSDP2. With DeepSpeed call engine.load_checkpoint.")
         self.go_to(position)
         self._make_state()
@@ -338,7 +338,7 @@ class BAdam(ShardedOptimizer):
         check_meaning(self, state_dict["param_groups"])
         saved = state_dict["param_groups"][0]
         position = Position(saved["visit"], saved["visit_step"])
-        if not self._bound:
+        if not self.bound:
             self._activate(position)
         assert position.visit == self.position.visit, "the engine has not made the saved block active"
         super().load_state_dict(state_dict)
@@ -355,7 +355,7 @@ class BAdam(ShardedOptimizer):
 
         Raises ValueError inside DeepSpeed, where nothing could make it so.
         """
-        if self._bound:
+        if self.bound:
             raise ValueError(
                 "State by name does not say at which position BAdam was, and inside DeepSpeed there is no resume_at: "
                 "call engine.load_checkpoint, on the same number of GPUs and at the same stage."
@@ -378,7 +378,7 @@ class BAdam(ShardedOptimizer):
                 p.grad = None
             listed = [(name, p) for name, p in members if name in active]
             # torch's distributed state dicts cannot tell groups without parameters.
-            if members and not listed and not self._bound:
+            if members and not listed and not self.bound:
                 listed = [min(members, key=lambda member: numel_of(full_shape(member[1])))]
             group["params"], group["param_names"] = [p for _, p in listed], [name for name, _ in listed]
         self.state.clear()
@@ -395,7 +395,7 @@ class BAdam(ShardedOptimizer):
         tensors = [tensor for group in self.param_groups for tensor in group["params"] if tensor.requires_grad]
         if all(tensor.grad is None for tensor in tensors):
             # It says so if what trains here is no longer the model's.
-            self._index(*zip(*self._placement.named_tensors(self.param_groups), strict=True))
+            self._index(*zip(*self.placement.named_tensors(self.param_groups), strict=True))
             raise ValueError(
                 f"No parameter of the active block, {self.active_block}, has a gradient. Call backward before step; if "
                 "it was called, the block took no part in the loss, or the engine was built without ds_memopt."
@@ -416,10 +416,10 @@ class BAdam(ShardedOptimizer):
 
     def _check_residual(self) -> None:
         dtypes = {p.dtype for p in self.names_by_tensor()}
-        if self.keep_residual and dtypes != {torch.float32} and not (self._bound and dtypes == {torch.bfloat16}):
+        if self.keep_residual and dtypes != {torch.float32} and not (self.bound and dtypes == {torch.bfloat16}):
             raise ValueError(
                 f"keep_residual=True needs bf16 weights and DeepSpeed's fp32 masters of them, not {dtypes} "
-                f"{'under' if self._bound else 'without'} an engine. Set bf16.enabled, or keep_residual to false."
+                f"{'under' if self.bound else 'without'} an engine. Set bf16.enabled, or keep_residual to false."
             )
 
     def _store_residuals(self) -> None:
@@ -431,10 +431,10 @@ class BAdam(ShardedOptimizer):
 
     def _active_intervals(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This rank's interval of each active parameter: the same at every visit of a block."""
-        tensors, names = zip(*self._placement.named_tensors(self.param_groups), strict=True)
-        for interval in self._placement.layout(tensors, names).intervals:
+        tensors, names = zip(*self.placement.named_tensors(self.param_groups), strict=True)
+        for interval in self.placement.layout(tensors, names).intervals:
             elements = slice(interval.offset, interval.offset + interval.length)
-            yield interval.name, self._placement.local(tensors[interval.tensor])[elements]
+            yield interval.name, self.placement.local(tensors[interval.tensor])[elements]
 
     def _log(self, total_steps: int | None) -> None:
         if not is_first_rank():

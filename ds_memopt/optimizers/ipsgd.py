@@ -74,10 +74,10 @@ class IPSGD(UpdatesInBackward):
             filled = [(part, torch.zeros_like(part.elements) if g is None else g) for part, g in bucket]
             states = [self._moments(part) for part, _ in bucket]
             shapes = [full_shape(part.parameter) for part, _ in bucket]
-            updates, rates = self._rule.directions(filled, shapes, states, self.steps + 1, self.shards.sum_of_parts)
+            updates, rates = self._rule.directions(filled, shapes, states, self.steps + 1, self.placement.sum_of_parts)
             bucket = [(part, update) for (part, _), update in zip(bucket, updates, strict=True)]
         for (part, gradient), rate in zip(bucket, rates, strict=True):
-            self._move(part, rate, gradient=gradient)
+            self.move(part, rate, gradient=gradient)
 
     def needs_closure(self) -> str:
         if self.clip == "two_pass":
@@ -89,8 +89,9 @@ class IPSGD(UpdatesInBackward):
         new = self._rule.new_state(part, full_shape(part.parameter))
         for key, (_, zeros) in new.items():
             if key not in state:  # rows and columns are whole on every rank
-                state[key] = self.shards.new_state(part, zeros.dtype) if key == "square" else zeros
-        return {key: self.shards.local(state[key]) for key in new}
+                own = key != "square"
+                state[key] = zeros if own else self.placement.new_state(part.parameter, None, zeros.dtype)
+        return {key: self.placement.local(state[key]) for key in new}
 
     def _states(self, part: Part) -> dict[str, tuple[int, torch.Tensor]]:
         states = super()._states(part)

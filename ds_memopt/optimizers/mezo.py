@@ -143,7 +143,7 @@ class MeZO(InPlaceOptimizer):
             return None
         if sums is None:
             raise ValueError("MeZO.step has no loss to go by. Pass a closure, or call engine.backward(loss) before.")
-        self.shards.sum(sums)
+        self.placement.sum(sums)
         self.apply(self.probe.projected(sums.tolist()))
         return first
 
@@ -157,9 +157,9 @@ class MeZO(InPlaceOptimizer):
         if finite:
             terms, changes = self.rule.terms(projected, step, step - self.skipped_steps + 1, self.progress)
             self._moved = kernels.Moved(0.0, 0.0)
-            for part in self.shards.parts():
-                self._move(part, noise=NoiseTerms(self.probe.directions, part.name, part.start, terms))
-            self.shards.publish()
+            for part in self.placement.parts():
+                self.move(part, noise=NoiseTerms(self.probe.directions, part.name, part.start, terms))
+            self.placement.publish()
         self.set_progress(steps=step + 1, skipped=self.skipped_steps + (not finite), **changes)
         self.recorder.append(step, finite, projected)
 

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
 from ds_memopt.blocks import full_shape
-from ds_memopt.shards import Part, PlainPlacement, RankBorders, partition_each_parameter, partition_flat_buffer
+from ds_memopt.shards import PlainPlacement, RankBorders, SplitShards, partition_each_parameter, partition_flat_buffer
 from ds_memopt.shards.layout import FlatPlacement
+from ds_memopt.shards.plain_placement import Cut
 
 ALIGNMENT = 2
 """Elements per rank that a flat buffer of ZeRO-1 and 2 is a multiple of: 4 bytes, for NCCL."""
@@ -106,44 +107,25 @@ class WholeMasters(PlainPlacement):
         self.gradient_elements = sum(p.numel() for masters in self.by_group for p in masters)
 
 
-@dataclass
-class PlannedShards:
+class PlannedShards(SplitShards):
     """What a method in place asks of an engine: a rank's parts without data, and a record of what would be sent.
 
-    names: as in `InPlaceShards`. payload: bytes by collective. shared: of these, sums over what ranks share.
+    payload: bytes by collective. shared: of these, sums over what ranks share.
     """
 
-    names: Mapping[torch.Tensor, str]
-    ranks: PlannedRank
-    payload: dict[str, int] = field(default_factory=dict)
-    shared: int = 0
-
-    @property
-    def reduces(self) -> bool:
-        return self.ranks.count > 1
+    def __init__(self, model: nn.Module, names_by_tensor: Mapping[torch.Tensor, str], ranks: PlannedRank) -> None:
+        super().__init__(model, names_by_tensor)
+        self.ranks, self.reduces = ranks, ranks.count > 1
+        self.payload: dict[str, int] = {}
+        self.shared = 0
 
     def _send(self, collective: str, numel: int, dtype: torch.dtype) -> None:
         if self.ranks.count > 1:
             self.payload[collective] = self.payload.get(collective, 0) + numel * dtype.itemsize
 
-    def part(self, parameter: torch.Tensor) -> Part:
-        numel = parameter.numel()
-        piece = self.ranks.piece(numel) if self.ranks.stage else numel
-        start = min(self.ranks.rank * piece, numel) if self.ranks.stage else 0
-        elements = torch.empty(min(piece, numel - start), dtype=parameter.dtype, device="meta")
-        return Part(self.names[parameter], start, parameter, elements)
-
-    def parts(self) -> Iterator[Part]:
-        yield from (part for part in map(self.part, self.names) if len(part.elements))
-
-    def numel(self, parameter: torch.Tensor) -> int:
-        return parameter.numel()
-
-    def local(self, gradient: torch.Tensor) -> torch.Tensor:
-        return gradient
-
-    def new_state(self, part: Part, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros_like(part.elements, dtype=dtype)
+    def cut(self, tensor: torch.Tensor, name: str) -> Cut | None:
+        numel = tensor.numel()
+        return Cut(numel, self.ranks.piece(numel), self.ranks.rank, None) if self.ranks.stage else None
 
     def reduce(
         self, parameters: Sequence[torch.Tensor], gradients: Sequence, dtype: torch.dtype | None
@@ -154,7 +136,7 @@ class PlannedShards:
         return lambda: [torch.empty_like(self.part(p).elements) for p in parameters]
 
     def publish(self) -> None:
-        for p in self.names if self.ranks.stage in (1, 2) else ():
+        for p in self.names_by_tensor if self.ranks.stage in (1, 2) else ():
             self._send("all_gather", self.ranks.padded(p.numel()), p.dtype)
 
     def sum(self, values: torch.Tensor) -> None:

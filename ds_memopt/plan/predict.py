@@ -273,13 +273,13 @@ class _StoredWeights(_Planned):
     def predict(self) -> Prediction:
         optimizer, place = self.optimizer, self.place
         names = optimizer.names_by_tensor()
-        shards = PlannedShards(names, place)
+        shards = PlannedShards(self.model, names, place)
         gathered = self.gather(set(names.values()))
+        optimizer.bind(shards)
         if optimizer.uses_gradients:
-            optimizer.bind(shards, elements=min(BUCKET, place.zero.reduce_bucket_size))
+            optimizer.watch_gradients(elements=min(BUCKET, place.zero.reduce_bucket_size))
             buckets = self._step(optimizer)
         else:
-            optimizer.bind(shards)
             list(optimizer.named_state())  # which makes what is kept
             shards.publish()
             buckets = 0
@@ -300,14 +300,13 @@ class _StoredWeights(_Planned):
 
     def _step(self, optimizer: Any) -> int:
         """Take all gradients through the method's own buckets; returns the elements of the two that may be held."""
-        optimizer._in_step = True
         # Of what moves a part only what is kept of it matters.
-        with mock.patch.object(optimizer, "_move", lambda part, *_, **terms: optimizer._store(part)):
+        with mock.patch.object(optimizer, "move", lambda part, *_, **terms: optimizer.store(part)):
             for measuring in (True, False) if optimizer.clip == "two_pass" else (False,):
-                optimizer._measuring = measuring
-                optimizer.gradients.finish()
+                with optimizer.using_gradients(measuring):
+                    pass  # none comes: all count as zero
         optimizer.end_step(done=True)
-        return 2 * max(sum(p.numel() for p in bucket) for bucket in optimizer.gradients._buckets)
+        return 2 * max(sum(p.numel() for p in bucket) for bucket in optimizer.gradients.buckets)
 
     def passes(self, trained: set[str]) -> list[list[gather.Owner]]:
         optimizer, once = self.optimizer, gather.forward(self.owners)

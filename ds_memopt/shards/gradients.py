@@ -28,23 +28,23 @@ class GradientBuckets:
         self, shards: InPlaceShards, update: Update, elements: int = BUCKET, dtype: torch.dtype | None = None
     ) -> None:
         self._shards, self._update, self._dtype = shards, update, dtype
-        self._buckets: list[list[torch.Tensor]] = []
+        self.buckets: list[list[torch.Tensor]] = []
         small: list[torch.Tensor] = []
-        for parameter in reversed(list(shards.names)):
+        for parameter in reversed(list(shards.names_by_tensor)):
             if shards.numel(parameter) >= elements or not shards.reduces:
-                self._buckets.append([parameter])
+                self.buckets.append([parameter])
                 continue
             alike = not small or small[0].dtype == parameter.dtype
             if not alike or sum(map(shards.numel, small)) + shards.numel(parameter) > elements:
-                self._buckets.append(small)
+                self.buckets.append(small)
                 small = []
             small.append(parameter)
-        self._buckets += [small] if small else []
+        self.buckets += [small] if small else []
         self._arrived: dict[torch.Tensor, torch.Tensor] = {}
         self._taken: set[torch.Tensor] = set()
         self._next = 0
         self._on_its_way: tuple[list[torch.Tensor], Callable[[], list[torch.Tensor]]] | None = None
-        self._handles = [p.register_post_accumulate_grad_hook(self._take) for p in shards.names]
+        self._handles = [p.register_post_accumulate_grad_hook(self._take) for p in shards.names_by_tensor]
 
     def remove(self) -> None:
         """Take all hooks off the parameters."""
@@ -71,18 +71,18 @@ class GradientBuckets:
 
     @torch.compiler.disable
     def _take(self, parameter: torch.Tensor) -> None:
+        name = self._shards.names_by_tensor[parameter]
         if parameter in self._taken:
             parameter.grad = None
             raise ValueError(
-                f"{self._shards.names[parameter]} got a second gradient before step(), but the first one has changed "
+                f"{name} got a second gradient before step(), but the first one has changed "
                 "it already. Call step() after every backward: gradients cannot be accumulated, raise the micro-batch "
                 "instead; and checkpoint activations with use_reentrant=False."
             )
         if parameter.grad.is_sparse:
             parameter.grad = None
             raise ValueError(
-                f"{self._shards.names[parameter]} has a sparse gradient, but dense ones are needed. Build the "
-                "embedding with sparse=False."
+                f"{name} has a sparse gradient, but dense ones are needed. Build the embedding with sparse=False."
             )
         self._taken.add(parameter)
         self._arrived[parameter], parameter.grad = parameter.grad, None
@@ -94,8 +94,8 @@ class GradientBuckets:
     @torch.no_grad()
     def _send(self, complete: bool) -> None:
         """Reduce the buckets whose turn it is, if `complete` as far as all their gradients are there."""
-        while self._next < len(self._buckets):
-            bucket = self._buckets[self._next]
+        while self._next < len(self.buckets):
+            bucket = self.buckets[self._next]
             if complete and any(parameter not in self._arrived for parameter in bucket):
                 return
             self._next += 1

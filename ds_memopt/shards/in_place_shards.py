@@ -6,7 +6,8 @@ Private names used here are in engines/private_names.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,8 +16,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from ds_memopt.shards.layout import even_part
-from ds_memopt.shards.plain_placement import PlainPlacement, sharded_mesh_dim
+from ds_memopt.shards.layout import Interval, Placement
+from ds_memopt.shards.plain_placement import Cut, PlainPlacement
 from ds_memopt.shards.seams import collective_device
 
 # Their names before torch 2.13 are the second ones.
@@ -27,19 +28,22 @@ BUCKET = 2**22
 """Elements of small parameters that are sent together; a larger one is sent by itself, without a copy if it divides."""
 
 
-class Part(NamedTuple):
-    """Elements [start, start + len(elements)) of the flattened parameter `name`, as a view of where they are stored."""
+@dataclass(frozen=True, eq=False)
+class Part(Interval):
+    """An interval of one parameter, with the parameter and, 1-D, a view of where these elements of it are stored."""
 
-    name: str
-    start: int
     parameter: torch.Tensor
     elements: torch.Tensor
 
 
-class InPlaceShards(Protocol):
-    """How one engine keeps the weights. names: of all parameters. reduces: whether gradients are to be reduced here."""
+class InPlaceShards(Placement, Protocol):
+    """A placement of the stored weights themselves, with what it takes to update them in place.
 
-    names: Mapping[torch.Tensor, str]
+    Each optimizer tensor is one parameter. names_by_tensor: of all that train. reduces: whether gradients are to be
+    reduced here.
+    """
+
+    names_by_tensor: Mapping[torch.Tensor, str]
     reduces: bool
 
     def part(self, parameter: torch.Tensor) -> Part:
@@ -50,12 +54,6 @@ class InPlaceShards(Protocol):
 
     def numel(self, parameter: torch.Tensor) -> int:
         """Elements of the whole parameter."""
-
-    def local(self, gradient: torch.Tensor) -> torch.Tensor:
-        """This rank's elements, 1-D, of a state, or of a gradient that an engine has reduced or a lone process has."""
-
-    def new_state(self, part: Part, dtype: torch.dtype) -> torch.Tensor:
-        """Zeros to be kept beside the elements of a part, of which `local` gives a view."""
 
     def reduce(
         self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], dtype: torch.dtype | None
@@ -82,39 +80,28 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-class WholeShards:
+class WholeShards(PlainPlacement):
     """Every rank updates all it holds: whole parameters (plain PyTorch, ZeRO-0), or its rows of DTensors (FSDP2).
 
     model: whose parameters they are.
     """
 
     def __init__(
-        self, model: nn.Module, names: Mapping[torch.Tensor, str], process_group: ProcessGroup | None = None
+        self, model: nn.Module, names_by_tensor: Mapping[torch.Tensor, str], process_group: ProcessGroup | None = None
     ) -> None:
-        self.model, self.names, self.process_group = model, names, process_group
-        self._placement = PlainPlacement()
-        sharded = any(isinstance(parameter, DTensor) for parameter in names)  # FSDP2 averages gradients itself
+        self.model, self.names_by_tensor, self.process_group = model, names_by_tensor, process_group
+        sharded = any(isinstance(parameter, DTensor) for parameter in names_by_tensor)  # FSDP2 averages itself
         self.reduces = not sharded and world_size(process_group) > 1
 
     def part(self, parameter: torch.Tensor) -> Part:
-        name = self.names[parameter]
-        intervals = self._placement.layout([parameter], [name]).intervals
-        return Part(name, intervals[0].start if intervals else 0, parameter, self._placement.local(parameter))
+        interval = self.interval(parameter, self.names_by_tensor[parameter])
+        return Part(**vars(interval), parameter=parameter, elements=self.local(parameter))
 
     def parts(self) -> Iterator[Part]:
-        for parameter in self.names:
-            part = self.part(parameter)
-            if len(part.elements):
-                yield part
+        return (part for part in map(self.part, self.names_by_tensor) if part.length)
 
     def numel(self, parameter: torch.Tensor) -> int:
         return parameter.numel()
-
-    def local(self, gradient: torch.Tensor) -> torch.Tensor:
-        return self._placement.local(gradient)
-
-    def new_state(self, part: Part, dtype: torch.dtype) -> torch.Tensor:
-        return self._placement.new_state(part.parameter, None, dtype)
 
     def reduce(
         self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], dtype: torch.dtype | None
@@ -136,22 +123,26 @@ class WholeShards:
         sum_over_ranks(values, self.process_group)
 
     def sum_of_parts(self, values: torch.Tensor) -> None:
-        tensor, name = next(iter(self.names.items()))
-        dim = sharded_mesh_dim(tensor, name) if isinstance(tensor, DTensor) else None
-        if dim is not None:
-            sum_over_ranks(values, tensor.device_mesh.get_group(dim))
+        cut = self.cut(*next(iter(self.names_by_tensor.items())))
+        if cut is not None:
+            sum_over_ranks(values, cut.process_group)
 
 
 class SplitShards(WholeShards):
     """Every rank holds whole parameters and updates an even part of each: ZeRO-1 and 2."""
 
-    def part(self, parameter: torch.Tensor) -> Part:
-        start, length = self._span(parameter)
-        elements = parameter.detach().view(-1)[start : start + length]
-        return Part(self.names[parameter], start, parameter, elements)
+    def cut(self, tensor: torch.Tensor, name: str) -> Cut | None:
+        return Cut(self.numel(tensor), self._piece(tensor), dist.get_rank(self.process_group), self.process_group)
 
-    def new_state(self, part: Part, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros_like(part.elements, dtype=dtype)
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        name = self.names_by_tensor.get(tensor)
+        return super().local(tensor) if name is None else self._stored(tensor, self.interval(tensor, name))
+
+    def _stored(self, parameter: torch.Tensor, interval: Interval) -> torch.Tensor:
+        return parameter.detach().view(-1)[interval.start : interval.start + interval.length]
+
+    def new_state(self, tensor: torch.Tensor, lengths: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
+        return super().new_state(self.local(tensor), lengths, dtype)
 
     def reduce(
         self, parameters: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None], dtype: torch.dtype | None
@@ -170,15 +161,10 @@ class SplitShards(WholeShards):
 
         def receive() -> list[torch.Tensor]:
             work.wait()
-            lengths = [self._span(parameter)[1] for parameter in parameters]
             split = mine.div_(size).split(pieces)
-            return [part[:length] for part, length in zip(split, lengths, strict=True)]
+            return [piece[: self.part(parameter).length] for parameter, piece in zip(parameters, split, strict=True)]
 
         return receive
-
-    def _span(self, parameter: torch.Tensor) -> tuple[int, int]:
-        """First element and number of elements of this rank's part."""
-        return even_part(self.numel(parameter), self._piece(parameter), dist.get_rank(self.process_group))
 
     def sum_of_parts(self, values: torch.Tensor) -> None:
         sum_over_ranks(values, self.process_group)
@@ -200,9 +186,9 @@ class SplitShards(WholeShards):
         return -(-parameter.numel() // world_size(self.process_group))
 
     def _buckets(self) -> Iterator[list[torch.Tensor]]:
-        for dtype in {parameter.dtype: None for parameter in self.names}:
+        for dtype in {parameter.dtype: None for parameter in self.names_by_tensor}:
             bucket: list[torch.Tensor] = []
-            for parameter in (parameter for parameter in self.names if parameter.dtype == dtype):
+            for parameter in (parameter for parameter in self.names_by_tensor if parameter.dtype == dtype):
                 if bucket and sum(map(torch.Tensor.numel, bucket)) + parameter.numel() > BUCKET:
                     yield bucket
                     bucket = []
@@ -236,17 +222,15 @@ class PartitionedShards(SplitShards):
     def __init__(
         self,
         model: nn.Module,
-        names: Mapping[torch.Tensor, str],
+        names_by_tensor: Mapping[torch.Tensor, str],
         process_group: ProcessGroup | None,
         offload,
     ) -> None:
-        super().__init__(model, names, process_group)
+        super().__init__(model, names_by_tensor, process_group)
         self.offload = offload
 
-    def part(self, parameter: torch.Tensor) -> Part:
-        start, length = self._span(parameter)
-        elements = parameter.ds_tensor.detach().view(-1)[:length]
-        return Part(self.names[parameter], start, parameter, elements)
+    def _stored(self, parameter: torch.Tensor, interval: Interval) -> torch.Tensor:
+        return parameter.ds_tensor.detach().view(-1)[: interval.length]
 
     def numel(self, parameter: torch.Tensor) -> int:
         return parameter.ds_numel
@@ -256,7 +240,7 @@ class PartitionedShards(SplitShards):
 
     def publish(self) -> None:
         self.offload.partition_all_parameters()  # what is gathered, for good or to be used again, is out of date
-        for parameter in self.names:
+        for parameter in self.names_by_tensor:
             parameter.ds_secondary_tensor = None  # so is ZeRO++'s second copy, which is made anew from the first
         if self.offload.persistent_parameters:
             self.offload.persistent_parameters[0].all_gather(self.offload.persistent_parameters)

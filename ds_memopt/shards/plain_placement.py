@@ -6,6 +6,7 @@ Private names used here are in engines/private_names.py.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +18,20 @@ from torch.distributed.tensor import DTensor, Shard
 from ds_memopt.shards.layout import Interval, Layout, RankBorders, even_borders, even_part, numel_of
 
 
+class Cut(NamedTuple):
+    """A parameter of `numel` elements in parts of `piece`, of which the rank `rank` of a process group has its own."""
+
+    numel: int
+    piece: int
+    rank: int
+    process_group: ProcessGroup | None
+
+
 class PlainPlacement:
-    """Each optimizer tensor is one parameter: whole (a plain tensor) or this rank's rows (an FSDP2 DTensor)."""
+    """Each optimizer tensor is one parameter: whole (a plain tensor) or this rank's rows (an FSDP2 DTensor).
+
+    A subclass that cuts parameters otherwise says so in `cut`, and in `local` how this rank's elements are read.
+    """
 
     def names(self, param_group: dict) -> Sequence[str | None]:
         names, params = param_group["param_names"], param_group["params"]
@@ -34,22 +47,35 @@ class PlainPlacement:
         borders: dict[ProcessGroup | None, dict[str, np.ndarray]] = {}
         for number, (tensor, name) in enumerate(zip(tensors, names, strict=True)):
             assert name is not None, "a plain tensor stands for one named parameter"
-            check_contiguous(tensor, name)
-            start, length = 0, tensor.numel()
-            if isinstance(tensor, DTensor):
-                shard_dim = sharded_mesh_dim(tensor, name)
-                if shard_dim is not None:
-                    mesh = tensor.device_mesh
-                    # Shard(0) splits like torch.chunk: ceil(R / N) rows a rank, the last ranks fewer or none.
-                    row = numel_of(tensor.shape[1:])
-                    piece = -(-tensor.shape[0] // mesh.size(shard_dim)) * row
-                    start, length = even_part(tensor.numel(), piece, mesh.get_local_rank(shard_dim))
-                    assert tensor.to_local().numel() == length, f"{name}: unexpected local shape"
-                    group_borders = borders.setdefault(mesh.get_group(shard_dim), {})
-                    group_borders[name] = even_borders(0, tensor.numel(), max(piece, 1))
-            if length > 0:
-                intervals.append(Interval(name, start, length, number, 0))
+            cut = self.cut(tensor, name)
+            interval = self._interval(tensor, name, cut, number)
+            if interval.length > 0:
+                intervals.append(interval)
+            if cut is not None:
+                borders.setdefault(cut.process_group, {})[name] = even_borders(0, cut.numel, max(cut.piece, 1))
         return Layout(tuple(intervals), tuple(RankBorders(group, cuts) for group, cuts in borders.items()))
+
+    def interval(self, tensor: torch.Tensor, name: str) -> Interval:
+        """This rank's interval of one parameter; it may be empty."""
+        return self._interval(tensor, name, self.cut(tensor, name), 0)
+
+    def _interval(self, tensor: torch.Tensor, name: str, cut: Cut | None, number: int) -> Interval:
+        check_contiguous(tensor, name)
+        start, length = (0, tensor.numel()) if cut is None else even_part(cut.numel, cut.piece, cut.rank)
+        return Interval(name, start, length, number, 0)
+
+    def cut(self, tensor: torch.Tensor, name: str) -> Cut | None:
+        """How ranks share a parameter; None where each has all of it."""
+        dim = sharded_mesh_dim(tensor, name) if isinstance(tensor, DTensor) else None
+        if dim is None:
+            return None
+        mesh = tensor.device_mesh
+        # Shard(0) splits like torch.chunk: ceil(R / N) rows a rank, the last ranks fewer or none.
+        piece = -(-tensor.shape[0] // mesh.size(dim)) * numel_of(tensor.shape[1:])
+        cut = Cut(tensor.numel(), piece, mesh.get_local_rank(dim), mesh.get_group(dim))
+        _, length = even_part(cut.numel, cut.piece, cut.rank)
+        assert tensor.to_local().numel() == length, f"{name}: unexpected local shape"
+        return cut
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach()

@@ -14,6 +14,7 @@ from ds_memopt.optimizers.base.capabilities import Capabilities
 from ds_memopt.optimizers.base.hyper_parameters import HyperParameters, check_hyper_parameters, check_values
 from ds_memopt.optimizers.base.named_state import StatePart, check_covered, check_meaning
 from ds_memopt.optimizers.base.naming import check_named_group, named_groups, with_names
+from ds_memopt.shards import Placement
 
 logger = logging.getLogger("ds_memopt")
 
@@ -27,6 +28,9 @@ class NamedOptimizer(Capabilities, torch.optim.Optimizer):
 
     hyper_parameters: ClassVar[type[HyperParameters]]
     hyper: HyperParameters
+    placement: Placement
+    bound = False
+    """Whether an engine has told the placement."""
 
     def __init_subclass__(cls, **keywords) -> None:
         super().__init_subclass__(**keywords)
@@ -59,6 +63,10 @@ class NamedOptimizer(Capabilities, torch.optim.Optimizer):
         check_named_group(self, self.param_groups[-1], self.the_model())
         check_values(self.hyper_parameters.rules(), self.param_groups[-1])
 
+    def bind(self, placement: Placement) -> None:
+        """Tell where an engine has laid the parameters. Called by the engine, after it has replaced param_groups."""
+        self.placement, self.bound = placement, True
+
     def names_by_tensor(self) -> dict[torch.Tensor, str]:
         """The name of each parameter that is trained now."""
         pairs = [zip(group["params"], group["param_names"], strict=True) for group in self.param_groups]
@@ -73,17 +81,13 @@ class NamedOptimizer(Capabilities, torch.optim.Optimizer):
         """Make the state that is missing, of all that this rank updates."""
         raise NotImplementedError
 
-    def _state_parts(self) -> Iterator[StatePart]:
-        """All state that this rank holds, as views."""
-        raise NotImplementedError
-
     def named_state(self) -> Iterator[StatePart]:
         """Hand out all state that this rank holds, by parameter name and place in the whole parameter.
 
         With the weights and `progress` it is all that a run on other ranks or at another stage needs to go on. The
-        values are views.
+        values are views. What several ranks hold, each of them hands out, with equal values.
         """
-        yield from self._state_parts()
+        raise NotImplementedError
 
     @torch.no_grad()
     def load_named_state(self, parts: Iterable[StatePart], progress: Mapping[str, Any] | None = None) -> None:
@@ -100,7 +104,7 @@ class NamedOptimizer(Capabilities, torch.optim.Optimizer):
         for part in parts:
             offered.setdefault((part.name, part.key), []).append(part)
         self._make_state()
-        own = list(self._state_parts())
+        own = list(self.named_state())
         for part in own:
             check_covered(part, offered.get((part.name, part.key), []))
         for part in own:

@@ -83,6 +83,10 @@ class ShardedOptimizer(NamedOptimizer):
     whose blocks it needs in `build_structures`, and implements `update`. In `configure` it may set what follows,
     `states` and whatever it makes of its hyper-parameters.
 
+    Another optimizer may run the rule, as BAdam does in its active block. It takes over `states`, `element_dtype`,
+    `structures` and `state_meaning()`, keeps the state itself, and hands `update` its own calls, whose param groups
+    have the rule's hyper-parameters.
+
     element_dtype: how states of one entry per element are kept; by default in fp32 (fp64 for fp64 parameters).
     needs_heads: whether the rule looks at heads, so that without a model `head_dim` must be given.
     """
@@ -101,8 +105,7 @@ class ShardedOptimizer(NamedOptimizer):
         if model is None and self._head_dim is None and not self.needs_heads:
             self._head_dim = 1
         self._value_blocks = getattr(self.hyper, "value_blocks", "rows")
-        self._placement: Placement = PlainPlacement()
-        self._bound = False
+        self.placement = PlainPlacement()
         self._indexes: dict[tuple, tuple[tuple[weakref.ref, ...], dict[str, BlockIndex]]] = {}
         self._model = weakref.ref(model) if model is not None else None
         self.roles: dict[str, ParamBlocks] = assign_blocks(model, self._value_blocks) if model is not None else {}
@@ -154,9 +157,7 @@ class ShardedOptimizer(NamedOptimizer):
             self._rebuild_structures()
 
     def bind(self, placement: Placement) -> None:
-        """Tell where an engine has laid the parameters. Called by the engine after it has replaced param_groups."""
-        self._placement = placement
-        self._bound = True
+        super().bind(placement)
         self._indexes.clear()
 
     @torch.compiler.disable
@@ -173,13 +174,13 @@ class ShardedOptimizer(NamedOptimizer):
         active = [
             (tensor, name, group)
             for group in self.param_groups
-            for tensor, name in zip(group["params"], self._placement.names(group), strict=True)
+            for tensor, name in zip(group["params"], self.placement.names(group), strict=True)
             if tensor.requires_grad or tensor.grad is not None
         ]
         if active:
             tensors, names, groups = zip(*active, strict=True)
             indexes = self._index(tensors, names)
-            fresh = not self._bound and not any(self.state.values())
+            fresh = not self.bound and not any(self.state.values())
             for number, tensor in enumerate(tensors):
                 if tensor.grad is not None and tensor.grad.is_sparse:
                     raise ValueError(
@@ -195,7 +196,7 @@ class ShardedOptimizer(NamedOptimizer):
     def _call(
         self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], indexes: Mapping[str, BlockIndex]
     ) -> OptimizerCall:
-        local, active = self._placement.local, [n for n, tensor in enumerate(tensors) if tensor.grad is not None]
+        local, active = self.placement.local, [n for n, tensor in enumerate(tensors) if tensor.grad is not None]
         return OptimizerCall(
             {number: local(tensors[number]) for number in active},
             {number: local(tensors[number].grad) for number in active},
@@ -210,7 +211,7 @@ class ShardedOptimizer(NamedOptimizer):
         state = self.state[tensor]
         views = {"step": state["step"]}
         for key, (structure, width) in self.states.items():
-            views[key] = self._placement.local(state[key])
+            views[key] = self.placement.local(state[key])
             if structure is not None:
                 # A DTensor is padded to the rank that has most.
                 views[key] = views[key].narrow(0, 0, indexes[structure].num_blocks[number] * width)
@@ -228,11 +229,11 @@ class ShardedOptimizer(NamedOptimizer):
         state["step"] = torch.zeros((), dtype=torch.float32)
         for key, (structure, width) in self.states.items():
             if structure is None:
-                state[key] = self._placement.new_state(tensor, None, self.element_dtype or dtype)
+                state[key] = self.placement.new_state(tensor, None, self.element_dtype or dtype)
             else:
                 index = indexes[structure]
                 lengths = index.num_blocks[number] * width, index.most_blocks[number] * width
-                state[key] = self._placement.new_state(tensor, lengths, dtype)
+                state[key] = self.placement.new_state(tensor, lengths, dtype)
 
     def _index(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> dict[str, BlockIndex]:
         # By identity, without a reference: FSDP2 and offload replace parameters, and a stale one must be free to go.
@@ -241,7 +242,7 @@ class ShardedOptimizer(NamedOptimizer):
         known, indexes = self._indexes.get(key, ((), None))
         if indexes is None or any(reference() is not tensor for reference, tensor in zip(known, tensors, strict=True)):
             self._check_tensors(tensors, names)
-            layout = self._placement.layout(tensors, names)
+            layout = self.placement.layout(tensors, names)
             assert all(interval.name in self.roles for interval in layout.intervals), "an interval of unknown name"
             indexes = {
                 structure: BlockIndex(layout, blocks, names, tensors) for structure, blocks in self.structures.items()
@@ -256,7 +257,7 @@ class ShardedOptimizer(NamedOptimizer):
             for key, (structure, width) in self.states.items() if self.state.get(tensor) else ():
                 if structure is None:
                     continue
-                index, loaded = indexes[structure], self._placement.local(self.state[tensor][key]).numel()
+                index, loaded = indexes[structure], self.placement.local(self.state[tensor][key]).numel()
                 if loaded not in (index.num_blocks[number] * width, index.most_blocks[number] * width):
                     raise ValueError(
                         f"{key} was loaded with {loaded} entries, but the parameters have "
@@ -277,7 +278,7 @@ class ShardedOptimizer(NamedOptimizer):
                     f"{self.roles[name].shape}: an engine replaced it. Call ds_memopt.register() before "
                     "deepspeed.initialize; build the optimizer after any other wrapper that re-shapes parameters."
                 )
-            if not self._bound:
+            if not self.bound:
                 check_current(self, tensor, name, current)
 
     @property
@@ -287,22 +288,21 @@ class ShardedOptimizer(NamedOptimizer):
 
     def _make_state(self) -> None:
         """Zeros where there is no state yet. An optimizer without any torch's get_optimizer_state_dict lets step."""
-        tensors = self._placement.named_tensors(self.param_groups)
+        tensors = self.placement.named_tensors(self.param_groups)
         indexes = self._index(*zip(*tensors, strict=True))
         for number, (tensor, _) in enumerate(tensors):
             if not self.state[tensor]:
                 self._init_state(tensor, indexes, number)
 
-    def _state_parts(self) -> Iterator[StatePart]:
-        """A block that several ranks share is handed out by each of them, with equal values."""
-        for tensor, name in self._placement.named_tensors(self.param_groups):
+    def named_state(self) -> Iterator[StatePart]:
+        for tensor, name in self.placement.named_tensors(self.param_groups):
             if self.state.get(tensor):
                 yield from self._parts_of(tensor, name)
 
     def _parts_of(self, tensor: torch.Tensor, name: str | None) -> Iterator[StatePart]:
         indexes, state = self._index((tensor,), (name,)), self.state[tensor]
         intervals = {part.interval.name: part.interval for index in indexes.values() for part in index.intervals[0]}
-        local = {key: self._placement.local(state[key]) for key in self.states}
+        local = {key: self.placement.local(state[key]) for key in self.states}
         for interval in intervals.values():
             yield StatePart(interval.name, "step", 0, state["step"].view(1))
             for key, layout in self.states.items():

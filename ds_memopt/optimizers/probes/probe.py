@@ -98,7 +98,7 @@ class Probe:
     A step runs a forward for each of `evaluations` inside `perturbed`, hands its loss to `observe`, and takes what was
     observed, summed over the ranks, to `projected`; `evaluate` does the first two with a closure.
 
-    optimizer: the method whose parameters are perturbed. It is asked for the model, the names, the shards, the step.
+    optimizer: the method whose parameters are perturbed. It is asked for the model, the names, the placement, the step.
     hyper: epsilon, noise, seed, lockstep and compiled. picked: which directions, if not all.
 
     Raises ValueError for an epsilon too small for the weights, and for what `Directions` refuses.
@@ -203,7 +203,7 @@ class Probe:
 
     def choose_thresholds(self) -> None:
         """Look at the weights, once, before the first step. A collective where ranks hold parts."""
-        self.directions.choose_thresholds(self._optimizer.shards)
+        self.directions.choose_thresholds(self._optimizer.placement)
         self._optimizer.set_progress(thresholds=self.directions.thresholds)
 
     def _can_compile(self, kind: str) -> bool:

@@ -40,9 +40,9 @@ class Recorder:
             return
         optimizer = self._optimizer
         if not optimizer.progress["base_checksum"]:
-            parts = list(optimizer.shards.parts())
+            parts = list(optimizer.placement.parts())
             total = checksum(((part.name, part.start, part.elements) for part in parts), parts[0].elements.device)
-            optimizer.shards.sum_of_parts(total)
+            optimizer.placement.sum_of_parts(total)
             optimizer.set_progress(base_checksum=as_hex(total))
         names = optimizer.names_by_tensor()
         decays = [group["weight_decay"] for group in optimizer.param_groups]

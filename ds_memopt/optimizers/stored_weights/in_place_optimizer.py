@@ -51,6 +51,7 @@ class InPlaceOptimizer(NamedOptimizer):
 
     writes_weights = True
     hyper: InPlaceHyperParameters
+    placement: InPlaceShards
 
     def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
         self.hyper = self.hyper_parameters.bind(positional, named)
@@ -66,7 +67,8 @@ class InPlaceOptimizer(NamedOptimizer):
             if p.requires_grad
         }
         self._moved = kernels.Moved(0.0, 0.0)
-        InPlaceOptimizer.bind(self, WholeShards(model, self._names))  # the subclass is not built yet
+        self.placement = WholeShards(model, self._names)
+        self._number_groups()
         self._check_contiguous()
         self.described, progress, *more = self.build()
         for group in self.param_groups:
@@ -100,11 +102,12 @@ class InPlaceOptimizer(NamedOptimizer):
         for group in self.param_groups:
             group[PROGRESS] = group[PROGRESS] | changes
 
-    def bind(self, shards: InPlaceShards) -> None:
-        """Tell how an engine keeps the weights. Called by the engine, before the first step."""
-        self.shards = shards
+    def bind(self, placement: InPlaceShards) -> None:
+        super().bind(placement)
+        self._number_groups()
+
+    def _number_groups(self) -> None:
         self._group_number = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
-        self._checked = True  # an engine lays out the parameters that it was given
 
     def names_by_tensor(self) -> dict[torch.Tensor, str]:
         """The name of each parameter that is trained."""
@@ -116,7 +119,7 @@ class InPlaceOptimizer(NamedOptimizer):
 
     def check_parameters(self) -> None:
         """Before the first step: raise ValueError where what trains is no longer what the model computes with."""
-        if not self._checked:
+        if not (self.bound or self._checked):  # an engine lays out the parameters that it was given
             reshard(self._model)
             current = bare_parameters(self._model)
             for parameter, name in self._names.items():
@@ -143,11 +146,11 @@ class InPlaceOptimizer(NamedOptimizer):
         """Steps that were skipped because a loss was not finite."""
         return self.progress["skipped"]
 
-    def _move(self, part: Part, rate: Any = 1.0, **terms: Any) -> None:
+    def move(self, part: Part, rate: Any = 1.0, **terms: Any) -> None:
         """Make a step with a part, at lr * rate. terms: `gradient`, `share` and `noise` of `kernels.move`."""
         group = self.param_groups[self._group_number[part.parameter]]
         lr, decay = group["lr"] * rate, group["weight_decay"]
-        self._moved = kernels.move(part.elements, self._store(part), lr, decay, self._moved, **terms)
+        self._moved = kernels.move(part.elements, self.store(part), lr, decay, self._moved, **terms)
 
     @property
     def update_kept(self) -> float:
@@ -155,26 +158,26 @@ class InPlaceOptimizer(NamedOptimizer):
         realised, intended = map(float, self._moved)
         return realised / intended if intended else 1.0
 
-    def _store(self, part: Part) -> torch.Tensor | None:
+    def store(self, part: Part) -> torch.Tensor | None:
         """What is kept of a part beside its 16-bit weights, made when first needed."""
         state = self.state[part.parameter]
         if self.keep == "none" or part.elements.dtype not in (torch.bfloat16, torch.float16):
             return None
         if "kept" not in state:
-            state["kept"] = self.shards.new_state(part, torch.int16 if self.keep == "residual" else torch.float32)
+            dtype = torch.int16 if self.keep == "residual" else torch.float32
+            state["kept"] = self.placement.new_state(part.parameter, None, dtype)
             if self.keep == "fp32":
-                self.shards.local(state["kept"]).copy_(part.elements)
-        return self.shards.local(state["kept"])
+                self.placement.local(state["kept"]).copy_(part.elements)
+        return self.placement.local(state["kept"])
 
-    def _state_parts(self) -> Iterator[StatePart]:
-        """What this rank keeps beside its weights."""
-        for part in self.shards.parts():
+    def named_state(self) -> Iterator[StatePart]:
+        for part in self.placement.parts():
             for key, (start, values) in self._states(part).items():
                 yield StatePart(part.name, key, start, values)
 
     def _states(self, part: Part) -> dict[str, tuple[int, torch.Tensor]]:
         """All state of a part, made if there is none: by key, number of its first entry in that of the whole."""
-        store = self._store(part)
+        store = self.store(part)
         return {} if store is None else {"kept": (part.start, store)}
 
     @torch.no_grad()
@@ -185,13 +188,13 @@ class InPlaceOptimizer(NamedOptimizer):
         super().load_named_state(parts, progress)
         self.set_progress(**progress)
         self._loaded()
-        self.shards.publish()
+        self.placement.publish()
 
     def _make_state(self) -> None:
         """Of all parameters, also where a rank has no elements or nothing is kept: all ranks save the same entries."""
         for parameter in self._names:
             self.state.setdefault(parameter, {})
-            self._states(self.shards.part(parameter))
+            self._states(self.placement.part(parameter))
 
     def _makes_state_alone(self) -> bool:
         """Whether `step` was called without anything to go by because all state is asked for; then it is made."""

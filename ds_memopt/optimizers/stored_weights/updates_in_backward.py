@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -49,7 +50,7 @@ class UpdatesInBackward(InPlaceOptimizer):
 
     def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
         super().__init__(params, *positional, model=model, **named)
-        self._watch()
+        self.watch_gradients()
 
     @property
     def clip(self) -> Literal["none", "tensor", "two_pass"]:
@@ -63,13 +64,13 @@ class UpdatesInBackward(InPlaceOptimizer):
                 'clip="two_pass", which looks at them before.'
             )
 
-    def _watch(self, **reduction: Any) -> None:
+    def watch_gradients(self, **reduction: Any) -> None:
         """Take gradients away from now on. reduction: `elements` and `dtype` of `GradientBuckets`."""
         if any(isinstance(module, DistributedDataParallel) for module in self._model.modules()):
             refuse(type(self), "ddp")
         if hasattr(self, "gradients"):
             self.gradients.remove()
-        self.gradients = GradientBuckets(self.shards, self._use, **reduction)
+        self.gradients = GradientBuckets(self.placement, self._use, **reduction)
         self._measuring = self._in_step = self._in_closure = False
         self._squares: list[torch.Tensor] = []
         self._scale = 1.0
@@ -79,10 +80,9 @@ class UpdatesInBackward(InPlaceOptimizer):
         if self._fp16 and "loss_scale" not in self.progress:
             self.set_progress(loss_scale=FIRST_LOSS_SCALE, since_overflow=0)
 
-    def bind(self, shards: InPlaceShards, **reduction: Any) -> None:
-        """Called by the engine. reduction: `elements` and `dtype` of `GradientBuckets`."""
-        super().bind(shards)
-        self._watch(**reduction)
+    def bind(self, placement: InPlaceShards) -> None:
+        super().bind(placement)
+        self.watch_gradients()
 
     def release(self) -> None:
         super().release()
@@ -100,7 +100,7 @@ class UpdatesInBackward(InPlaceOptimizer):
         none. None if a loss is not finite, on whatever rank: then all skip the step.
         """
         sums = self._sums_of(total, count)
-        self.shards.sum(sums)
+        self.placement.sum(sums)
         not_finite, samples, ranks = sums.tolist()
         return None if not_finite or not samples else ranks / samples
 
@@ -121,11 +121,9 @@ class UpdatesInBackward(InPlaceOptimizer):
         """
         scale = self.progress["loss_scale"] if self._fp16 else 1.0
         if self.clip == "two_pass":
-            self._measuring, self._squares = True, []
-            try:
+            self._squares = []
+            with self.using_gradients(measuring=True):
                 self._backward(loss, factor * scale)
-            finally:
-                self._measuring = False
             self.grad_norm = norm = self._norm() / scale
             if self._fp16:
                 self._adapt_loss_scale(math.isfinite(norm))
@@ -134,20 +132,29 @@ class UpdatesInBackward(InPlaceOptimizer):
             del loss
             loss = again()
             self._scale = min(1.0, self.hyper.max_norm / (norm + 1e-6)) / scale
-        self._backward(loss, factor * scale)
+        with self.using_gradients():
+            self._backward(loss, factor * scale)
         self._scale = 1.0
         return True
 
     def _backward(self, loss: torch.Tensor, factor: float) -> None:
-        self._in_step = True
+        (loss.to(torch.promote_types(loss.dtype, torch.float32)) * factor).backward()
+
+    @contextlib.contextmanager
+    def using_gradients(self, measuring: bool = False) -> Iterator[None]:
+        """While this lasts, gradients that come are of this step; at its end those that did not come count as zero.
+
+        measuring: take but their norms; no weight moves.
+        """
+        self._in_step, self._measuring = True, measuring
         try:
-            (loss.to(torch.promote_types(loss.dtype, torch.float32)) * factor).backward()
+            yield
             self.gradients.finish()
         except BaseException:
             self.gradients.forget()
             raise
         finally:
-            self._in_step = False
+            self._in_step = self._measuring = False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget a backward without a step, as one that was interrupted. No gradients are held."""
@@ -155,7 +162,7 @@ class UpdatesInBackward(InPlaceOptimizer):
 
     def _norm(self) -> float:
         total = torch.stack(self._squares).sum().view(1)
-        self.shards.sum_of_parts(total)
+        self.placement.sum_of_parts(total)
         return total.sqrt().item()
 
     def _adapt_loss_scale(self, finite: bool) -> None:
@@ -192,7 +199,7 @@ class UpdatesInBackward(InPlaceOptimizer):
             self._step_is_new, self._moved = False, kernels.Moved(0.0, 0.0)
         if self.clip == "tensor":
             squares = torch.stack([_square(part, gradient) for part, gradient in bucket])
-            self.shards.sum_of_parts(squares)
+            self.placement.sum_of_parts(squares)
             scales = (self.hyper.max_norm / (squares.sqrt() + 1e-6)).clamp(max=1.0)
         else:
             scales = [self._scale] * len(bucket)
@@ -209,7 +216,7 @@ class UpdatesInBackward(InPlaceOptimizer):
             refuse(type(self), "ddp")  # it alone puts gradients back that were taken away
         self._step_is_new = True
         if done:
-            self.shards.publish()
+            self.placement.publish()
         self.set_progress(steps=self.steps + 1, skipped=self.skipped_steps + (not done))
 
 
