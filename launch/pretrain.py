@@ -8,11 +8,11 @@ A larger model, another config:     deepspeed --num_gpus 8 launch/pretrain.py --
 
 from arguments import parse_options, run_job
 
-from ds_memopt.train.options import Options
+from ds_memopt.train.options import PretrainOptions
 
 
 def main() -> None:
-    options = parse_options(Options, __doc__, "zero2_adam_mini.json")
+    options = parse_options(PretrainOptions, __doc__, "zero2_adam_mini.json")
     from ds_memopt.train.loop import pretrain  # slow to import: --help and a wrong option should answer at once
 
     run_job(pretrain, options)

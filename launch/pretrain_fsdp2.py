@@ -10,11 +10,11 @@ ZeRO-3.
 
 from arguments import parse_options, run_job
 
-from ds_memopt.train.options import Options
+from ds_memopt.train.options import PretrainOptions
 
 
 def main() -> None:
-    options = parse_options(Options, __doc__, "zero3_adam_mini.json")
+    options = parse_options(PretrainOptions, __doc__, "zero3_adam_mini.json")
     from ds_memopt.train.fsdp2_job import (
         pretrain_fsdp2,
     )  # slow to import: --help and a wrong option should answer at once

@@ -22,7 +22,7 @@ from ds_memopt.engines.processes import SharedError, fail, remove_abandoned_shar
 from ds_memopt.train import loop
 from ds_memopt.train.fsdp2_job import pretrain_fsdp2
 from ds_memopt.train.launcher import MPI_SIZES, PLACE
-from ds_memopt.train.options import Options
+from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.ranks import start_ranks
 from ds_memopt.train.watchdog import Beat, Watchdog
 
@@ -122,7 +122,7 @@ def launch(work, folder: Path, *args, ranks: int = 2, started: int | None = None
     return said, seconds
 
 
-def _train_with_a_fault(pretrain, options: Options, fault: str) -> None:
+def _train_with_a_fault(pretrain, options: PretrainOptions, fault: str) -> None:
     """Rank 1 stops before its third step."""
     load = loop.train_loader
 
@@ -151,7 +151,7 @@ SIZE = dict(steps=5, seq_length=16, micro_batch=2, accumulation=1, validation_in
     ],
 )  # fmt: skip
 def test_a_rank_that_does_not_arrive_is_named(pretrain, config, fault, sentence, tmp_path):
-    options = Options(
+    options = PretrainOptions(
         deepspeed_config=str(ROOT / f"ds_configs/{config}.json"), output_dir=str(tmp_path / "run"), data="synthetic",
         timeout_minutes=0.2, **SIZE,
     )  # fmt: skip

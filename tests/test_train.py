@@ -20,7 +20,7 @@ from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.results import comparison
 from ds_memopt.results.record import MetricsFile, read_metrics
 from ds_memopt.train import config, presets, settings
-from ds_memopt.train.options import Options
+from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.ranks import Ranks
 from ds_memopt.train.settings import make_settings
 
@@ -181,9 +181,9 @@ def test_shipped_configs_have_twins_that_differ_in_the_optimizer_alone():
 # --- the settings ---
 
 
-def _options(tmp_path, **changes) -> Options:
+def _options(tmp_path, **changes) -> PretrainOptions:
     settings = {"deepspeed_config": str(ROOT / "ds_configs/zero2_adamw.json"), "output_dir": str(tmp_path / "run")}
-    return Options(**settings | changes)
+    return PretrainOptions(**settings | changes)
 
 
 def _file(path: Path, content: str) -> str:

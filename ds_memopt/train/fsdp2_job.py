@@ -14,7 +14,7 @@ from ds_memopt.engines.fsdp2_engine import Fsdp2Engine, shard
 from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.train.config import SHARED_HYPERPARAMETERS
 from ds_memopt.train.loop import announce, pretrain_under
-from ds_memopt.train.options import Options
+from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.presets import build_model, parameter_groups
 from ds_memopt.train.ranks import Ranks
 from ds_memopt.train.settings import Settings, make_settings
@@ -31,12 +31,12 @@ IGNORED_KEYS = {"zero_optimization", "steps_per_print", "wall_clock_breakdown"}
 """Keys that may stand in it and change nothing here."""
 
 
-def pretrain_fsdp2(options: Options) -> None:
+def pretrain_fsdp2(options: PretrainOptions) -> None:
     """Run the main job, as `pretrain` does, with the method and batch of the DeepSpeed config but FSDP2's sharding."""
     pretrain_under(fsdp2_settings, build_fsdp2, options)
 
 
-def fsdp2_settings(options: Options, ranks: Ranks) -> Settings:
+def fsdp2_settings(options: PretrainOptions, ranks: Ranks) -> Settings:
     """The settings without ZeRO. ValueError for what the config asks of DeepSpeed alone."""
     settings = make_settings(options, ranks)
     config = settings.config
@@ -69,7 +69,7 @@ def fsdp2_settings(options: Options, ranks: Ranks) -> Settings:
     return replace(settings, config=config, facts=settings.facts | {"zero_stage": "FSDP2"})
 
 
-def build_fsdp2(options: Options, settings: Settings, ranks: Ranks) -> Any:
+def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> Any:
     """The model under FSDP2, with the optimizer and schedule of the settings."""
     model = build_model(options.model, settings.model_config, options.seed, ranks.device, partitioned=False)
     if options.gradient_checkpointing:

@@ -38,7 +38,7 @@ from ds_memopt.train import checkpoint
 from ds_memopt.train.config import zero_stage
 from ds_memopt.train.data.corpus import Corpus, StepBatches, load_corpus, train_loader, validation_batches
 from ds_memopt.train.flops import model_flops
-from ds_memopt.train.options import Options, RunOptions
+from ds_memopt.train.options import PretrainOptions, RunOptions
 from ds_memopt.train.output_folder import claim
 from ds_memopt.train.presets import MODEL, build_model, count_parameters, parameter_groups
 from ds_memopt.train.ranks import Ranks, first_rank_of_node_first, on_all_ranks, start_ranks
@@ -63,8 +63,8 @@ class Work:
     seq_length: int | None = None
 
 
-def pretrain(options: Options) -> None:
-    """Run the main job. Every rank calls it; see `Options`.
+def pretrain(options: PretrainOptions) -> None:
+    """Run the main job. Every rank calls it; see `PretrainOptions`.
 
     ValueError on all ranks, before any training, for bad input. RuntimeError if the loss stops being a number.
     """
@@ -72,9 +72,9 @@ def pretrain(options: Options) -> None:
 
 
 def pretrain_under(
-    settings_of: Callable[[Options, Ranks], Settings],
-    build: Callable[[Options, Settings, Ranks], Any],
-    options: Options,
+    settings_of: Callable[[PretrainOptions, Ranks], Settings],
+    build: Callable[[PretrainOptions, Settings, Ranks], Any],
+    options: PretrainOptions,
 ) -> None:
     """Run the main job under the engine that `build` makes from what `settings_of` settles."""
     with start_ranks(options.memory_limit_gib, options.timeout_minutes) as ranks:
@@ -82,9 +82,9 @@ def pretrain_under(
 
 
 def _pretrain(
-    settings_of: Callable[[Options, Ranks], Settings],
-    build: Callable[[Options, Settings, Ranks], Any],
-    options: Options,
+    settings_of: Callable[[PretrainOptions, Ranks], Settings],
+    build: Callable[[PretrainOptions, Settings, Ranks], Any],
+    options: PretrainOptions,
     ranks: Ranks,
 ) -> None:
     settings = on_all_ranks(lambda: _check_halves(settings_of(options, ranks)))

@@ -110,7 +110,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(RunOptions):
+class PretrainOptions(RunOptions):
     """Options of a pre-training run."""
 
     job: ClassVar[str] = "pretrain"
