@@ -13,16 +13,15 @@ import torch
 from torch import nn
 
 from ds_memopt.optimizers import METHODS, method_of
+from ds_memopt.optimizers.mezo import MeZO
 from ds_memopt.optimizers.probes.checksum import as_hex, checksum
 from ds_memopt.optimizers.probes.trajectory import SKIPPED, TrajectoryHeader, read_trajectory
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 DTYPES = ("float32", "float64", "bfloat16", "float16")
-HYPER = {
-    "epsilon", "probes", "noise", "estimator", "keep", "momentum", "normalize", "layer_fraction", "rank",
-    "refresh_every", "magnitude_fraction", "seed", "weight_decay", "layers",
-}  # fmt: skip
-"""What MeZO writes of itself. A header decides no more than these: a file from elsewhere must not name another file."""
+HYPER = {*MeZO.hyper_parameters.rules()} - {"lr", "lockstep", "compiled", "trajectory"}
+"""What MeZO writes of itself; each record has its own lr. A header decides no more than these: not how noise is
+computed, and a file from elsewhere must not name another file."""
 
 
 def replay(base: Path, trajectory: Path, out: Path, progress: Callable = lambda records: records) -> int:
