@@ -226,8 +226,17 @@ MARKS: dict[Status, str] = {"tested": "yes", "untested": "untested", "refused": 
 
 
 def refuse(cls: type, feature: str) -> None:
-    """Raise ValueError, with the reason and the remedy, if the method (or one derived from it) refuses the feature."""
-    method = next(base.__name__ for base in cls.__mro__ if base.__name__ in SUPPORT)
+    """Raise ValueError, with the reason and the remedy, if the method (or one derived from it) refuses the feature.
+
+    Also for a class that is no method, such as the AdamW that BAdam runs in a block.
+    """
+    method = next((base.__name__ for base in cls.__mro__ if base.__name__ in SUPPORT), None)
+    if method is None:
+        raise ValueError(
+            f"Nothing is known of {cls.__module__}.{cls.__name__} together with {feature}: it is no method that a "
+            f"ds_config can name. Use one of {', '.join(SUPPORT)}, or DeepSpeed's or torch's own AdamW; a new method "
+            "needs a row in ds_memopt/support.py."
+        )
     support = SUPPORT[method][feature]
     if support.status == "refused":
         raise ValueError(f"{method} does not support {feature}: {support.note}")
