@@ -26,11 +26,10 @@ from ds_memopt.plan import gather
 from ds_memopt.plan.planned_layout import FlatPartitions, PlannedRank, PlannedShards, WholeMasters, meta_twin
 from ds_memopt.shards import Seams
 from ds_memopt.shards.gradients import BUCKET
+from ds_memopt.train.config import DTYPES
 
 RULES: dict[str, type[NamedOptimizer]] = {"AdamW": AdamW} | METHODS
 """What can be planned: AdamW, to compare with, and every method."""
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 ALL_REDUCE_BUCKET = 500_000_000
 """Elements of gradients that DeepSpeed joins for one all_reduce at ZeRO-0."""

@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import hjson
+import torch
 
 from ds_memopt.optimizers import METHODS
 
 AUTO = "auto"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+"""Of weights, by the words of a DeepSpeed configuration."""
 SHARED_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay")
 
 
@@ -130,8 +133,7 @@ def resolve_config(
         "optimizer.params.betas": list(betas),
         "optimizer.params.eps": eps,
         "optimizer.params.weight_decay": weight_decay,
-        "optimizer.params.switch_every": AUTO,  # BAdam's own "auto", which needs the model
-        "optimizer.params.length_threshold": AUTO,  # Addax's own, likewise
+        **_settled_by_methods(),
         "scheduler.params.warmup_min_lr": 0.0,
         "scheduler.params.warmup_max_lr": lr,
         "scheduler.params.warmup_num_steps": warmup_steps,
@@ -159,6 +161,12 @@ def resolve_config(
                 f'({micro_batch} sequences x {accumulation} accumulated x {world_size} ranks): change one or put "auto"'
             )
     return resolved
+
+
+def _settled_by_methods() -> dict[str, str]:
+    """The hyper-parameters to which a method gives a value itself, once it has the model: they stay "auto"."""
+    rules = [item for method in METHODS.values() for item in method.hyper_parameters.rules().items()]
+    return {f"optimizer.params.{name}": AUTO for name, rule in rules if AUTO in rule.words}
 
 
 def zero_stage(config: dict[str, Any]) -> int:

@@ -20,6 +20,7 @@ from ds_memopt.optimizers.base.hyper_parameters import check_values
 from ds_memopt.results.record import METRICS, first_free
 from ds_memopt.train.config import (
     AUTO,
+    DTYPES,
     SHARED_HYPERPARAMETERS,
     choose,
     load_config,
@@ -31,8 +32,6 @@ from ds_memopt.train.config_check import check_config, check_optimizer_type, che
 from ds_memopt.train.options import RunOptions
 from ds_memopt.train.presets import Recipe, find_model, split_batch
 from ds_memopt.train.ranks import Ranks
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,13 @@ from ds_memopt.blocks import are_patterns, compiled
 
 
 class Rule(NamedTuple):
-    """accepts: whether a value will do. limit: what will do, in words. remedy: a sentence."""
+    """accepts: whether a value will do. limit: what will do, in words. remedy: a sentence. words: others that will do,
+    which the method gives a value itself."""
 
     accepts: Callable[[Any], bool]
     limit: str
     remedy: str
+    words: tuple[str | None, ...] = ()
 
     def check(self, name: str, value: Any) -> None:
         check_range(name, value, self.accepts(value), self.limit, self.remedy)
@@ -96,7 +98,7 @@ def either(rule: Rule, *others: str | None) -> Rule:
     def accepts(value: Any) -> bool:
         return rule.accepts(value) or value is None and None in others or isinstance(value, str) and value in others
 
-    return Rule(accepts, f"{rule.limit} or {' or '.join(words)}", rule.remedy)
+    return Rule(accepts, f"{rule.limit} or {' or '.join(words)}", rule.remedy, others)
 
 
 CHECKED_BY_ITS_USER = Rule(lambda value: True, "", "")
