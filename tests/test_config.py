@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ds_memopt.engines.config_keys import Watched, known_keys, warn_of_typos
 from ds_memopt.train.config import load_config
 from ds_memopt.train.config_check import check_config
-from ds_memopt.train.options import Options
+from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.ranks import Ranks
 from ds_memopt.train.settings import make_settings
 
@@ -28,7 +28,7 @@ ALONE = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
 def settings_of(content: dict | str, folder: Path):
     path = folder / "c.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return make_settings(Options(deepspeed_config=str(path), output_dir=str(folder / "run")), ALONE)
+    return make_settings(PretrainOptions(deepspeed_config=str(path), output_dir=str(folder / "run")), ALONE)
 
 
 REFUSED = {
@@ -188,6 +188,6 @@ def test_with_deepspeed_alone_a_slip_at_the_top_is_a_warning(caplog):
      ("gradient_clipping", math.nan, "a number"), ("eps", -1.0, "at least 0")],
 )  # fmt: skip
 def test_an_option_out_of_range_is_refused(option, value, limit, tmp_path):
-    options = Options(deepspeed_config=str(ROOT / "ds_configs/zero2_adamw.json"), **{option: value})
+    options = PretrainOptions(deepspeed_config=str(ROOT / "ds_configs/zero2_adamw.json"), **{option: value})
     with pytest.raises(ValueError, match=f"^--{option} {value} is out of range: it must be {limit}"):
         make_settings(options, ALONE)

@@ -27,7 +27,7 @@ from ds_memopt.results.record import read_metrics
 from ds_memopt.train.fsdp2_job import pretrain_fsdp2
 from ds_memopt.train.launcher import MPI_SIZES, PLACE, find_place, first_node, tasks_per_node
 from ds_memopt.train.loop import pretrain
-from ds_memopt.train.options import Options
+from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.ranks import start_ranks
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -235,7 +235,8 @@ def under_both(folders, by_torchrun) -> dict[str, str]:
     jobs["two_pass"] = (pretrain_fsdp2, dict(deepspeed_config=ipsgd, accumulation=1))
     jobs["Lion"] = (pretrain_fsdp2, dict(deepspeed_config=adam_mini, optimizer="Lion"))
     runs = [
-        (with_, Options(output_dir=str(folders / name), **sizes | options)) for name, (with_, options) in jobs.items()
+        (with_, PretrainOptions(output_dir=str(folders / name), **sizes | options))
+        for name, (with_, options) in jobs.items()
     ]
     first, second = run_ranks(_try_all, 2, runs, copies)
     assert first == second

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_memopt.train.options import FinetuneOptions, Options
+from ds_memopt.train.options import FinetuneOptions, PretrainOptions
 
 LAUNCH = Path(__file__).resolve().parent.parent / "launch"
 WITHOUT_TORCH = """
@@ -32,15 +32,15 @@ def parse(monkeypatch, options: type, *words: str):
 
 def test_nothing_given_is_every_default(monkeypatch):
     config = str(LAUNCH.parent / "ds_configs" / "zero2_adamw.json")
-    assert parse(monkeypatch, Options) == Options(deepspeed_config=config)
+    assert parse(monkeypatch, PretrainOptions) == PretrainOptions(deepspeed_config=config)
 
 
 def test_each_type_is_read(monkeypatch):
     words = "--betas 0.8 0.9 --dtype bf16 --gradient_checkpointing --steps 7 --lr 1e-3 --local_rank 1 --deepspeed"
-    options = parse(monkeypatch, Options, *words.split(), "--resume")
+    options = parse(monkeypatch, PretrainOptions, *words.split(), "--resume")
     assert tuple(options.betas) == (0.8, 0.9) and options.dtype == "bf16" and options.gradient_checkpointing is True
     assert (options.steps, options.lr, options.resume) == (7, 1e-3, True)
-    assert parse(monkeypatch, Options, "--resume", "4").resume == 4
+    assert parse(monkeypatch, PretrainOptions, "--resume", "4").resume == 4
 
 
 @pytest.mark.parametrize(
@@ -62,17 +62,17 @@ def test_help_needs_no_torch(script):
     command = [sys.executable, "-c", WITHOUT_TORCH, LAUNCH, LAUNCH / f"{script}.py", "--help"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    options = {"finetune": FinetuneOptions, "throughput": None}.get(script, Options)
+    options = {"finetune": FinetuneOptions, "throughput": None}.get(script, PretrainOptions)
     missing = [field.name for field in fields(options) if f"  --{field.name}" not in done.stdout] if options else []
     assert missing == [] and "usage: " in done.stdout
 
 
 def test_defaults_follow_the_length_of_the_run():
-    options = Options(deepspeed_config="")
+    options = PretrainOptions(deepspeed_config="")
     intervals = ("logging_interval", "validation_interval", "save_interval", "warmup_steps")
     assert [options.defaults(8000, 0.01, True)[name] for name in intervals] == [10, 800, 8000, 80]
     assert [options.defaults(60, 0.01, True)[name] for name in intervals] == [2, 6, 60, 1]
     assert [options.defaults(3, 0.0, False)[name] for name in ("logging_interval", "validation_interval", "dtype")] == [
         1, 1, "bf16"
     ]  # fmt: skip
-    assert Options(deepspeed_config="", data="synthetic").defaults(60, 0.01, True)["save_interval"] == 0
+    assert PretrainOptions(deepspeed_config="", data="synthetic").defaults(60, 0.01, True)["save_interval"] == 0
