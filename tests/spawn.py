@@ -20,7 +20,13 @@ import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "deepspeed", "transformers", "torch.distributed.fsdp"])
+CONTEXT.set_forkserver_preload([
+    "torch", "deepspeed", "transformers", "torch.distributed.fsdp",
+    # What these import late, 2 s in each rank: transformers a name's file when it is asked for, DeepSpeed's optimizers
+    # and torch's both compilers.
+    "transformers.trainer", "transformers.models.llama.modeling_llama", "torch._dynamo", "torch._inductor.compile_fx",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "ds_memopt.engines.register", "ds_memopt.optimizers",
+])  # fmt: skip
 
 
 # Below the ports that the system gives away by itself, and for each worker of pytest-xdist others: between the look at
