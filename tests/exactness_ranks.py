@@ -192,18 +192,22 @@ def all_placements(cases: dict[str, dict]):
     """{rule: {placement: weights}}, {rule: {placement: what is cut}}, {rule: weights with the seams left open}."""
     results = {rule: {} for rule in RULES}
     cuts = {rule: {} for rule in RULES}
+    alone = dist.get_world_size() == 1
     for rule in RULES:
-        if dist.get_world_size() == 1:
+        if alone:
             results[rule]["plain"] = without_deepspeed(rule, lambda model: model)
         if rule not in BASE_RULES:
             results[rule]["ddp"] = without_deepspeed(rule, DistributedDataParallel)
         results[rule]["fsdp2"] = without_deepspeed(rule, shard_fsdp2)
-        if dist.get_world_size() == 4:
-            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-            results[rule]["hsdp, 2 x 2"] = without_deepspeed(rule, lambda model: shard_fsdp2(model, mesh))  # noqa: B023
         for placement, case in cases.items():
             if rule in INNER_RULES and placement in FP32_CASES and "," in placement:
                 continue
             results[rule][placement], cuts[rule][placement] = zero(rule, **case)
-    open_seams = {rule: without_seams(rule, stage=2) for rule in RULES if rule not in ("AdamW", "BAdam")}
-    return results, cuts, open_seams
+    summed = [rule for rule in RULES if rule not in ("AdamW", "BAdam") and not alone]
+    return results, cuts, {rule: without_seams(rule, stage=2) for rule in summed}
+
+
+def shards_held_twice() -> dict[str, dict[str, torch.Tensor]]:
+    """HSDP: shards on two of four ranks, twice."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    return {rule: without_deepspeed(rule, lambda model: shard_fsdp2(model, mesh)) for rule in RULES}

@@ -6,19 +6,25 @@ import functools
 
 import pytest
 import torch
-from exactness_ranks import BF16_CASES, FP32_CASES, RULES, all_placements, one_process, one_process_bf16
+from exactness_ranks import (
+    BF16_CASES,
+    FP32_CASES,
+    RULES,
+    all_placements,
+    one_process,
+    one_process_bf16,
+    shards_held_twice,
+)
 from spawn import run_ranks
 from tiny import distance, full_parameters, llama
 
 METHODS = [rule for rule in RULES if rule != "AdamW"]
-ESSENTIAL = {name: FP32_CASES[name] for name in ("zero1", "zero2", "zero3")}
 CASES = {
     1: FP32_CASES | BF16_CASES,
     2: FP32_CASES | BF16_CASES,
     3: {name: case for name, case in FP32_CASES.items() if "offload" not in name},
-    4: ESSENTIAL,
 }
-"""Which placements are tried on how many ranks: more ranks than cores are slow."""
+"""Which placements are tried on how many ranks: more ranks than cores are slow, and a fourth cuts no other way."""
 
 
 @functools.cache
@@ -50,7 +56,7 @@ def test_one_rank_is_bit_for_bit_the_plain_optimizer():
                 assert apart == 0, (rule, placement)
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_every_placement_gives_the_same_weights(world_size):
     """Limit: 3x what AdamW shows for the same pair of placements (3e-6 to 2e-5 in fp32, 1.4e-2 in bf16); in fp32 8e-6.
 
@@ -88,3 +94,14 @@ def test_every_placement_gives_the_same_weights(world_size):
         apart = moved_apart(weights, fp32[rule], start)
         print(f"N={world_size} {rule:15} with open seams {apart:.1e}")
         assert apart > 1e-3, rule
+
+
+def test_shards_that_are_held_twice_give_the_same_weights():
+    """HSDP. The limit is that of the other placements; measured up to 2.2e-6, AdamW 3.8e-6."""
+    fp32, _, start = references()
+    results = run_ranks(shards_held_twice, 4)[0]
+    adamw = moved_apart(results["AdamW"], fp32["AdamW"], start)
+    for rule in METHODS:
+        ours = moved_apart(results[rule], fp32[rule], start)
+        print(f"N=4 {rule:15} HSDP, 2 x 2 {ours:.2e}, AdamW {adamw:.2e}, ratio {ours / adamw:.2f}")
+        assert ours <= min(3 * adamw, 8e-6), rule
