@@ -53,10 +53,10 @@ def engine_of(make, method: str, hyper: dict):
 
 def run(make, method: str = "MeZO", **hyper) -> dict:
     engine = engine_of(make, method, hyper)
-    data = list(batches(4, dist.get_rank(), dist.get_world_size()))
-    losses = train(engine, data[:3])
+    data = list(batches(3, dist.get_rank(), dist.get_world_size()))
+    losses = train(engine, data[:2])
     with CommunicationMeter() as meter:
-        losses += train(engine, data[3:])
+        losses += train(engine, data[2:])
     result = {"weights": full_parameters(engine.module), "sent": meter.bytes_sent(), "losses": losses}
     result["lockstep"] = method != "AdamW" and engine.optimizer.evaluator.lockstep is not None
     engine.destroy()
@@ -77,9 +77,9 @@ class Interrupted(Exception):
 
 
 def addax(make, lockstep: bool, interrupt: bool = False, autocast: bool = False) -> dict:
-    """Five steps. interrupt: before the last, one that fails in the first-order half and one in the other."""
+    """Four steps. interrupt: before the last, one that fails in the first-order half and one in the other."""
     engine = engine_of(make, "Addax", {"alpha": 0.1, "length_threshold": 12, "lockstep": lockstep})
-    data, raised = list(batches(5, dist.get_rank(), dist.get_world_size())), []
+    data, raised = list(batches(4, dist.get_rank(), dist.get_world_size())), []
 
     def step(batch: torch.Tensor) -> None:
         with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
@@ -87,7 +87,7 @@ def addax(make, lockstep: bool, interrupt: bool = False, autocast: bool = False)
         engine.backward(loss)
         engine.step()
 
-    for batch in data[:4]:
+    for batch in data[:3]:
         torch.manual_seed(len(batch))  # of dropout
         step(batch)
     for with_graph in (True, False) if interrupt else ():
@@ -98,13 +98,13 @@ def addax(make, lockstep: bool, interrupt: bool = False, autocast: bool = False)
 
         handle = engine.module.model.layers[2].mlp.down_proj.register_forward_hook(fail)
         try:
-            step(data[4])
+            step(data[3])
         except Interrupted as error:
             raised.append(error.args[0])
         handle.remove()
     torch.manual_seed(1)
     with CommunicationMeter() as meter:
-        step(data[4])
+        step(data[3])
     weights, in_lockstep = full_parameters(engine.module), engine.optimizer.evaluator.lockstep is not None
     engine.destroy()
     return {"weights": weights, "sent": meter.bytes_sent(), "lockstep": in_lockstep, "raised": raised}
