@@ -21,6 +21,7 @@ from deepspeed.launcher import runner
 from safetensors.torch import load_file
 from spawn import CONTEXT, TIME_LIMIT, free_port, run_ranks
 from torch.distributed.run import get_args_parser
+from transformers import LlamaConfig
 
 from ds_memopt import cli
 from ds_memopt.results.record import read_metrics
@@ -50,7 +51,8 @@ def job(script: str, folder: Path) -> list[str]:
     """The job of both launchers, at ZeRO-3 or its equal."""
     sizes = [word for name, value in {**SIZE, **EVERY}.items() for word in (f"--{name}", str(value))]
     config = str(ROOT / "ds_configs/zero3_adam_mini.json")
-    return [str(ROOT / script), "--deepspeed_config", config, "--output_dir", str(folder), *sizes]
+    where = ["--model", str(folder.parent / "model"), "--output_dir", str(folder)]
+    return [str(ROOT / script), "--deepspeed_config", config, *where, *sizes]
 
 
 def agree(ours: dict, theirs: dict, limit: float) -> None:
@@ -61,7 +63,11 @@ def agree(ours: dict, theirs: dict, limit: float) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("runs")
+    """Of the runs, and with the model of all of them: smaller than the preset "tiny"."""
+    folders = tmp_path_factory.mktemp("runs")
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, vocab_size=256)
+    LlamaConfig(**sizes, max_position_embeddings=16).save_pretrained(folders / "model")
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +96,7 @@ def test_fsdp2_under_torchrun_repeats_zero_3_under_mpirun(by_torchrun, by_mpirun
     for ours, theirs in zip(read_metrics(by_torchrun), read_metrics(by_mpirun), strict=True):
         assert ours.keys() == theirs.keys()
         agree(ours, theirs, 2e-6)
-        assert ours["optimizer_state_bytes_per_parameter"] == pytest.approx(4.01, abs=0.01)
+        assert ours["optimizer_state_bytes_per_parameter"] == pytest.approx(4.11, abs=0.01)
     ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (by_torchrun, by_mpirun))
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6  # a step moves a weight by up to 2e-4
@@ -208,10 +214,10 @@ def under_both(folders, by_torchrun) -> dict[str, str]:
     configs = {
         "AdamW": _config(folders, "adamw", torch_adam=True),
         "BAdam": _config(folders, "badam", switch_every=1),
-        "MeZO": _config(folders, "mezo"),
+        "MeZO": _config(folders, "mezo", compiled=False),
         "IPSGD": _config(folders, "ipsgd", rule="adalomo"),
     }
-    sizes = SIZE | EVERY
+    sizes = dict(model=str(folders / "model")) | SIZE | EVERY
     jobs, copies = {}, []
     for method, config in configs.items():
         options = dict(deepspeed_config=config) | (dict(accumulation=1) if method == "IPSGD" else {})
@@ -229,7 +235,7 @@ def under_both(folders, by_torchrun) -> dict[str, str]:
     )  # fmt: skip
     offload = str(ROOT / "ds_configs/zero3_offload_adam_mini.json")
     jobs["offload"] = (pretrain_fsdp2, dict(deepspeed_config=offload))
-    addax = _config(folders, "addax", length_threshold=None)
+    addax = _config(folders, "addax", length_threshold=None, compiled=False)
     jobs["Addax"] = (pretrain_fsdp2, dict(deepspeed_config=addax, micro_batch=10, accumulation=1))
     ipsgd = _config(folders, "ipsgd", clip="two_pass")
     jobs["two_pass"] = (pretrain_fsdp2, dict(deepspeed_config=ipsgd, accumulation=1))
