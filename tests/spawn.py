@@ -26,6 +26,7 @@ CONTEXT.set_forkserver_preload([
     # and torch's both compilers.
     "transformers.trainer", "transformers.models.llama.modeling_llama", "torch._dynamo", "torch._inductor.compile_fx",
     "deepspeed.runtime.zero.muon.muon_optimizer", "ds_memopt.engines.register", "ds_memopt.optimizers",
+    "ds_memopt.train.finetune_job", "ds_memopt.results.comparison",
 ])  # fmt: skip
 
 
