@@ -57,12 +57,12 @@ def test_state_and_masters_are_those_of_the_active_block(results, case):
 
 
 @pytest.mark.parametrize("case", COST_CASES)
-def test_memory_after_100_switches_is_that_after_2(results, case):
+def test_memory_after_30_switches_is_that_after_2(results, case):
     """And small: 0.2 to 0.3 MB for a model of 49,800 parameters. ZeRO-3's bucket for gradients has by default 1 GB."""
     for rank in results[1]:
-        after_2, after_50, after_100 = rank["alive"][case]
-        print(case, after_2, after_50, after_100)
-        assert after_100 == after_50 <= after_2 < 2**20
+        after_2, after_15, after_30 = rank["alive"][case]
+        print(case, after_2, after_15, after_30)
+        assert after_30 == after_15 <= after_2 < 2**20
 
 
 @pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
