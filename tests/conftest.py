@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 LONGEST_FIRST = (
-    "test_exactness", "test_ipsgd", "test_peak", "test_plan", "test_zeroth", "test_launchers", "test_train_multirank",
-    "test_finetune", "test_features", "test_sweep", "test_processes", "test_rotation", "test_every_method",
-    "test_engines", "test_lockstep", "test_directions", "test_resume", "test_checkpoints",
+    "test_exactness", "test_ipsgd", "test_plan", "test_train_multirank", "test_peak", "test_lockstep", "test_launchers",
+    "test_finetune", "test_zeroth", "test_sweep", "test_features", "test_names", "test_rotation", "test_every_method",
+    "test_engines", "test_compile", "test_badam", "test_noise", "test_checkpoints", "test_documents", "test_processes",
+    "test_doctor", "test_directions", "test_resume",
 )  # fmt: skip
 
 
