@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ds_memopt.optimizers import METHODS
 from ds_memopt.shards import Seams
 
-STEPS = 13
+STEPS = 9
 RULES = {
     "AdamW": ("AdamW", {}),
     "AdamMini": ("AdamMini", {}),
@@ -41,10 +41,10 @@ RULES = {
 BASE_RULES = {"BAdam": "AdamW", "BAdam, adam_mini": "AdamMini", "BAdam, gwt": "GWT"}
 """For each rotating rule the one that a fresh optimizer runs on the active block during a visit."""
 ROTATION = {
-    "switch_every": 3, "order": "ascending", "start_block": 1, "include_embedding": True, "include_lm_head": True,
+    "switch_every": 2, "order": "ascending", "start_block": 1, "include_embedding": True, "include_lm_head": True,
     "eps": 1e-5,
 }  # fmt: skip
-"""4 switches in 13 steps, from the first layer on and back to it; embedding and head leave a param group without a
+"""4 switches in 9 steps, from the first layer on and back to it; embedding and head leave a param group without a
 parameter.
 
 The first step of every visit is g / (|g| + eps), which makes much of the rounding of a gradient near zero: with an eps
@@ -90,12 +90,12 @@ def groups(model, active: str = "") -> list[dict]:
 
 
 def prepared(rule: str, model):
-    """With GWT every fifth loss counts tenfold: its limiter has to act, for its sums over ranks to be seen."""
+    """With GWT every fourth loss counts tenfold: its limiter has to act, for its sums over ranks to be seen."""
     if "gwt" in rule.lower():
         calls = itertools.count(1)
 
         def burst(module, inputs, output):
-            output.loss = output.loss * (10 if next(calls) % 5 == 0 else 1)
+            output.loss = output.loss * (10 if next(calls) % 4 == 0 else 1)
 
         model.register_forward_hook(burst)
     return model
