@@ -20,7 +20,7 @@ import transformers
 
 from ds_memopt.engines.checkpoint_files import _read_metadata
 from ds_memopt.train import checkpoint, fsdp2_job, loop
-from ds_memopt.train.options import Options
+from ds_memopt.train.options import PretrainOptions
 
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
 SIZE = dict(
@@ -81,7 +81,7 @@ def _run(place: Path, name: str, case: Case) -> Outcome:
             shutil.copytree(place / case.source, folder, dirs_exist_ok=True)
         case.accident(folder)
     dist.barrier()
-    options = Options(
+    options = PretrainOptions(
         deepspeed_config=str(place / f"{case.config}.json"), output_dir=str(folder), model=str(place / "config"),
         **SIZE | ({"resume": True} if case.source else {}) | case.options,
     )  # fmt: skip

@@ -25,7 +25,7 @@ from ds_memopt.train.data.corpus import StepBatches
 from ds_memopt.train.evaluation import evaluate
 from ds_memopt.train.finetune_job import finetune
 from ds_memopt.train.loop import build_engine, pretrain
-from ds_memopt.train.options import FinetuneOptions, Options
+from ds_memopt.train.options import FinetuneOptions, PretrainOptions
 from ds_memopt.train.output_folder import LOCK
 from ds_memopt.train.presets import build_model, find_trained, trained_folder
 from ds_memopt.train.ranks import start_ranks
@@ -218,7 +218,7 @@ def options(folder: Path, model: Path, data: Path, stage: int = 2, **changes) ->
     return FinetuneOptions(**settings | changes)
 
 
-def run_all(runs: list[Options | FinetuneOptions]) -> list[str | None]:
+def run_all(runs: list[PretrainOptions | FinetuneOptions]) -> list[str | None]:
     """The message of each run that is refused."""
     torch.set_num_threads(1)
     messages = []
@@ -252,7 +252,7 @@ def pretrained(place) -> dict[int, Path]:
     llama(max_position_embeddings=16).save_pretrained(place / "config")
     sizes = dict(model=str(place / "config"), steps=2, seq_length=16, micro_batch=2, lr=1e-2, validation_interval=0)
     runs = {
-        stage: Options(
+        stage: PretrainOptions(
             deepspeed_config=str(ROOT / f"ds_configs/zero{stage}_adam_mini.json"),
             output_dir=str(place / f"pretrained{stage}"),
             **sizes,

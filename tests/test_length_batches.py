@@ -14,7 +14,7 @@ from spawn import run_ranks
 from test_finetune import ROOT, addax, llama, options, run_all, sums, write
 
 from ds_memopt.train.data.length_batches import LengthBatches, divide
-from ds_memopt.train.options import FinetuneOptions, Options
+from ds_memopt.train.options import FinetuneOptions, PretrainOptions
 from ds_memopt.train.presets import find_trained
 from ds_memopt.train.ranks import Ranks
 from ds_memopt.train.settings import make_settings
@@ -145,7 +145,7 @@ def test_what_addax_cannot_do_is_refused(job):
     runs: list = [
         run_of(job, "refused", **dict(deepspeed_config=addax(job, **params)) | changes) for params, changes, _ in cases
     ]
-    runs.append(Options(deepspeed_config=addax(job), output_dir=str(job / "refused"), steps=1))
+    runs.append(PretrainOptions(deepspeed_config=addax(job), output_dir=str(job / "refused"), steps=1))
     (messages,) = run_ranks(run_all, 1, runs)
     for message, part in zip(messages, [part for *_, part in cases] + ["pre-training are equally long"], strict=True):
         assert part in message

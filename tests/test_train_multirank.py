@@ -16,7 +16,7 @@ from tiny import equal_tensors
 
 from ds_memopt.results.record import read_metrics
 from ds_memopt.train.loop import pretrain
-from ds_memopt.train.options import Options
+from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.output_folder import LOCK
 
 ROOT = Path(__file__).parent.parent
@@ -27,9 +27,9 @@ SPLIT = ("forward_ms", "backward_ms", "optimizer_ms", "communication_ms", "other
 COMPARED = ("step", "tokens", "loss", "validation_loss", "lr", "grad_norm")
 
 
-def _options(folder: Path, stage: int, **changes) -> Options:
+def _options(folder: Path, stage: int, **changes) -> PretrainOptions:
     config = str(ROOT / f"ds_configs/zero{stage}_adam_mini.json")
-    return Options(**{"deepspeed_config": config, "output_dir": str(folder), **SIZE, **EVERY, **changes})
+    return PretrainOptions(**{"deepspeed_config": config, "output_dir": str(folder), **SIZE, **EVERY, **changes})
 
 
 def _launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
@@ -45,7 +45,7 @@ def _launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-def _pretrain_quietly(options: Options) -> str | None:
+def _pretrain_quietly(options: PretrainOptions) -> str | None:
     """The message if the run is refused."""
     try:
         pretrain(options)
@@ -54,12 +54,12 @@ def _pretrain_quietly(options: Options) -> str | None:
     return None
 
 
-def _pretrain_all(runs: list[Options]) -> list[str | None]:
+def _pretrain_all(runs: list[PretrainOptions]) -> list[str | None]:
     torch.set_num_threads(1)
     return [_pretrain_quietly(options) for options in runs]
 
 
-def _die_in_save_of_step_4(options: Options) -> None:
+def _die_in_save_of_step_4(options: PretrainOptions) -> None:
     """Rank 1 leaves half of its optimizer file of step 4 behind."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
 
