@@ -1,6 +1,6 @@
 """The arithmetic of whole optimizer calls, and what is compiled, each held to the plain-PyTorch formula."""
 
-from ds_memopt.kernels.calls import Blocks, adam_by_element, adam_mini
+from ds_memopt.kernels.calls import adam_by_element, adam_mini, gwt
 from ds_memopt.kernels.compiled import compile_exactly
 from ds_memopt.kernels.descriptors import ColumnPiece, Piece, RowPiece, Table
 from ds_memopt.kernels.plain import (
@@ -13,17 +13,21 @@ from ds_memopt.kernels.plain import (
     divide_blocks,
     multiply_elements,
 )
+from ds_memopt.kernels.plain_gwt import GWTRule, GWTScalars
 from ds_memopt.kernels.residual import add_residual_, residual_of
 from ds_memopt.kernels.stored_weights import Moved, move
-from ds_memopt.kernels.work import Work
+from ds_memopt.kernels.work import Blocks, Runs, Work, row_of
 
 __all__ = [
     "AdamScalars",
     "Blocks",
     "ColumnPiece",
+    "GWTRule",
+    "GWTScalars",
     "Moved",
     "Piece",
     "RowPiece",
+    "Runs",
     "Table",
     "Work",
     "adam_by_block",
@@ -36,7 +40,9 @@ __all__ = [
     "add_sums_of_blocks",
     "compile_exactly",
     "divide_blocks",
+    "gwt",
     "move",
     "multiply_elements",
     "residual_of",
+    "row_of",
 ]

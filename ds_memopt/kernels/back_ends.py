@@ -7,22 +7,24 @@ from typing import Protocol
 
 import torch
 
-from ds_memopt.kernels.plain import AdamScalars, Tensors
-from ds_memopt.kernels.work import Runs, Work
+from ds_memopt.kernels.plain import AdamScalars
+from ds_memopt.kernels.plain_gwt import GWTScalars
+from ds_memopt.kernels.work import Runs, Tensors, Work
 
 
 class BackEnd(Protocol):
     """What a fused back end offers; every function is one launch.
 
-    Tensors are this rank's elements, 1-D and contiguous, by their number in the call; runs of a tensor that is not
-    among them are left alone. slots: [slots, width], what ranks share of cut blocks, see `Runs`.
+    Tensors are this rank's elements or entries, 1-D and contiguous, by their number in the call. Scalars say which
+    tensors move, or else gradients: runs of others are left alone. Empty runs and empty tensors are welcome.
+    slots: [slots, width], what ranks share of cut blocks, see `Runs`.
     """
 
     def reason_against(self, tensors: list[torch.Tensor]) -> str:
         """Why it does not cover a call on these tensors; "" if it does."""
 
     def add_mean_squares(self, gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
-        """slots[slot, 0] += (sum of a run's squares) / size."""
+        """slots[slot, 0] += (sum of a run's squares) / size. runs: of cut blocks."""
 
     def adam_mini(
         self,
@@ -46,6 +48,68 @@ class BackEnd(Protocol):
         scalars: Mapping[int, AdamScalars],
     ) -> None:
         """Adam with one second moment per element, at the runs' entries."""
+
+    def add_mean_squares_of_blocks(self, gradients: Tensors, runs: Runs, mean_squares: Tensors) -> None:
+        """mean_squares[tensor][block] += (sum of a run's squares) / size. runs: of whole and cut blocks."""
+
+    def advance_denominators(
+        self, second_moments: Tensors, mean_squares: Tensors, scalars: Mapping[int, AdamScalars]
+    ) -> None:
+        """v <- v + (1 - beta2) * (mean square - v), and mean_squares <- sqrt(v) / root + eps, for each block."""
+
+    def adam_by_denominator(
+        self,
+        parameters: Tensors,
+        gradients: Tensors,
+        moments: Tensors,
+        denominators: Tensors,
+        runs: Runs,
+        scalars: Mapping[int, AdamScalars],
+    ) -> None:
+        """Adam with the denominators given, one per block; moments at the runs' entries."""
+
+    def add_group_sums(self, gradients: Tensors, runs: Runs, period: int, slots: torch.Tensor) -> None:
+        """slots[slot, 0] += (sum of a run) / period, and slots[slot, 1], if it is there, as in `add_mean_squares`."""
+
+    def gwt(
+        self,
+        parameters: Tensors,
+        gradients: Tensors,
+        approximations: Tensors,
+        second_moments: Tensors | None,
+        denominators: Tensors | None,
+        runs: Runs,
+        period: int,
+        scalars: Mapping[int, GWTScalars],
+        sums: torch.Tensor,
+        norms: torch.Tensor | None,
+        *,
+        advance: bool,
+        apply: bool,
+    ) -> None:
+        """A step of the groups x of a wavelet transform, or half of one; see `ds_memopt.optimizers.gwt`.
+
+            advance:  M <- M + (1 - beta1) * (mean(x) - M)
+                      v <- v + (1 - beta2) * (mean(x^2) - v), where there are no denominators
+            with      u  = (x - mean(x) + M / correction) / d,     d = sqrt(v) / root + eps, or denominators[outer]
+            advance:  norms[matrix] += sum(u^2) / numel, if norms are given
+            apply:    p <- p * decay - step_size * u / norms[matrix], or / 1 without norms
+
+        mean(x) = sum(x) / period. Of a run with a slot mean(x) and mean(x^2) are sums[slot] (the latter only where it
+        is needed), and sum(u^2) is its share by elements: with u as above, width / size of
+
+            size * (mean(x^2) + shift^2) / d^2 + 2 * shift * sum(x) / d^2,    shift = M / correction - mean(x)
+
+        second_moments, denominators: one of them is None.
+        norms: [places], at `advance` zeros, at `apply` what `turn_into_growths` leaves.
+        """
+
+    def turn_into_growths(self, norms: torch.Tensor, update_norms: Tensors, runs: Runs, limiter: float) -> None:
+        """With r = sqrt(norm), n = update_norm: growth = max(r / max(n, 1), limiter) / limiter, n <- r / growth.
+
+        norms: [places], mean squares; overwritten with growths. update_norms: n at a run's `block`.
+        runs: whole parameters, each a block; its place in norms is `matrix`. Those of other tensors are left alone.
+        """
 
 
 def back_end_of(work: Work | None, *tensors: Tensors) -> BackEnd | None:

@@ -1,40 +1,17 @@
 """What a method calls: each function goes to the back end that computes it fastest where its tensors lie.
 
-A fused back end sums the squares of blocks that ranks share first; while these sums travel it updates the blocks that
-lie on this rank as a whole, each in one pass, and then the shared ones.
+A fused back end sums first what ranks share; while these sums travel it does what does not need them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Protocol
+from collections.abc import Mapping
 
-import torch
-
-from ds_memopt.kernels import plain
-from ds_memopt.kernels.back_ends import back_end_of
-from ds_memopt.kernels.descriptors import Table
-from ds_memopt.kernels.plain import AdamScalars, Tensors
-from ds_memopt.kernels.work import Work
-
-
-class Blocks(Protocol):
-    """The blocks that the tensors of one call hold on this rank, and how sums over shared ones are completed."""
-
-    pieces: Table
-    work: Work | None
-
-    def mean_squares(self, values: Tensors) -> dict[int, torch.Tensor]:
-        """This rank's part of the mean square of each block."""
-
-    def complete(self, *quantities: dict[int, torch.Tensor]) -> None:
-        """Add to the values of shared blocks what other ranks hold of them."""
-
-    def new_slots(self, width: int) -> torch.Tensor:
-        """Zeros, `width` for each shared block."""
-
-    def begin_sum(self, slots: torch.Tensor) -> Callable[[], None]:
-        """Begin to sum slots over the ranks, in place; returns what waits."""
+from ds_memopt.kernels import plain, plain_gwt
+from ds_memopt.kernels.back_ends import BackEnd, back_end_of
+from ds_memopt.kernels.plain import AdamScalars
+from ds_memopt.kernels.plain_gwt import GWTRule, GWTScalars
+from ds_memopt.kernels.work import Blocks, Tensors, Work
 
 
 def adam_mini(
@@ -75,3 +52,69 @@ def adam_by_element(
         plain.adam_by_element(parameters, gradients, moments, second_moments, blocks.pieces, scalars)
     else:
         fused.adam_by_element(parameters, gradients, moments, second_moments, blocks.work.whole, scalars)
+
+
+def gwt(
+    parameters: Tensors,
+    gradients: Tensors,
+    states: Mapping[str, Tensors],
+    blocks: Mapping[str, Blocks],
+    rule: GWTRule,
+    scalars: Mapping[int, GWTScalars],
+) -> None:
+    """A step of GWT. A collective where ranks share groups, blocks, or matrices whose update is limited.
+
+    states: those of `ds_memopt.optimizers.GWT` by its names. blocks: "group"; "matrix", whole parameters; "dense",
+    elements of what is not transformed; and with one second moment per row or head "block", these, of all parameters.
+    """
+    work = None if rule.paper else _gwt_work(blocks)
+    fused = back_end_of(work and work[0], parameters, gradients, *states.values())
+    if fused is None:
+        plain_gwt.gwt(parameters, gradients, states, blocks, rule, scalars)
+    else:
+        _fused_gwt(fused, parameters, gradients, states, blocks, rule, scalars, *work)
+
+
+def _gwt_work(blocks: Mapping[str, Blocks]) -> tuple[Work, Work] | None:
+    """The runs of groups, and those of what is not transformed."""
+    outer, dense = blocks.get("block"), blocks["dense"]
+    groups = blocks["group"].work_within(blocks["matrix"], outer)
+    packed = (outer or dense).packed_work(dense)
+    return (groups, packed) if groups is not None and packed is not None else None
+
+
+def _fused_gwt(
+    fused: BackEnd,
+    parameters: Tensors,
+    gradients: Tensors,
+    states: Mapping[str, Tensors],
+    blocks: Mapping[str, Blocks],
+    rule: GWTRule,
+    scalars: Mapping[int, GWTScalars],
+    work: Work,
+    dense_work: Work,
+) -> None:
+    groups, matrices, outer = blocks["group"], blocks["matrix"], blocks.get("block")
+    limited = rule.limiter is not None
+    sums = groups.new_slots(1 if outer is not None and not limited else 2)
+    fused.add_group_sums(gradients, work.cut, rule.period, sums)
+    wait = groups.begin_sum(sums)
+    dense, m = {number: step.dense for number, step in scalars.items()}, states["exp_avg"]
+    denominators = None
+    if outer is None:
+        fused.adam_by_element(parameters, gradients, m, states["exp_avg_sq"], dense_work.all, dense)
+    else:
+        denominators = outer.new_blocks(gradients)
+        fused.add_mean_squares_of_blocks(gradients, outer.work.all, denominators)
+        outer.complete(denominators)
+        fused.advance_denominators(states["block_exp_avg_sq"], denominators, dense)
+        fused.adam_by_denominator(parameters, gradients, m, denominators, dense_work.all, dense)
+    wait()
+    norms = matrices.new_places() if limited else None
+    tensors = parameters, gradients, states["approximation"], states.get("second_moment"), denominators
+    step = *tensors, work.all, rule.period, scalars, sums, norms
+    fused.gwt(*step, advance=True, apply=not limited)
+    if limited:
+        matrices.begin_sum(norms)()
+        fused.turn_into_growths(norms, states["update_norm"], matrices.work_within(matrices, None).all, rule.limiter)
+        fused.gwt(*step, advance=False, apply=True)

@@ -58,16 +58,17 @@ class RowPiece(NamedTuple):
         if self.rows > 1:
             step = max(1, most // (self.count * self.width))
             return [
-                self._at(row * self.row_stride, row * self.block_stride)._replace(rows=min(step, self.rows - row))
+                self.at(row * self.row_stride, row * self.block_stride)._replace(rows=min(step, self.rows - row))
                 for row in range(0, self.rows, step)
             ]
         step = max(1, most // self.width)
         return [
-            self._at(run * self.width, run)._replace(count=min(step, self.count - run))
+            self.at(run * self.width, run)._replace(count=min(step, self.count - run))
             for run in range(0, self.count, step)
         ]
 
-    def _at(self, elements: int, blocks: int) -> RowPiece:
+    def at(self, elements: int, blocks: int) -> RowPiece:
+        """The piece so many elements and blocks further on."""
         return self._replace(offset=self.offset + elements, entry=self.entry + elements, block=self.block + blocks)
 
 

@@ -13,9 +13,7 @@ from typing import Any, NamedTuple, Self
 import torch
 
 from ds_memopt.kernels.descriptors import ColumnPiece, Piece, Table
-
-Tensors = Mapping[int, torch.Tensor]
-"""1-D tensors by their numbers in the call."""
+from ds_memopt.kernels.work import Tensors
 
 SHORT = 32
 """Runs of up to so many elements, a power of two, are added up by halves: 0.16 instead of 0.4 ns per element."""

@@ -18,13 +18,11 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
-
-import torch
+from typing import Any, Literal
 
 from ds_memopt import kernels
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled, format_assignment, matching
-from ds_memopt.kernels import AdamScalars
+from ds_memopt.kernels import AdamScalars, GWTRule, GWTScalars
 from ds_memopt.optimizers.base.hyper_parameters import (
     HEAD_DIM,
     VALUE_BLOCKS,
@@ -37,7 +35,6 @@ from ds_memopt.optimizers.base.hyper_parameters import (
     patterns,
     real,
 )
-from ds_memopt.optimizers.block_state.block_index import BlockIndex
 from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer, StateLayout
 from ds_memopt.shards import numel_of
 
@@ -236,154 +233,21 @@ class GWT(ShardedOptimizer):
         return _relabel(blocks, rule, Tiled(numel // columns, columns, self.period))
 
     def update(self, call: OptimizerCall) -> None:
-        # Together where ranks must add up their parts, else one by one: the temporary tensors are smaller by far.
-        together = any(index.seams.num_slots for index in call.indexes.values())
-        for gradients in [call.gradients] if together else [{number: g} for number, g in call.gradients.items()]:
-            sums = self._sums(gradients, call.indexes)
-            steps = {number: self._advance(call, number, sums) for number in gradients}
-            if self.limiter is not None:
-                self._limit(call, sums, steps)
-            self._apply(call, gradients, steps)
-            self._apply_dense(call, gradients, steps)
-            for number, step in steps.items():
-                if step.last_decay != 1:
-                    call.parameters[number].mul_(step.last_decay)
+        states = {key: call.state(key) for key in self.states}
+        rule = GWTRule(self.period, self.limiter, self.paper)
+        scalars = {number: self._scalars(step, call.groups[number]) for number, step in call.advance().items()}
+        kernels.gwt(call.parameters, call.gradients, states, call.indexes, rule, scalars)
 
-    def _sums(self, gradients: Mapping[int, torch.Tensor], indexes: Mapping[str, BlockIndex]) -> _Sums:
-        groups = indexes["group"]
-        means = groups.new_blocks(gradients)
-        kernels.add_means(gradients, groups.pieces, means, size=self.period)
-        # The paper's v and limiter look at sum(x) only.
-        if self.paper or (self.by_block and self.limiter is None):
-            energies = {}
-            groups.complete(means)
-        else:
-            energies = groups.mean_squares(gradients)
-            groups.complete(means, energies)
-        squares = {}
-        if self.by_block:
-            squares = indexes["block"].mean_squares(gradients)
-            indexes["block"].complete(squares)
-        return _Sums(means, energies, squares)
-
-    def _advance(self, call: OptimizerCall, number: int, sums: _Sums) -> _Step:
-        """Advance the state of one tensor's groups and blocks."""
-        state, group, mean = call.states[number], call.groups[number], sums.means[number]
-        state["step"] += 1
-        time, (beta1, beta2) = state["step"].item(), group["betas"]
+    def _scalars(self, time: float, group: Mapping[str, Any]) -> GWTScalars:
+        beta1, beta2 = group["betas"]
         correction1, correction2 = 1 - beta1**time, 1 - beta2**time
-        m = state["approximation"].lerp_(mean, 1 - beta1)
-        if self.by_block:
-            v = state["block_exp_avg_sq"].lerp_(sums.squares[number], 1 - beta2)
-        else:
-            # A^2 is k times the squared mean.
-            square = mean.square().mul_(self.period) if self.paper else sums.energies[number]
-            v = state["second_moment"].lerp_(square, 1 - beta2)
-        shift = torch.sub(m if self.paper else m / correction1, mean)
         decay, lr = 1 - group["lr"] * group["weight_decay"], group["lr"] * self.dense_scale
         if self.paper:
-            factor, last_decay = correction2**0.5 / correction1, decay
+            factor = correction2**0.5 / correction1
             dense = AdamScalars(beta1, beta2, group["eps"], 1.0, lr * factor, 1.0)
-        else:
-            factor, last_decay = 1.0, 1.0
-            dense = AdamScalars(beta1, beta2, group["eps"], decay, lr * (1 / correction1), correction2**0.5)
-        denominator = dense.denominator(v)
-        by_block = denominator if self.by_block else None
-        inverse = (self._spread(denominator, call.indexes, number) if self.by_block else denominator).reciprocal_()
-        return _Step(time, shift, inverse, by_block, -group["lr"] * factor * self.scale, dense, last_decay)
-
-    def _spread(self, per_block: torch.Tensor, indexes: Mapping[str, BlockIndex], number: int) -> torch.Tensor:
-        """Each group's block's value. A group never lies in two blocks: these are whole rows, or rows of a head."""
-        counts, total = indexes["block"].count_within(number, indexes["group"])
-        # With the sum of the counts at hand nothing is read back from the device.
-        return torch.repeat_interleave(per_block, counts, output_size=total)
-
-    def _limit(self, call: OptimizerCall, sums: _Sums, steps: dict[int, _Step]) -> None:
-        """Divide each matrix's update as L says. Overwrites the sums.
-
-        All stays on the device: nothing is read back.
-        """
-        groups, matrices = call.indexes["group"], call.indexes["matrix"]
-        norms = self._square_norms(call, sums, steps)
-        matrices.complete(norms)
-        growths = {}
-        for number, step in steps.items():
-            norm, previous = norms[number].clamp_(min=0).sqrt_(), call.states[number]["update_norm"]
-            growth = norm / (previous + 1e-8 if self.paper else previous.clamp(min=1))
-            growth.clamp_(min=self.limiter).div_(self.limiter)
-            if self.paper and step.time == 1:
-                growth.fill_(1.0)
-            previous.copy_(norm / growth)
-            growths[number] = growth
-        kernels.divide_blocks({number: step.inverse for number, step in steps.items()}, growths, groups.pieces)
-
-    def _square_norms(self, call: OptimizerCall, sums: _Sums, steps: dict[int, _Step]) -> dict[int, torch.Tensor]:
-        """For each matrix, the part of its update's squared norm, or mean square, that lies on this rank.
-
-        Of a group that ranks share each adds its share by elements, so that together they add it once.
-        """
-        groups, matrices = call.indexes["group"], call.indexes["matrix"]
-        for number, step in steps.items():
-            inverse = step.inverse
-            if self.paper:
-                # |u|^2 = k * (M / denominator)^2 of each group.
-                torch.mul(call.states[number]["approximation"], inverse, out=sums.means[number]).square_()
-            else:
-                # sum((x + shift)^2) of a group of c elements is c * (mean(x^2) + shift^2) + 2 * shift * sum(x).
-                sums.energies[number].addcmul_(step.shift, step.shift).mul_(inverse).mul_(inverse)
-                sums.means[number].mul_(step.shift).mul_(inverse).mul_(inverse).mul_(2)
-        terms = [(sums.means, self.period)] if self.paper else [(sums.energies, None), (sums.means, self.period)]
-        sizes = {number: [1 if self.paper else numel for numel in self._numels(matrices, number)] for number in steps}
-        norms = matrices.new_blocks(steps)
-        kernels.add_sums_of_blocks(norms, terms, groups.pieces, sizes)
-        return norms
-
-    def _numels(self, matrices: BlockIndex, number: int) -> list[int]:
-        return [numel_of(self.roles[part.interval.name].shape) for part in matrices.intervals[number]]
-
-    def _apply(self, call: OptimizerCall, gradients: Mapping[int, torch.Tensor], steps: dict[int, _Step]) -> None:
-        inverses = {number: step.inverse for number, step in steps.items()}
-        shifts = {number: step.shift.mul_(step.inverse) for number, step in steps.items()}
-        decays = {number: step.dense.decay for number, step in steps.items()}
-        factors = {number: step.factor for number, step in steps.items()}
-        pieces = call.indexes["group"].pieces
-        kernels.add_scaled_and_shifted(call.parameters, gradients, inverses, shifts, pieces, decays, factors)
-
-    def _apply_dense(self, call: OptimizerCall, gradients: Mapping[int, torch.Tensor], steps: dict[int, _Step]) -> None:
-        """Adam, or Adam-mini, on the parameters that are not transformed."""
-        m, dense = call.state("exp_avg"), call.indexes["dense"]
-        scalars = {number: step.dense for number, step in steps.items()}
-        if self.by_block:
-            denominators = {number: step.by_block for number, step in steps.items()}
-            pieces = call.indexes["block"].packed_as(dense)
-            kernels.adam_by_block(call.parameters, gradients, m, denominators, pieces, scalars)
-        else:
-            v, pieces = call.state("exp_avg_sq"), dense.packed_as(dense)
-            kernels.plain.adam_by_element(call.parameters, gradients, m, v, pieces, scalars)
-
-
-class _Sums(NamedTuple):
-    """By number of tensor: sum(x) / k and mean(x^2) of groups, mean(x^2) of blocks; the last two where needed."""
-
-    means: dict[int, torch.Tensor]
-    energies: dict[int, torch.Tensor]
-    squares: dict[int, torch.Tensor]
-
-
-class _Step(NamedTuple):
-    """One tensor's update (x + shift) * inverse * factor, per group of gradient elements x, at its step `time`.
-
-    by_block: with base="adam_mini" the denominators of all blocks, those of dense parameters too.
-    dense: Adam's scalars of dense parameters; its decay is that of all. last_decay: that which comes after the update.
-    """
-
-    time: float
-    shift: torch.Tensor
-    inverse: torch.Tensor
-    by_block: torch.Tensor | None
-    factor: float
-    dense: AdamScalars
-    last_decay: float
+            return GWTScalars(dense, 1.0, group["lr"] * factor * self.scale, decay, time == 1)
+        dense = AdamScalars(beta1, beta2, group["eps"], decay, lr * (1 / correction1), correction2**0.5)
+        return GWTScalars(dense, correction1, group["lr"] * self.scale, 1.0, time == 1)
 
 
 def _in_order(blocks: Mapping[str, ParamBlocks], names: Iterable[str]) -> dict[str, ParamBlocks]:

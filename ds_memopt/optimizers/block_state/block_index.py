@@ -6,15 +6,16 @@ Everything here is index arithmetic on the layout; what is computed with it stan
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled
-from ds_memopt.kernels import ColumnPiece, Piece, RowPiece, Table, Work, add_mean_squares
-from ds_memopt.shards import Interval, Layout, Seams
+from ds_memopt.kernels import ColumnPiece, Piece, RowPiece, Runs, Table, Work, add_mean_squares, row_of
+from ds_memopt.shards import Interval, Layout, Seams, numel_of
 
 CACHED = 2**18
 """Elements of a piece on the CPU, so that it and its temporary tensors stay in the cache."""
@@ -124,6 +125,8 @@ class BlockIndex:
         self._tensors = [(tensor.device, step_dtype(tensor.dtype)) for tensor in tensors]
         self._counts: dict[int, tuple[torch.Tensor, int]] = {}
         self._packed: Table | None = None
+        self._packed_work: Work | None = None
+        self._within: Work | None = None
         self.seams = Seams(layout.borders, self._cut)
         self.pieces: list[list[Piece]] = [[] for _ in tensors]
         self.intervals: list[list[IntervalBlocks]] = [[] for _ in tensors]
@@ -216,7 +219,7 @@ class BlockIndex:
         quantities: each as `new_blocks` gives it, for all tensors that have a gradient; all travel in one all_reduce.
         A collective where anything is cut: every rank of the group must call it, whatever it holds.
         """
-        if self.seams.num_slots == 0:
+        if self.num_slots == 0:
             return
         slots = self.new_slots(len(quantities) * width).view(-1, len(quantities), width)
         for column, quantity in enumerate(quantities):
@@ -232,20 +235,119 @@ class BlockIndex:
     @functools.cached_property
     def work(self) -> Work | None:
         """The pieces as rows of integers for a fused back end; None if some are of columns."""
-        slots = [
+        return Work.of(self.pieces, self._slot)
+
+    def packed_work(self, elements: BlockIndex) -> Work | None:
+        """`packed_as` as rows of integers; None if some are of columns."""
+        if self._packed_work is None:
+            self._packed_work = Work.of(self.packed_as(elements), self._slot)
+        return self._packed_work
+
+    def work_within(self, matrices: BlockIndex, outer: BlockIndex | None) -> Work:
+        """The runs with their places in `matrices`, whole parameters, and the blocks of `outer` that they lie in.
+
+        Every block must lie in one of `outer`; no index may have Columns. matrices: of the same parameters.
+        """
+        if self._within is None:
+            rows: tuple[list, list] = [], []
+            for number, pieces in enumerate(self.pieces):
+                numels = matrices.numels(number)
+                parts = {part.interval.name: part for part in outer.intervals[number]} if outer else {}
+                for piece in pieces:
+                    of_matrix = {
+                        "matrix": matrices._place(number, matrices.intervals[number][piece.interval].local),
+                        "numel": numels[piece.interval],
+                    }
+                    for part, first, stride in self._split_within(number, piece, outer, parts):
+                        row = row_of(number, part, self._slot, outer=first, outer_stride=stride, **of_matrix)
+                        rows[row["slot"] >= 0].append(row)
+            self._within = Work(*map(Runs.of, rows))
+        return self._within
+
+    def _split_within(
+        self, number: int, piece: Piece, outer: BlockIndex | None, parts: Mapping[str, IntervalBlocks]
+    ) -> Iterator[tuple[RowPiece, int, int]]:
+        """A piece in parts of which each row lies in one block of `outer`; the block of the first row, and the step."""
+        if outer is None:
+            yield piece, 0, 0
+            return
+        interval = self.intervals[number][piece.interval].interval
+        part, starts = parts[interval.name], block_starts(outer._blocks[interval.name])
+        for row, first, stride in split_at(piece, piece.offset - interval.offset + interval.start, starts):
+            yield row, part.local + first - part.first, stride
+
+    def _place(self, number: int, block: int) -> int:
+        """Of a tensor's block in `new_places`."""
+        slot = self._slots[number].get(block)
+        return self.num_slots + sum(self.num_blocks[:number]) + block if slot is None else slot
+
+    def _slot(self, number: int, block: int) -> int:
+        return self._slots[number][block]
+
+    @functools.cached_property
+    def _slots(self) -> list[dict[int, int]]:
+        """For each tensor the slots of its blocks that ranks share."""
+        return [
             dict(zip(blocks.tolist(), slots.tolist(), strict=True))
             for blocks, slots in zip(self._seam_blocks, self._seam_slots, strict=True)
         ]
-        return Work.of(self.pieces, lambda number, block: slots[number][block])
+
+    def numels(self, number: int) -> list[int]:
+        """Elements of the whole parameter that each interval of a tensor is of."""
+        return [numel_of(self._blocks[part.interval.name].shape) for part in self.intervals[number]]
+
+    @property
+    def num_slots(self) -> int:
+        """How many blocks ranks share, on all of them."""
+        return self.seams.num_slots
 
     def new_slots(self, width: int) -> torch.Tensor:
         """Zeros, `width` for each block that ranks share: [slots, width]."""
         device, dtype = self._tensors[0]
-        return torch.zeros(self.seams.num_slots, width, dtype=dtype, device=device)
+        return torch.zeros(self.num_slots, width, dtype=dtype, device=device)
+
+    def new_places(self) -> torch.Tensor:
+        """Zeros, one for each block that ranks share, in the order of slots, and then one for each block of all."""
+        device, dtype = self._tensors[0]
+        return torch.zeros(self.num_slots + sum(self.num_blocks), dtype=dtype, device=device)
 
     def begin_sum(self, slots: torch.Tensor) -> Callable[[], None]:
         """Begin to sum slots over the ranks, in place; returns what waits. A collective where there are any."""
         return self.seams.begin_sum(slots)
+
+
+def split_at(piece: RowPiece, begin: int, starts: np.ndarray) -> Iterator[tuple[RowPiece, int, int]]:
+    """A piece whose first element is element `begin` of its parameter, in parts of which each row lies in one block.
+
+    starts: where the blocks begin, and the end of the last one; each run of the piece lies in one of them.
+    Yields each part, the block of its first row and the step from a row's block to the next row's.
+    """
+    if piece.rows == 1:
+        stop = begin + piece.count * piece.width
+        low, high = np.searchsorted(starts, begin, "right") - 1, np.searchsorted(starts, stop)
+        edges = starts[low : high + 1].clip(begin, stop)
+        lengths = np.diff(edges)
+        for first, last in _equal(lengths):
+            offset, length = int(edges[first]) - begin, int(lengths[first])
+            count = length // piece.width
+            shape = {"rows": last - first, "row_stride": length, "count": count, "block_stride": count}
+            yield piece.at(offset, offset // piece.width)._replace(**shape), int(low) + first, 1
+    else:
+        blocks = np.searchsorted(starts, begin + np.arange(piece.rows) * piece.row_stride, "right") - 1
+        ids, firsts, counts = np.unique(blocks, return_index=True, return_counts=True)
+        for low, high in _equal(counts):
+            # Blocks of one row each go together.
+            step = high - low if counts[low] == 1 else 1
+            for first in range(low, high, step):
+                row, rows = int(firsts[first]), int(counts[first : first + step].sum())
+                part = piece.at(row * piece.row_stride, row * piece.block_stride)._replace(rows=rows)
+                yield part, int(ids[first]), int(step > 1)
+
+
+def _equal(values: np.ndarray) -> list[tuple[int, int]]:
+    """The ranges [first, last) of consecutive equal values."""
+    edges = [0, *(np.flatnonzero(np.diff(values)) + 1).tolist(), len(values)]
+    return list(itertools.pairwise(edges))
 
 
 def _index(parts: list[np.ndarray], device: torch.device) -> torch.Tensor:
