@@ -1,5 +1,6 @@
 """The arithmetic of whole optimizer calls, and what is compiled, each held to the plain-PyTorch formula."""
 
+from ds_memopt.kernels.back_ends import chosen_kernels
 from ds_memopt.kernels.calls import adam_by_element, adam_mini, gwt
 from ds_memopt.kernels.compiled import compile_exactly
 from ds_memopt.kernels.descriptors import ColumnPiece, Piece, RowPiece, Table
@@ -38,6 +39,7 @@ __all__ = [
     "add_residual_",
     "add_scaled_and_shifted",
     "add_sums_of_blocks",
+    "chosen_kernels",
     "compile_exactly",
     "divide_blocks",
     "gwt",

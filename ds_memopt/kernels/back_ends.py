@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
+import os
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTScalars
 from ds_memopt.kernels.work import Runs, Tensors, Work
+
+logger = logging.getLogger("ds_memopt")
+
+VARIABLE = "DS_MEMOPT_KERNELS"
 
 
 class BackEnd(Protocol):
@@ -20,8 +28,11 @@ class BackEnd(Protocol):
     slots: [slots, width], what ranks share of cut blocks, see `Runs`.
     """
 
+    def check(self) -> None:
+        """Make it ready. Raises RuntimeError with the reason where it cannot run here."""
+
     def reason_against(self, tensors: list[torch.Tensor]) -> str:
-        """Why it does not cover a call on these tensors; "" if it does."""
+        """What it lacks for a call on these tensors; "" if nothing."""
 
     def add_mean_squares(self, gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
         """slots[slot, 0] += (sum of a run's squares) / size. runs: of cut blocks."""
@@ -112,6 +123,80 @@ class BackEnd(Protocol):
         """
 
 
-def back_end_of(work: Work | None, *tensors: Tensors) -> BackEnd | None:
-    """The fused back end for a call, or None for plain PyTorch."""
-    return None
+class _Offer(NamedTuple):
+    """A module that offers a `BackEnd`, and the type of the devices that it is for."""
+
+    module: str
+    device: str
+
+
+BACK_ENDS = {"cpp": _Offer("ds_memopt.kernels.cpp", "cpu"), "triton": _Offer("ds_memopt.kernels.gpu", "cuda")}
+
+COLUMNS = "blocks of columns, as weights have that are stored [in, out]"
+
+
+def status() -> dict[str, str]:
+    """For each fused back end why it cannot run here; "" where it can."""
+    return {name: _load(name)[1] for name in BACK_ENDS}
+
+
+def chosen_kernels() -> str | None:
+    """The back end that DS_MEMOPT_KERNELS names. Raises ValueError for another word."""
+    word = os.environ.get(VARIABLE) or None
+    if word not in (None, "plain", *BACK_ENDS):
+        raise ValueError(
+            f"{VARIABLE}={word} is out of range: it must be {', '.join(BACK_ENDS)} or plain. Unset it to take the "
+            "fastest one."
+        )
+    return word
+
+
+def back_end_for(device: torch.device) -> BackEnd | None:
+    """The fused back end for tensors of a device, or None for plain PyTorch.
+
+    Raises RuntimeError where DS_MEMOPT_KERNELS names one that cannot run here or is not for the device.
+    """
+    word = chosen_kernels()
+    if word == "plain":
+        return None
+    name = next((name for name, offer in BACK_ENDS.items() if offer.device == device.type), None)
+    if word not in (None, name):
+        raise RuntimeError(
+            f"{VARIABLE}={word} is for tensors on {BACK_ENDS[word].device}, but these are on {device.type}. Unset it."
+        )
+    if name is None:
+        return None
+    back_end, reason = _load(name)
+    if reason and word is not None:
+        raise RuntimeError(f"{VARIABLE}={word} cannot run here: {reason}")
+    if reason:
+        _say_once(logging.WARNING, f"Steps on {device.type} are made by plain PyTorch, which is slower: {reason}")
+    return back_end
+
+
+def back_end_of(work: Work | None, *tensors: Tensors, uncovered: str = COLUMNS) -> BackEnd | None:
+    """The fused back end for a call, or None for plain PyTorch. uncovered: why no back end covers it without `work`."""
+    every = [tensor for of_call in tensors for tensor in of_call.values()]
+    back_end = back_end_for(every[0].device) if every else None
+    if back_end is None:
+        return None
+    if reason := uncovered if work is None else back_end.reason_against(every):
+        _say_once(logging.INFO, f"Some steps are made by plain PyTorch, which is slower: fused ones lack {reason}.")
+        return None
+    return back_end
+
+
+@functools.cache
+def _load(name: str) -> tuple[BackEnd | None, str]:
+    """A back end, or why it cannot run here."""
+    try:
+        back_end = importlib.import_module(BACK_ENDS[name].module)
+        back_end.check()
+    except (ImportError, RuntimeError) as error:
+        return None, str(error)
+    return back_end, ""
+
+
+@functools.cache
+def _say_once(level: int, message: str) -> None:
+    logger.log(level, message)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ds_memopt.kernels import plain, plain_gwt
-from ds_memopt.kernels.back_ends import BackEnd, back_end_of
+from ds_memopt.kernels.back_ends import COLUMNS, BackEnd, back_end_of
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTRule, GWTScalars
 from ds_memopt.kernels.work import Blocks, Tensors, Work
@@ -68,7 +68,8 @@ def gwt(
     elements of what is not transformed; and with one second moment per row or head "block", these, of all parameters.
     """
     work = None if rule.paper else _gwt_work(blocks)
-    fused = back_end_of(work and work[0], parameters, gradients, *states.values())
+    uncovered = 'variant="paper" of GWT' if rule.paper else COLUMNS
+    fused = back_end_of(work and work[0], parameters, gradients, *states.values(), uncovered=uncovered)
     if fused is None:
         plain_gwt.gwt(parameters, gradients, states, blocks, rule, scalars)
     else:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ds_memopt.kernels import chosen_kernels
 from ds_memopt.optimizers.base.capabilities import Capabilities
 from ds_memopt.optimizers.base.hyper_parameters import HyperParameters, check_hyper_parameters, check_values
 from ds_memopt.optimizers.base.named_state import StatePart, check_covered, check_meaning
@@ -36,6 +37,10 @@ class NamedOptimizer(Capabilities, torch.optim.Optimizer):
         super().__init_subclass__(**keywords)
         if "hyper_parameters" in vars(cls):
             cls.__signature__ = cls.hyper_parameters.signature()
+
+    def __init__(self, params: Iterable, defaults: Mapping[str, Any]) -> None:
+        chosen_kernels()  # it refuses a word that it does not know
+        super().__init__(params, dict(defaults))
 
     @classmethod
     def from_model(cls, model: nn.Module, params: Iterable | None = None, **hyper_parameters):
