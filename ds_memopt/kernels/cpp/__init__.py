@@ -1,0 +1,207 @@
+"""The back end for the CPU: C++ with OpenMP and vectors, compiled at first use. See `BackEnd` for the functions.
+
+It computes in fp32 and covers parameters, gradients and first moments in fp32 and bf16, in any mixture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ds_memopt.kernels.cpp import schedules
+from ds_memopt.kernels.cpp.build import library
+from ds_memopt.kernels.plain import AdamScalars
+from ds_memopt.kernels.plain_gwt import GWTScalars
+from ds_memopt.kernels.work import Runs, Tensors
+
+DTYPES = {torch.float32, torch.bfloat16}
+
+
+class _GWTCall(ctypes.Structure):
+    """`Call` of gwt.cpp."""
+
+    _fields_ = [
+        ("rows", ctypes.c_void_p), ("tasks", ctypes.c_void_p), ("num_tasks", ctypes.c_int64),
+        ("shares", ctypes.c_void_p), ("tensors", ctypes.c_void_p), ("scalars", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p), ("width", ctypes.c_int64), ("norms", ctypes.c_void_p),
+        ("advance", ctypes.c_int64), ("apply", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+def check() -> None:
+    library()
+
+
+def reason_against(tensors: list[torch.Tensor]) -> str:
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES:
+            return f"{str(tensor.dtype).removeprefix('torch.')} on a CPU"
+        if not tensor.is_contiguous():
+            return "tensors that are not contiguous"
+    return ""
+
+
+def add_mean_squares(gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
+    schedule = schedules.of_cut_blocks(runs)
+    _run("ds_add_mean_squares", schedule, _tensors(schedule, {}, gradients, {}, {}), slots, slots.shape[1])
+
+
+def add_mean_squares_of_blocks(gradients: Tensors, runs: Runs, mean_squares: Tensors) -> None:
+    schedule = schedules.of_blocks(runs)
+    _run("ds_add_mean_squares_of_blocks", schedule, _tensors(schedule, {}, gradients, {}, mean_squares))
+
+
+def adam_mini(
+    parameters: Tensors,
+    gradients: Tensors,
+    moments: Tensors,
+    second_moments: Tensors,
+    runs: Runs,
+    scalars: Mapping[int, AdamScalars],
+    mean_squares: torch.Tensor | None,
+) -> None:
+    schedule = schedules.of_blocks(runs) if mean_squares is None else schedules.of_cut_blocks(runs)
+    tensors = _tensors(schedule, parameters, gradients, moments, second_moments)
+    _run("ds_adam_mini", schedule, tensors, _scalars(schedule, scalars, _adam), mean_squares)
+
+
+def adam_by_element(
+    parameters: Tensors,
+    gradients: Tensors,
+    moments: Tensors,
+    second_moments: Tensors,
+    runs: Runs,
+    scalars: Mapping[int, AdamScalars],
+) -> None:
+    schedule = schedules.of_elements(runs)
+    tensors = _tensors(schedule, parameters, gradients, moments, second_moments)
+    _run("ds_adam_by_element", schedule, tensors, _scalars(schedule, scalars, _adam))
+
+
+def advance_denominators(second_moments: Tensors, mean_squares: Tensors, scalars: Mapping[int, AdamScalars]) -> None:
+    numbers = list(scalars)
+    tensors = [[0, 0, second_moments[n].data_ptr(), mean_squares[n].data_ptr(), 0] for n in numbers]
+    lengths = np.array([mean_squares[n].numel() for n in numbers], dtype=np.int64)
+    steps = np.array([_adam(scalars[n]) for n in numbers], dtype=np.float32)
+    _run("ds_advance_denominators", np.array(tensors, dtype=np.uint64), lengths, len(numbers), steps)
+
+
+def adam_by_denominator(
+    parameters: Tensors,
+    gradients: Tensors,
+    moments: Tensors,
+    denominators: Tensors,
+    runs: Runs,
+    scalars: Mapping[int, AdamScalars],
+) -> None:
+    schedule = schedules.of_blocks(runs)
+    tensors = _tensors(schedule, parameters, gradients, moments, denominators)
+    _run("ds_adam_by_denominator", schedule, tensors, _scalars(schedule, scalars, _adam))
+
+
+def add_group_sums(gradients: Tensors, runs: Runs, period: int, slots: torch.Tensor) -> None:
+    tensors = _tensors(schedules.of_groups(runs), {}, gradients, {}, {})
+    _run("ds_add_group_sums", runs.rows, len(runs.rows), tensors, period, slots, slots.shape[1], threads=False)
+
+
+def gwt(
+    parameters: Tensors,
+    gradients: Tensors,
+    approximations: Tensors,
+    second_moments: Tensors | None,
+    denominators: Tensors | None,
+    runs: Runs,
+    period: int,
+    scalars: Mapping[int, GWTScalars],
+    sums: torch.Tensor,
+    norms: torch.Tensor | None,
+    *,
+    advance: bool,
+    apply: bool,
+) -> None:
+    schedule = schedules.of_groups(runs)
+    tensors = np.zeros((schedule.num_tensors, 6), dtype=np.uint64)
+    for number in scalars:
+        if number < len(tensors):
+            p, g = parameters[number], gradients[number]
+            v = second_moments[number].data_ptr() if denominators is None else 0
+            of_blocks = denominators[number].data_ptr() if denominators is not None else 0
+            tensors[number] = p.data_ptr(), g.data_ptr(), approximations[number].data_ptr(), v, of_blocks, _halves(p, g)
+    steps = _scalars(schedule, scalars, _gwt)
+    call = _GWTCall(
+        schedule.rows, schedule.tasks, schedule.num_tasks, schedule.sums, tensors.ctypes.data, steps.ctypes.data,
+        sums.data_ptr(), sums.shape[1], norms.data_ptr() if norms is not None else None, advance, apply,
+    )  # fmt: skip
+    _run("ds_gwt", call, period)
+
+
+def turn_into_growths(norms: torch.Tensor, update_norms: Tensors, runs: Runs, limiter: float) -> None:
+    pointers = np.zeros(int(runs.column("tensor").max(initial=-1)) + 1, dtype=np.uint64)
+    for number, norm in update_norms.items():
+        if number < len(pointers):
+            pointers[number] = norm.data_ptr()
+    limit = ctypes.c_float(limiter)
+    _run("ds_turn_into_growths", runs.rows, len(runs.rows), norms, pointers, limit, threads=False)
+
+
+def _tensors(
+    schedule: schedules.Schedule, parameters: Tensors, gradients: Tensors, moments: Tensors, values: Tensors
+) -> np.ndarray:
+    """`Tensor` of adam.cpp by number: pointers, 0 where there is none, and which of the first three are bf16."""
+    table = [(0, 0, 0, 0, 0)] * schedule.num_tensors
+    for number in gradients:
+        if number < len(table):
+            p, g, m, v = (of_call.get(number) for of_call in (parameters, gradients, moments, values))
+            table[number] = (
+                *(tensor.data_ptr() if tensor is not None else 0 for tensor in (p, g, m, v)),
+                _halves(p, g, m),
+            )
+    return np.array(table, dtype=np.uint64).reshape(-1, 5)
+
+
+def _halves(*tensors: torch.Tensor | None) -> int:
+    """One bit for each, from the lowest on: whether it is bf16."""
+    return sum((tensor is not None and tensor.dtype == torch.bfloat16) << bit for bit, tensor in enumerate(tensors))
+
+
+def _scalars(
+    schedule: schedules.Schedule, scalars: Mapping[int, Any], of: Callable[[Any], Sequence[float]]
+) -> np.ndarray:
+    """`Scalars` by number of tensor."""
+    table = [(0.0,) * 7] * schedule.num_tensors
+    for number, step in scalars.items():
+        if number < len(table):
+            table[number] = of(step)
+    return np.array(table, dtype=np.float32)
+
+
+def _adam(step: AdamScalars) -> tuple[float, ...]:
+    """`Scalars` of adam.cpp."""
+    return step.beta2, step.eps, step.decay, step.step_size, 1 / step.root, 1 - step.beta1, 1 - step.beta2
+
+
+def _gwt(step: GWTScalars) -> tuple[float, ...]:
+    """`Scalars` of gwt.cpp."""
+    adam = step.dense
+    rests = 1 - adam.beta1, 1 - adam.beta2
+    return *rests, adam.eps, adam.decay, step.step_size, 1 / adam.root, 1 / step.correction
+
+
+def _run(function: str, *arguments: Any, threads: bool = True) -> None:
+    """Call a C function, which takes the number of threads last if it has any."""
+    of_threads = (ctypes.c_int(torch.get_num_threads()),) if threads else ()
+    getattr(library(), function)(*map(_argument, arguments), *of_threads)
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, np.ndarray):
+        return ctypes.c_void_p(value.ctypes.data)
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else value

@@ -1,0 +1,125 @@
+// What all kernels share: the rows of `ds_memopt.kernels.work.Runs`, numbers of 16 and 32 bits, vectors, and sums.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+// As `FIELDS` has them.
+struct Row {
+    int64_t tensor, offset, rows, row_stride, count, width, block, block_stride, entry, size, interval, slot, outer,
+        outer_stride, matrix, numel;
+};
+
+// Elements [start, start + length) of run `run`, from 0 to rows * count, of a row. sum: where its part of a sum stands.
+struct Chunk {
+    int64_t row, run, start, length, sum;
+};
+
+// Runs [first, last) of a row.
+struct Task {
+    int64_t row, first, last;
+};
+
+struct bf16 {
+    uint16_t bits;
+};
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+
+inline Floats load(const float* from) {
+    Floats values;
+    std::memcpy(&values, from, sizeof values);
+    return values;
+}
+
+inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof values); }
+
+inline Floats load(const bf16* from) {
+    Halves halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return (Floats)(__builtin_convertvector(halves, Words) << 16);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline void store(bf16* to, Floats values) {
+    Words words = (Words)values;
+    Words rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
+    Words is_nan = (Words)(values != values);
+    Halves halves = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), Halves);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// Of fewer than LANES numbers, the others 0.
+template <class T>
+inline Floats load_some(const T* from, int64_t count) {
+    T padded[LANES] = {};
+    std::memcpy(padded, from, count * sizeof(T));
+    return load(padded);
+}
+
+template <class T>
+inline void store_some(T* to, Floats values, int64_t count) {
+    T padded[LANES];
+    store(padded, values);
+    std::memcpy(to, padded, count * sizeof(T));
+}
+
+inline Floats broadcast(float value) { return Floats{} + value; }
+
+inline Floats square_root(Floats values) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_sqrt_ps((__m512)values);  // the loop below becomes two halves and a trip through memory
+#endif
+    for (int lane = 0; lane < LANES; lane++) values[lane] = __builtin_sqrtf(values[lane]);
+    return values;
+}
+
+inline double sum_of_lanes(Floats values) {
+    double sum = 0;
+    for (int lane = 0; lane < LANES; lane++) sum += values[lane];
+    return sum;
+}
+
+// In an order that depends on the length only, whatever the LANES: element i goes to partial sum i % 64.
+template <class T>
+double sum_of_squares(const T* values, int64_t length) {
+    constexpr int VECTORS = 64 / LANES;
+    Floats sums[VECTORS] = {};
+    int64_t i = 0;
+    for (; i + 64 <= length; i += 64)
+        for (int vector = 0; vector < VECTORS; vector++) {
+            Floats x = load(values + i + vector * LANES);
+            sums[vector] += x * x;
+        }
+    for (int vector = 0; i < length; i += LANES, vector++) {
+        Floats x = load_some(values + i, length - i < LANES ? length - i : LANES);
+        sums[vector] += x * x;
+    }
+    double sum = 0;
+    for (int vector = 0; vector < VECTORS; vector++) sum += sum_of_lanes(sums[vector]);
+    return sum;
+}
+
+inline int64_t offset_of(const Row& row, int64_t run) {
+    return row.offset + run / row.count * row.row_stride + run % row.count * row.width;
+}
+
+inline int64_t entry_of(const Row& row, int64_t run) { return offset_of(row, run) - row.offset + row.entry; }
+
+inline int64_t block_of(const Row& row, int64_t run) {
+    return row.block + run / row.count * row.block_stride + run % row.count;
+}

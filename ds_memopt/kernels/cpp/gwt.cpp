@@ -1,0 +1,254 @@
+// Groups of 2, 4, 8, 16 or 32 elements of a wavelet transform; see `BackEnd.gwt` in ../back_ends.py for the formulas.
+//
+// LANES groups are computed at once: K vectors of elements become one vector of their sums, by halves, and what is
+// computed per group is spread over the elements again.
+
+#include <algorithm>
+#include <cmath>
+
+#include "common.h"
+
+namespace {
+
+struct Scalars {
+    float rest1, rest2, eps, decay, step_size, inverse_root, inverse_correction;  // rest1 = 1 - beta1
+};
+
+struct Tensor {
+    void *parameter, *gradient;
+    float *approximations, *second_moments, *denominators;  // one of the last two is null
+    uint64_t halves;                                        // bits 0 and 1: whether parameter and gradient are bf16
+};
+
+struct Call {
+    const Row* rows;
+    const Task* tasks;
+    int64_t num_tasks;
+    double* shares;  // of each task in its matrix's sum
+    const Tensor* tensors;
+    const Scalars* scalars;
+    const float* sums;  // [slots, width]
+    int64_t width;
+    float* norms;  // or null
+    int64_t advance, apply;
+};
+
+template <int PARITY, int... I>
+inline Floats every_second(Floats a, Floats b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (2 * I + PARITY)...);
+}
+
+// The sums of groups of K consecutive elements, in order. Overwrites x.
+template <int K>
+inline Floats sums_of_groups(Floats* x) {
+    if constexpr (K == 1) {
+        return x[0];
+    } else {
+        auto lanes = std::make_integer_sequence<int, LANES>();
+        for (int i = 0; i < K / 2; i++)
+            x[i] = every_second<0>(x[2 * i], x[2 * i + 1], lanes) + every_second<1>(x[2 * i], x[2 * i + 1], lanes);
+        return sums_of_groups<K / 2>(x);
+    }
+}
+
+// For each element of vector number J of K the value of its group.
+template <int K, int J, int... I>
+inline Floats spread(Floats per_group, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(per_group, per_group, ((J * LANES + I) / K)...);
+}
+
+// What holds for groups that are computed together: of `size` elements each, of which `width` lie on this rank.
+struct Mode {
+    bool given;  // mean and square
+    bool advance, apply, by_block, limited;
+    float width, inverse_size, inverse_growth;
+};
+
+// Of LANES groups. denominator: only by_block, else v.
+struct Groups {
+    Floats mean, square, m, v, denominator;
+};
+
+// p and g: K * LANES elements. Returns what each group adds to the norm.
+template <int K, class P, class G, int... J>
+inline Floats step_groups(P* p, const G* g, Groups& groups, const Mode& mode, const Scalars& step,
+                          std::integer_sequence<int, J...>) {
+    constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+    const Floats x[K] = {load(g + J * LANES)...};
+    if (!mode.given) {
+        Floats elements[K] = {x[J]...};
+        groups.mean = sums_of_groups<K>(elements) * (1.0f / K);
+        if (mode.advance && (!mode.by_block || mode.limited)) {
+            Floats squares[K] = {(x[J] * x[J])...};
+            groups.square = sums_of_groups<K>(squares) * mode.inverse_size;
+        }
+    }
+    if (mode.advance) {
+        groups.m += step.rest1 * (groups.mean - groups.m);
+        if (!mode.by_block) groups.v += step.rest2 * (groups.square - groups.v);
+    }
+    Floats denominator =
+        mode.by_block ? groups.denominator : square_root(groups.v) * step.inverse_root + step.eps;
+    Floats shift = groups.m * step.inverse_correction - groups.mean;
+    if (mode.apply) {
+        Floats factor = step.step_size * mode.inverse_growth / denominator;
+        (store(p + J * LANES, load(p + J * LANES) * step.decay -
+                                  spread<K, J>(factor, lanes) * (x[J] + spread<K, J>(shift, lanes))),
+         ...);
+    }
+    if (!(mode.advance && mode.limited)) return Floats{};
+    Floats squares = groups.square + shift * shift + shift * groups.mean * (2 * K * mode.inverse_size);
+    return squares / (denominator * denominator) * mode.width;
+}
+
+// Runs [first, first + count) of a row, up to LANES, wherever they lie: through a copy.
+template <int K, class P, class G>
+double step_some(const Call& call, const Row& row, int64_t first, int64_t count, const Mode& mode) {
+    const Tensor& tensor = call.tensors[row.tensor];
+    P p[K * LANES] = {};
+    G g[K * LANES] = {};
+    Groups groups = {};
+    for (int64_t i = 0; i < count; i++) {
+        int64_t run = first + i, offset = offset_of(row, run), block = block_of(row, run);
+        std::memcpy(g + i * K, (const G*)tensor.gradient + offset, row.width * sizeof(G));
+        if (mode.apply) std::memcpy(p + i * K, (const P*)tensor.parameter + offset, row.width * sizeof(P));
+        groups.m[i] = tensor.approximations[block];
+        if (mode.by_block)
+            groups.denominator[i] = tensor.denominators[row.outer + run / row.count * row.outer_stride];
+        else
+            groups.v[i] = tensor.second_moments[block];
+    }
+    if (mode.given) {
+        groups.mean = broadcast(call.sums[row.slot * call.width]);
+        groups.square = broadcast(call.sums[row.slot * call.width + call.width - 1]);
+    }
+    const Scalars& step = call.scalars[row.tensor];
+    Floats norm = step_groups<K>(p, g, groups, mode, step, std::make_integer_sequence<int, K>());
+    double share = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int64_t run = first + i, block = block_of(row, run);
+        if (mode.apply)
+            std::memcpy((P*)tensor.parameter + offset_of(row, run), p + i * K, row.width * sizeof(P));
+        if (mode.advance) {
+            tensor.approximations[block] = groups.m[i];
+            if (!mode.by_block) tensor.second_moments[block] = groups.v[i];
+        }
+        share += norm[i];
+    }
+    return share;
+}
+
+// Returns what the task adds to its matrix's sum of squares.
+template <int K, class P, class G>
+double step_task(const Call& call, const Task& task) {
+    const Row& row = call.rows[task.row];
+    const Tensor& tensor = call.tensors[row.tensor];
+    const Scalars& step = call.scalars[row.tensor];
+    Mode mode = {row.slot >= 0, call.advance != 0, call.apply != 0, tensor.denominators != nullptr,
+                 call.norms != nullptr, float(row.width), 1.0f / row.size, 1.0f};
+    if (mode.apply && mode.limited) mode.inverse_growth = 1 / call.norms[row.matrix];
+    double share = 0;
+    Floats norm = {};
+    for (int64_t run = task.first; run < task.last;) {
+        int64_t stop = std::min(task.last, (run / row.count + 1) * row.count);
+        if (row.width == K && row.slot < 0 && run + LANES <= stop) {
+            P* p = (P*)tensor.parameter + offset_of(row, run);
+            const G* g = (const G*)tensor.gradient + offset_of(row, run);
+            float* m = tensor.approximations + block_of(row, run);
+            float* v = mode.by_block ? nullptr : tensor.second_moments + block_of(row, run);
+            Groups groups = {};
+            if (mode.by_block)
+                groups.denominator = broadcast(tensor.denominators[row.outer + run / row.count * row.outer_stride]);
+            for (; run + LANES <= stop; run += LANES, p += K * LANES, g += K * LANES, m += LANES) {
+                groups.m = load(m);
+                if (v) groups.v = load(v);
+                norm += step_groups<K>(p, g, groups, mode, step, std::make_integer_sequence<int, K>());
+                if (mode.advance) store(m, groups.m);
+                if (mode.advance && v) store(v, groups.v);
+                if (v) v += LANES;
+            }
+        } else {
+            int64_t count = std::min<int64_t>(LANES, task.last - run);
+            share += step_some<K, P, G>(call, row, run, count, mode);
+            run += count;
+        }
+    }
+    return share + sum_of_lanes(norm);
+}
+
+template <int K>
+double step_task(const Call& call, const Task& task) {
+    switch (call.tensors[call.rows[task.row].tensor].halves & 3) {
+        case 0: return step_task<K, float, float>(call, task);
+        case 1: return step_task<K, bf16, float>(call, task);
+        case 2: return step_task<K, float, bf16>(call, task);
+        default: return step_task<K, bf16, bf16>(call, task);
+    }
+}
+
+template <int K>
+void step_all(const Call& call, int threads) {
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t i = 0; i < call.num_tasks; i++) {
+        const Task& task = call.tasks[i];
+        bool moves = call.tensors[call.rows[task.row].tensor].parameter;
+        call.shares[i] = moves ? step_task<K>(call, task) : 0;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+void ds_gwt(const Call* call, int64_t period, int threads) {
+    switch (period) {
+        case 2: step_all<2>(*call, threads); break;
+        case 4: step_all<4>(*call, threads); break;
+        case 8: step_all<8>(*call, threads); break;
+        case 16: step_all<16>(*call, threads); break;
+        case 32: step_all<32>(*call, threads); break;
+    }
+    if (!call->norms || !call->advance) return;
+    double share = 0;
+    for (int64_t i = 0; i < call->num_tasks; i++) {
+        share += call->shares[i];
+        const Row& row = call->rows[call->tasks[i].row];
+        if (i + 1 == call->num_tasks || call->rows[call->tasks[i + 1].row].matrix != row.matrix) {
+            call->norms[row.matrix] += share / row.numel;
+            share = 0;
+        }
+    }
+}
+
+// rows: of one run each, on this rank.
+void ds_add_group_sums(const Row* rows, int64_t num_rows, const Tensor* tensors, int64_t period, float* slots,
+                       int64_t width) {
+    for (int64_t i = 0; i < num_rows; i++) {
+        const Row& row = rows[i];
+        const Tensor& tensor = tensors[row.tensor];
+        if (!tensor.gradient) continue;
+        double sum = 0, squares = 0;
+        for (int64_t j = 0; j < row.width; j++) {
+            float x = tensor.halves & 2 ? load_some((const bf16*)tensor.gradient + row.offset + j, 1)[0]
+                                        : ((const float*)tensor.gradient)[row.offset + j];
+            sum += x;
+            squares += double(x) * x;
+        }
+        slots[row.slot * width] += sum / period;
+        if (width > 1) slots[row.slot * width + 1] += squares / row.size;
+    }
+}
+
+// update_norms: of each tensor, or null.
+void ds_turn_into_growths(const Row* rows, int64_t num_rows, float* norms, float* const* update_norms, float limiter) {
+    for (int64_t i = 0; i < num_rows; i++) {
+        const Row& row = rows[i];
+        if (!update_norms[row.tensor]) continue;
+        float norm = std::sqrt(std::max(norms[row.matrix], 0.0f)), &previous = update_norms[row.tensor][row.block];
+        float growth = std::max(norm / std::max(previous, 1.0f), limiter) / limiter;
+        previous = norm / growth;
+        norms[row.matrix] = growth;
+    }
+}
+
+}  // extern "C"
