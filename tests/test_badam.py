@@ -26,6 +26,12 @@ LAYERS = [r"layers\.0\.", r"layers\.1\.", r"layers\.2\."]
 pytestmark = pytest.mark.filterwarnings("ignore:BAdam expect", "ignore:None of the inputs", "ignore::FutureWarning")
 
 
+@pytest.fixture(autouse=True)
+def plain_kernels(monkeypatch):
+    """The references are torch's AdamW to the bit, which plain PyTorch has. test_kernels holds the others to plain."""
+    monkeypatch.setenv("DS_MEMOPT_KERNELS", "plain")
+
+
 def build(family: str = "llama", num_layers: int = 3, **changes):
     """Llama, or GPT-2 with its transposed matrices, biases and tied embeddings."""
     if family == "llama":

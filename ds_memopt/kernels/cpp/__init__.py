@@ -47,12 +47,12 @@ def reason_against(tensors: list[torch.Tensor]) -> str:
 
 def add_mean_squares(gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
     schedule = schedules.of_cut_blocks(runs)
-    _run("ds_add_mean_squares", schedule, _tensors(schedule, {}, gradients, {}, {}), slots, slots.shape[1])
+    _run("ds_add_mean_squares", schedule, _table(schedule, {}, gradients, {}, {}), slots, slots.shape[1])
 
 
 def add_mean_squares_of_blocks(gradients: Tensors, runs: Runs, mean_squares: Tensors) -> None:
     schedule = schedules.of_blocks(runs)
-    _run("ds_add_mean_squares_of_blocks", schedule, _tensors(schedule, {}, gradients, {}, mean_squares))
+    _run("ds_add_mean_squares_of_blocks", schedule, _table(schedule, {}, gradients, {}, mean_squares))
 
 
 def adam_mini(
@@ -65,7 +65,7 @@ def adam_mini(
     mean_squares: torch.Tensor | None,
 ) -> None:
     schedule = schedules.of_blocks(runs) if mean_squares is None else schedules.of_cut_blocks(runs)
-    tensors = _tensors(schedule, parameters, gradients, moments, second_moments)
+    tensors = _table(schedule, parameters, gradients, moments, second_moments)
     _run("ds_adam_mini", schedule, tensors, _scalars(schedule, scalars, _adam), mean_squares)
 
 
@@ -78,7 +78,7 @@ def adam_by_element(
     scalars: Mapping[int, AdamScalars],
 ) -> None:
     schedule = schedules.of_elements(runs)
-    tensors = _tensors(schedule, parameters, gradients, moments, second_moments)
+    tensors = _table(schedule, parameters, gradients, moments, second_moments)
     _run("ds_adam_by_element", schedule, tensors, _scalars(schedule, scalars, _adam))
 
 
@@ -99,12 +99,12 @@ def adam_by_denominator(
     scalars: Mapping[int, AdamScalars],
 ) -> None:
     schedule = schedules.of_blocks(runs)
-    tensors = _tensors(schedule, parameters, gradients, moments, denominators)
+    tensors = _table(schedule, parameters, gradients, moments, denominators)
     _run("ds_adam_by_denominator", schedule, tensors, _scalars(schedule, scalars, _adam))
 
 
 def add_group_sums(gradients: Tensors, runs: Runs, period: int, slots: torch.Tensor) -> None:
-    tensors = _tensors(schedules.of_groups(runs), {}, gradients, {}, {})
+    tensors = _table(schedules.of_groups(runs), {}, gradients, {}, {}, {})
     _run("ds_add_group_sums", runs.rows, len(runs.rows), tensors, period, slots, slots.shape[1], threads=False)
 
 
@@ -124,13 +124,7 @@ def gwt(
     apply: bool,
 ) -> None:
     schedule = schedules.of_groups(runs)
-    tensors = np.zeros((schedule.num_tensors, 6), dtype=np.uint64)
-    for number in scalars:
-        if number < len(tensors):
-            p, g = parameters[number], gradients[number]
-            v = second_moments[number].data_ptr() if denominators is None else 0
-            of_blocks = denominators[number].data_ptr() if denominators is not None else 0
-            tensors[number] = p.data_ptr(), g.data_ptr(), approximations[number].data_ptr(), v, of_blocks, _halves(p, g)
+    tensors = _table(schedule, parameters, gradients, approximations, second_moments or {}, denominators or {})
     steps = _scalars(schedule, scalars, _gwt)
     call = _GWTCall(
         schedule.rows, schedule.tasks, schedule.num_tasks, schedule.sums, tensors.ctypes.data, steps.ctypes.data,
@@ -148,24 +142,18 @@ def turn_into_growths(norms: torch.Tensor, update_norms: Tensors, runs: Runs, li
     _run("ds_turn_into_growths", runs.rows, len(runs.rows), norms, pointers, limit, threads=False)
 
 
-def _tensors(
-    schedule: schedules.Schedule, parameters: Tensors, gradients: Tensors, moments: Tensors, values: Tensors
-) -> np.ndarray:
-    """`Tensor` of adam.cpp by number: pointers, 0 where there is none, and which of the first three are bf16."""
-    table = [(0, 0, 0, 0, 0)] * schedule.num_tensors
-    for number in gradients:
+def _table(schedule: schedules.Schedule, *tensors: Tensors) -> np.ndarray:
+    """`Tensor` of a C++ file by number: pointers, 0 where there is none, and of the tensors that may be bf16 which are.
+
+    tensors: as the struct has them, the gradients second.
+    """
+    table = np.zeros((schedule.num_tensors, len(tensors) + 1), dtype=np.uint64)
+    for number in tensors[1]:
         if number < len(table):
-            p, g, m, v = (of_call.get(number) for of_call in (parameters, gradients, moments, values))
-            table[number] = (
-                *(tensor.data_ptr() if tensor is not None else 0 for tensor in (p, g, m, v)),
-                _halves(p, g, m),
-            )
-    return np.array(table, dtype=np.uint64).reshape(-1, 5)
-
-
-def _halves(*tensors: torch.Tensor | None) -> int:
-    """One bit for each, from the lowest on: whether it is bf16."""
-    return sum((tensor is not None and tensor.dtype == torch.bfloat16) << bit for bit, tensor in enumerate(tensors))
+            of_number = [of_call.get(number) for of_call in tensors]
+            halves = sum((t is not None and t.dtype == torch.bfloat16) << bit for bit, t in enumerate(of_number))
+            table[number] = *(tensor.data_ptr() if tensor is not None else 0 for tensor in of_number), halves
+    return table
 
 
 def _scalars(

@@ -1,6 +1,7 @@
 // What all kernels share: the rows of `ds_memopt.kernels.work.Runs`, numbers of 16 and 32 bits, vectors, and sums.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <utility>
@@ -88,29 +89,46 @@ inline Floats square_root(Floats values) {
     return values;
 }
 
-inline double sum_of_lanes(Floats values) {
-    double sum = 0;
-    for (int lane = 0; lane < LANES; lane++) sum += values[lane];
-    return sum;
+// Of COUNT numbers. Overwrites them.
+template <int COUNT>
+inline double sum_by_halves(double* parts) {
+    if constexpr (COUNT == 1) {
+        return parts[0];
+    } else {
+        for (int i = 0; i < COUNT / 2; i++) parts[i] += parts[i + COUNT / 2];
+        return sum_by_halves<COUNT / 2>(parts);
+    }
 }
 
-// In an order that depends on the length only, whatever the LANES: element i goes to partial sum i % 64.
+inline double sum_of_lanes(Floats values) {
+    double parts[LANES];
+    for (int lane = 0; lane < LANES; lane++) parts[lane] = values[lane];
+    return sum_by_halves<LANES>(parts);
+}
+
+// In an order that depends on the length only, whatever the LANES: of up to 8192 elements, which lose little in 32 bits,
+// element i goes to partial sum i % 64.
 template <class T>
 double sum_of_squares(const T* values, int64_t length) {
     constexpr int VECTORS = 64 / LANES;
-    Floats sums[VECTORS] = {};
-    int64_t i = 0;
-    for (; i + 64 <= length; i += 64)
-        for (int vector = 0; vector < VECTORS; vector++) {
-            Floats x = load(values + i + vector * LANES);
+    double sum = 0;
+    for (int64_t i = 0; i < length;) {
+        int64_t stop = std::min<int64_t>(length, i + 8192);
+        Floats sums[VECTORS] = {};
+        for (; i + 64 <= stop; i += 64)
+            for (int vector = 0; vector < VECTORS; vector++) {
+                Floats x = load(values + i + vector * LANES);
+                sums[vector] += x * x;
+            }
+        for (int vector = 0; i < stop; i += LANES, vector++) {
+            Floats x = load_some(values + i, std::min<int64_t>(stop - i, LANES));
             sums[vector] += x * x;
         }
-    for (int vector = 0; i < length; i += LANES, vector++) {
-        Floats x = load_some(values + i, length - i < LANES ? length - i : LANES);
-        sums[vector] += x * x;
+        double parts[64];
+        for (int vector = 0; vector < VECTORS; vector++)
+            for (int lane = 0; lane < LANES; lane++) parts[vector * LANES + lane] = sums[vector][lane];
+        sum += sum_by_halves<64>(parts);
     }
-    double sum = 0;
-    for (int vector = 0; vector < VECTORS; vector++) sum += sum_of_lanes(sums[vector]);
     return sum;
 }
 
