@@ -1,21 +1,38 @@
-"""Time of one optimizer step against torch's foreach AdamW on the same model, interleaved in one run.
+"""Time of one optimizer step, of ours and of others on the same model, interleaved in one run.
 
-    python launch/benchmarks/step.py --threads 2            # CPU
-    python launch/benchmarks/step.py --device cuda          # GPU
+    python launch/benchmarks/step.py --threads 2                                  # CPU
+    python launch/benchmarks/step.py --threads 2 --layers 16 --vocab_size 4096    # as few dense parameters as a 7B has
+    python launch/benchmarks/step.py --device cuda                                # GPU
 
-Prints the median of each optimizer's step in ms and its ratio to AdamW's.
+Prints the median of each optimizer's step in ms and its ratio to the faster of torch's fused AdamW and, on a CPU,
+DeepSpeedCPUAdam. Ours stand there twice: by plain PyTorch and by the back end for the device.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
+from collections.abc import Callable
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ds_memopt.optimizers import METHODS
+from ds_memopt.kernels.back_ends import BACK_ENDS, VARIABLE, status
+from ds_memopt.optimizers import GWT, AdamMini
+from ds_memopt.optimizers.adamw import AdamW
+
+FUSED = "AdamW, torch fused"
+DEEPSPEED = "AdamW, DeepSpeedCPUAdam"
+HYPER = {"lr": 1e-6, "weight_decay": 0.01}
+OURS = {
+    "AdamMini": (AdamMini, {}),
+    "AdamW": (AdamW, {}),
+    "GWT, no limiter": (GWT, {"limiter": None}),
+    "GWT": (GWT, {}),
+    "GWT over adam_mini": (GWT, {"base": "adam_mini"}),
+}
 
 
 def main() -> None:
@@ -25,42 +42,89 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden_size", type=int, default=512)
+    parser.add_argument("--vocab_size", type=int, default=32000)
+    parser.add_argument("--without_plain", action="store_true", help="leave out ours by plain PyTorch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
 
     config = LlamaConfig(
-        hidden_size=arguments.hidden_size, intermediate_size=arguments.hidden_size * 43 // 16, vocab_size=32000,
-        num_hidden_layers=arguments.layers, num_attention_heads=8,
+        hidden_size=arguments.hidden_size, intermediate_size=arguments.hidden_size * 43 // 16,
+        vocab_size=arguments.vocab_size, num_hidden_layers=arguments.layers, num_attention_heads=8,
     )  # fmt: skip
     with torch.device(arguments.device):
         model = LlamaForCausalLM(config)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    optimizers = {
-        "AdamW, foreach": torch.optim.AdamW(model.parameters(), lr=1e-6, foreach=True),
-        "AdamW, fused": torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True),
-    }
-    for name in ("AdamMini", "GWT"):  # a rotating block would freeze the model under the others
-        optimizers[name] = METHODS[name].from_model(model, lr=1e-6, weight_decay=0.01)
+    steps = _others(model, config, arguments.device)
+    for name, (rule, options) in OURS.items():  # a rotating block would freeze the model under the others
+        for word in ("plain", _back_end(arguments.device)):
+            if word and not (word == "plain" and arguments.without_plain):
+                steps[f"{name}, {word}"] = _with_kernels(word, rule.from_model(model, **HYPER, **options).step)
 
-    times: dict[str, list[float]] = {name: [] for name in optimizers}
-    for step in range(arguments.steps + 2):
-        for name, optimizer in optimizers.items():
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(arguments.steps + 2):
+        for name, step in steps.items():
             _synchronize(arguments.device)
             start = time.perf_counter()
-            optimizer.step()
+            step()
             _synchronize(arguments.device)
-            if step >= 2:
+            if number >= 2:
                 times[name].append(time.perf_counter() - start)
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {arguments.threads} threads"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{parameters:,} parameters in fp32 on {device}, torch {torch.__version__}, median of {arguments.steps} steps"
     )
-    baseline = statistics.median(times["AdamW, foreach"])
-    for name, measured in times.items():
-        median = statistics.median(measured)
-        print(f"{name:16} {1e3 * median:8.1f} ms  {median / baseline:5.2f} x foreach AdamW")
+    medians = {name: statistics.median(measured) for name, measured in times.items()}
+    fastest = min((name for name in (FUSED, DEEPSPEED) if name in medians), key=medians.get)
+    for name, median in medians.items():
+        print(f"{name:44} {1e3 * median:8.1f} ms  {median / medians[fastest]:5.2f} x {fastest}")
+
+
+def _others(model: LlamaForCausalLM, config: LlamaConfig, device: str) -> dict[str, Callable[[], object]]:
+    """The steps of optimizers that are not ours, as far as their packages are installed."""
+    parameters = list(model.parameters())
+    steps = {
+        "AdamW, torch foreach": torch.optim.AdamW(parameters, **HYPER, foreach=True).step,
+        FUSED: torch.optim.AdamW(parameters, **HYPER, fused=True).step,
+    }
+    if device == "cpu":
+        try:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+        except ImportError as error:
+            print(f"{DEEPSPEED} is left out: {error}")
+        else:
+            steps[DEEPSPEED] = DeepSpeedCPUAdam(parameters, **HYPER).step
+            # It has no copy of its own any more: DeepSpeed copies what it has updated.
+            stepped = DeepSpeedCPUAdam(parameters, **HYPER).step
+            in_bf16 = [parameter.detach().bfloat16() for parameter in parameters]
+            steps[f"{DEEPSPEED}, and a copy to bf16"] = lambda: (stepped(), torch._foreach_copy_(in_bf16, parameters))
+    try:
+        from adam_mini import Adam_mini
+    except ImportError as error:
+        print(f"the official Adam-mini is left out: {error}")
+    else:
+        sizes = {"dim": config.hidden_size, "n_heads": config.num_attention_heads}
+        official = Adam_mini(model.named_parameters(), **HYPER, **sizes, verbose=False)
+        steps["Adam-mini, official"] = official.step
+    return steps
+
+
+def _back_end(device: str) -> str | None:
+    """The back end for the device, if it can run here."""
+    name = next(name for name, offer in BACK_ENDS.items() if offer.device == device)
+    if reason := status()[name]:
+        print(f"{name} is left out: {reason}")
+        return None
+    return name
+
+
+def _with_kernels(word: str, step: Callable[[], object]) -> Callable[[], None]:
+    def chosen() -> None:
+        os.environ[VARIABLE] = word
+        step()
+
+    return chosen
 
 
 def _synchronize(device: str) -> None:
