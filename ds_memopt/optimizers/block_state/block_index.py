@@ -313,7 +313,7 @@ class BlockIndex:
 
     def begin_sum(self, slots: torch.Tensor) -> Callable[[], None]:
         """Begin to sum slots over the ranks, in place; returns what waits. A collective where there are any."""
-        return self.seams.begin_sum(slots)
+        return self.seams.begin_sum(slots) if self.num_slots else lambda: None
 
 
 def split_at(piece: RowPiece, begin: int, starts: np.ndarray) -> Iterator[tuple[RowPiece, int, int]]:
