@@ -133,6 +133,7 @@ class BlockIndex:
         self.num_blocks = [0 for _ in tensors]
         seam_blocks: list[list[np.ndarray]] = [[] for _ in tensors]
         seam_slots: list[list[np.ndarray]] = [[] for _ in tensors]
+        self._slots: list[dict[int, int]] = [{} for _ in tensors]
         for interval in layout.intervals:
             if interval.name not in blocks:
                 continue
@@ -147,6 +148,7 @@ class BlockIndex:
             cut, slots = self.seams.find(interval.name, first, first + count)
             seam_blocks[number].append(cut - first + local)
             seam_slots[number].append(slots)
+            self._slots[number].update(zip(seam_blocks[number][-1].tolist(), slots.tolist(), strict=True))
         borders = {name: cuts for part in layout.borders for name, cuts in part.by_name.items()}
         self.most_blocks = [
             most_blocks(blocks[name], borders.get(name, [])) if name in blocks else count
@@ -283,14 +285,6 @@ class BlockIndex:
 
     def _slot(self, number: int, block: int) -> int:
         return self._slots[number][block]
-
-    @functools.cached_property
-    def _slots(self) -> list[dict[int, int]]:
-        """For each tensor the slots of its blocks that ranks share."""
-        return [
-            dict(zip(blocks.tolist(), slots.tolist(), strict=True))
-            for blocks, slots in zip(self._seam_blocks, self._seam_slots, strict=True)
-        ]
 
     def numels(self, number: int) -> list[int]:
         """Elements of the whole parameter that each interval of a tensor is of."""
