@@ -115,7 +115,7 @@ def train_one(word: str, folder: Path) -> dict:
         found["progress"][placement] = engine.basic_optimizer.progress
         engine.destroy()
     sums = []
-    with mock.patch.object(Seams, "sum", lambda seams, slots: sums.append(slots)):
+    with mock.patch.object(Seams, "begin_sum", lambda seams, slots: lambda: sums.append(slots)):
         engine = new_engine(word, 2)
         train(engine, local(STEPS))
     found["seams left open"] = len(sums), full_parameters(engine.module)
