@@ -29,7 +29,8 @@ class Finding(NamedTuple):
 def examine() -> Iterator[Finding]:
     """Look at one thing after the other. Changes nothing; compiles one small function, which takes some seconds."""
     for look in (
-        _python, _torch, _gpus, _deepspeed, _compiler, _compilation, _headers, _operators, _libraries, _mpi, _pdsh,
+        _python, _torch, _gpus, _deepspeed, _compiler, _compilation, _kernels, _headers, _operators, _libraries, _mpi,
+        _pdsh,
     ):  # fmt: skip
         yield look()
 
@@ -105,6 +106,16 @@ def _compilation() -> Finding:
             f"MeZO and Addax make their noise without it, several times slower: {str(error).splitlines()[0]}",
         )  # fmt: skip
     return Finding("torch.compile", f"works on {device.type}, and gives the same bits")
+
+
+def _kernels() -> Finding:
+    from ds_memopt.kernels.back_ends import status
+
+    name = "triton" if torch.cuda.is_available() else "cpp"
+    reasons = status()
+    found = f"plain, {', '.join(name for name, reason in reasons.items() if not reason)}".removesuffix(", ")
+    without = f"Steps take several times as long: {name} cannot run: {reasons[name]}" if reasons[name] else ""
+    return Finding("Kernels", found, without)
 
 
 def _headers() -> Finding:

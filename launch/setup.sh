@@ -56,11 +56,14 @@ ds_memopt_setup() {
             echo "setup: pip failed, see above. Run the same command again to continue." >&2
             return 1
         fi
-        # The operators that DeepSpeed would else compile in the first run, where that looks like a hang.
-        echo "setup: compiling DeepSpeed's operators for the CPU (once; a minute)"
+        # What would else be compiled in the first run, where that looks like a hang.
+        echo "setup: compiling DeepSpeed's operators and ours for the CPU (once; a minute)"
         if ! python - <<'END' >"$root/.venv/operators.log" 2>&1; then
 from deepspeed.accelerator import get_accelerator
 
+from ds_memopt.kernels.cpp.build import library
+
+library()
 if get_accelerator().device_name() == "cpu":
     for name in ("ShareMemCommBuilder", "FusedAdamBuilder"):
         get_accelerator().create_op_builder(name).load()
