@@ -20,6 +20,7 @@ import ds_memopt.plan
 from ds_memopt.cli import main
 from ds_memopt.plan import Prediction, activations, predict, table
 from ds_memopt.plan.activations import measure_activations
+from ds_memopt.plan.bytes_moved import BytesMoved
 from ds_memopt.train.config import load_config
 from ds_memopt.train.presets import find_model
 
@@ -292,3 +293,75 @@ def test_estimators_have_deepspeeds_names_and_first_arguments(capsys):
     assert capsys.readouterr().out.count("ZeRO-") == 3
     theirs = inspect.signature(estimate_zero2_model_states_mem_needs_all_live)
     assert list(inspect.signature(ours).parameters)[:3] == list(theirs.parameters)[:3]
+
+
+def fp32_bytes(method: str, options: dict | None = None) -> float:
+    """Of a step, per parameter that trains at once, of the layers' matrices alone: no norm, no embedding."""
+    model = LlamaForCausalLM(find_model("tiny")[0])
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name]
+    plan = predict(model, method, options, stage=1, ranks=1, params=[{"params": matrices}])
+    return plan.step_bytes / (plan.masters / 4)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "fused"),
+    [
+        ("AdamW", None, 28),
+        ("AdamMini", None, 20),
+        ("AdamMini", {"state_dtype": "bf16"}, 16),
+        ("GWT", {"limiter": None}, 16),
+        ("GWT", None, 22),
+        ("GWT", {"level": 1, "limiter": None}, 12 + 16 / 2),
+        ("GWT", {"base": "adam_mini", "limiter": None}, 12 + 8 / 4 + 4),
+        ("BAdam", {"base": "gwt"}, 22),
+    ],
+)
+def test_a_fused_step_moves_the_bytes_of_its_formula(method, options, fused, monkeypatch):
+    """Numbers per row, head or matrix, and the even length of a flat buffer, are at most 0.1 byte per parameter."""
+    monkeypatch.delenv("DS_MEMOPT_KERNELS", raising=False)
+    told = fp32_bytes(method, options)
+    assert 0 <= told - fused < 0.1
+    monkeypatch.setenv("DS_MEMOPT_KERNELS", "plain")
+    assert fp32_bytes(method, options) > 1.3 * told  # AdamMini, the least of them, takes 1.4
+
+
+def test_what_operators_move_is_counted():
+    with BytesMoved() as counted:
+        a = torch.empty(100, device="meta")
+        a.fill_(1.0)  # 400 written
+        b = a.view(10, 10).t() + 1  # 400 read, 400 written
+        b.mul_(a[:10])  # 400 and 40 read, 400 written
+        torch.lerp(b, b, 0.5, out=torch.empty_like(b))  # 800 read, 400 written
+    assert counted.total == 400 + 800 + 840 + 1200
+
+
+def test_a_step_made_by_operators_alone_is_counted(monkeypatch):
+    monkeypatch.delenv("DS_MEMOPT_KERNELS", raising=False)
+    assert fp32_bytes("CAME") > 100
+    assert fp32_bytes("GWT", {"variant": "paper"}) > 50
+
+
+def test_methods_in_place_move_weights_and_what_is_kept(monkeypatch):
+    """bf16 weights and their residual read and written, 8 bytes; a gradient read, 2; two perturbed copies, 8."""
+    monkeypatch.delenv("DS_MEMOPT_KERNELS", raising=False)
+    model = llama()
+    count = sum(p.numel() for p in model.parameters())
+    expected = {"MeZO": 16, "IPSGD": 10, "Addax": 18}
+    assert {m: predict(model, m, stage=0, ranks=1).step_bytes / count for m in expected} == expected
+    assert predict(model, "IPSGD", {"rule": "adalomo"}, stage=0, ranks=1).step_bytes is None
+
+
+def test_a_gpu_adds_the_time_of_the_step(capsys):
+    arguments = ["plan", "--model", "tiny", "--gpus", "1", "--gpu_memory", "80GB", "--seq_length", "128"]
+    assert (
+        main([*arguments, "--optimizer", "AdamW,AdamMini", "--gpu", "H100", "--tflops", "1", "--bandwidth", "1GB"]) == 0
+    )
+    printed = capsys.readouterr().out
+    assert "at 3,350 GB/s, the H100's by its data sheet" in printed
+    rows = table.compare_methods("tiny", 1, 80 * 10**9, 128, ["AdamW"]).rows
+    adamw = rows[1]
+    milliseconds = 28 * 4_852_992 / 3.35e12 * 1e3
+    line = next(line for line in printed.splitlines() if line.split()[:2] == ["AdamW", "1"])
+    assert line.split()[-1] == f"{milliseconds:.2f}" == f"{1e3 * adamw.step_seconds(3.35e12):.2f}"
+    again = adamw.flops / 1e12 * 4 / 3 + 28 * 4_852_992 / adamw.checkpointed
+    assert adamw.seconds(1, 1e9, 1.0) == pytest.approx(again)

@@ -13,10 +13,11 @@ from ds_memopt.measure.memory import (
 )
 from ds_memopt.measure.monitor import write_to_monitor
 from ds_memopt.measure.step_timer import OTHER, PHASES, StepTimer
-from ds_memopt.measure.utilisation import ModelFlops, peak_flops
+from ds_memopt.measure.utilisation import MEMORY_BANDWIDTH, ModelFlops, peak_flops
 
 __all__ = [
     "GIB",
+    "MEMORY_BANDWIDTH",
     "MIB",
     "OTHER",
     "PHASES",

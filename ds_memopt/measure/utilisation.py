@@ -23,6 +23,14 @@ PEAK_FLOPS = {
     "NVIDIA H100 PCIe": 756e12,
 }
 
+MEMORY_BANDWIDTH = {
+    "A100-40GB": 1555e9, "A100-80GB": 2039e9, "A800-80GB": 2039e9, "H100": 3350e9, "H100-PCIe": 2000e9,
+    "H200": 4800e9, "H20": 4000e9, "B200": 8000e9, "L40S": 864e9, "RTX-4090": 1008e9, "RTX-5090": 1792e9,
+    "MI300X": 5300e9,
+}  # fmt: skip
+"""Bytes a second of a GPU's own memory, from the data sheets of NVIDIA and AMD; SXM where nothing else is said. A
+B200's is an eighth of the DGX B200's. NVIDIA has no public sheet for the H20: its figure is that of server makers."""
+
 
 def peak_flops(device: torch.device, dtype: str) -> float | None:
     """Peak FLOP/s of matrix products on this device; None for one that is not known, and for fp32.

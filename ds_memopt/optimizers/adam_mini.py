@@ -68,7 +68,7 @@ class AdamMini(ShardedOptimizer):
     hyper_parameters = AdamMiniHyperParameters
     hyper: AdamMiniHyperParameters
     states = {"exp_avg": ELEMENT, "block_exp_avg_sq": StateLayout("block")}
-    needs_heads = True
+    needs_heads = fused = True
 
     def configure(self) -> None:
         self.element_dtype = STATE_DTYPES[self.hyper.state_dtype]

@@ -18,6 +18,7 @@ class AdamW(ShardedOptimizer):
     """
 
     states = {"exp_avg": ELEMENT, "exp_avg_sq": ELEMENT}
+    fused = True
 
     hyper_parameters = AdamHyperParameters
 

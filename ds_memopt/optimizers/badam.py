@@ -155,6 +155,7 @@ class BAdam(ShardedOptimizer):
         defaults = hyper.of_groups()
         self.rule = BASES[hyper.base]([dict(group) for group in groups], **defaults, **hyper.own_options, model=model)
         self.states, self.element_dtype = self.rule.states, self.rule.element_dtype
+        self.fused = self.rule.fused
         self.keep_residual = hyper.keep_residual
         self._residuals: dict[str, torch.Tensor] = {}
         self._stepped = self._warned = False
@@ -291,6 +292,9 @@ class BAdam(ShardedOptimizer):
             self.next_block()
             self._make_state()
         return loss
+
+    def bytes_moved(self, states: Mapping[torch.Tensor, Mapping[str, torch.Tensor]]) -> int:
+        return self.rule.bytes_moved(states)
 
     def update(self, call: OptimizerCall) -> None:
         self.rule.update(call)

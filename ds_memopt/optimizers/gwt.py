@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
+
 from ds_memopt import kernels
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled, format_assignment, matching
 from ds_memopt.kernels import AdamScalars, GWTRule, GWTScalars
@@ -156,6 +158,7 @@ class GWT(ShardedOptimizer):
         hyper = self.hyper
         self.period, self.limiter, self.paper = 2**hyper.level, hyper.limiter, hyper.variant == "paper"
         self.by_block = self.needs_heads = hyper.base == "adam_mini"
+        self.fused = not self.paper
         self.scale, self.dense_scale = hyper.scale, hyper.dense_ratio
         self.include, self.exclude = tuple(hyper.include), tuple(hyper.exclude)
         structures = {"approximation": "group", "exp_avg": "dense", "update_norm": "matrix", **BASES[hyper.base]}
@@ -231,6 +234,19 @@ class GWT(ShardedOptimizer):
         if columns % self.period == 0:
             return _relabel(blocks, rule, Contiguous(self.period, numel // self.period))
         return _relabel(blocks, rule, Tiled(numel // columns, columns, self.period))
+
+    def bytes_moved(self, states: Mapping[torch.Tensor, Mapping[str, torch.Tensor]]) -> int:
+        """A limit is known after a pass over all groups: their gradients and states are then read again. With
+        base="adam_mini" the gradients are read once before, for the second moments."""
+        moved, local = super().bytes_moved(states), self.placement.local
+        of_groups = [key for key, layout in self.states.items() if layout.structure == "group"]
+        for tensor, state in states.items():
+            gradient = local(tensor.grad)
+            moved += gradient.nbytes if self.by_block else 0
+            if self.limiter is not None:
+                transformed = min(local(state["approximation"]).numel() * self.period, gradient.numel())
+                moved += transformed * gradient.itemsize + sum(local(state[key]).nbytes for key in of_groups)
+        return moved
 
     def update(self, call: OptimizerCall) -> None:
         states = {key: call.state(key) for key in self.states}

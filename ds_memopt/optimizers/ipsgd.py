@@ -79,6 +79,9 @@ class IPSGD(UpdatesInBackward):
         for (part, gradient), rate in zip(bucket, rates, strict=True):
             self.move(part, rate, gradient=gradient)
 
+    def step_bytes(self) -> int | None:
+        return super().step_bytes() if self._rule is None else None
+
     def needs_closure(self) -> str:
         if self.clip == "two_pass":
             return 'clip="two_pass" runs backward twice: call optimizer.step(closure), whose closure returns the loss.'

@@ -18,11 +18,13 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 
 from ds_memopt.blocks import bare_parameters, partition_into_blocks
+from ds_memopt.kernels.back_ends import chosen_kernels
 from ds_memopt.measure import sent_per_payload_byte, state_bytes
 from ds_memopt.optimizers import METHODS, NamedOptimizer
 from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.optimizers.base.hyper_parameters import check_range
 from ds_memopt.plan import gather
+from ds_memopt.plan.bytes_moved import BytesMoved
 from ds_memopt.plan.planned_layout import FlatPartitions, PlannedRank, PlannedShards, WholeMasters, meta_twin
 from ds_memopt.shards import Seams
 from ds_memopt.shards.gradients import BUCKET
@@ -46,6 +48,8 @@ class Prediction:
     sent: in one step, by collective, as `ds_memopt.measure.CommunicationMeter` counts them.
     seams: of these, what completes blocks that ranks share.
     passes: forward and backward passes of a token in a step, where a forward alone is a third; None: they differ.
+    step_bytes: read and written in a step by the rule, and by probes for perturbed copies of weights, with the back end
+        that runs on a GPU or that DS_MEMOPT_KERNELS names; not by the engine. None: not known.
     """
 
     weights: int
@@ -57,6 +61,7 @@ class Prediction:
     sent: Mapping[str, int]
     seams: int
     passes: float | None
+    step_bytes: int | None
 
     @property
     def held(self) -> int:
@@ -159,7 +164,13 @@ class _Planned:
         sent = {name: round(size * sent_per_payload_byte(name, count)) for name, size in self.payload.items()}
         seams = round(seams * sent_per_payload_byte("all_reduce", count))
         sent = {name: size for name, size in sent.items() if size}
-        return Prediction(states=states, seams=seams, sent=sent, passes=self.optimizer.passes, **sizes)
+        return Prediction(
+            states=states, seams=seams, sent=sent, passes=self.optimizer.passes, step_bytes=self.step_bytes(), **sizes
+        )
+
+    def step_bytes(self) -> int | None:
+        """With fused kernels, unless the user wants plain PyTorch."""
+        return None if chosen_kernels() == "plain" else self.optimizer.step_bytes()
 
 
 class _FlatPartitions(_Planned):
@@ -214,8 +225,13 @@ class _FlatPartitions(_Planned):
         """What the method keeps beside the states of what trains now."""
         return {}
 
+    def step_bytes(self) -> int | None:
+        """Where no kernel is fused, what PyTorch's operators move."""
+        fused = super().step_bytes()
+        return self.of_operators.total if fused is None else fused
+
     def _step(self, layout: FlatPartitions | WholeMasters) -> int:
-        """Make a step, which makes all states; returns the bytes that are summed over the ranks."""
+        """Make a step with all states; returns the bytes that are summed over the ranks."""
         optimizer, sums = self.optimizer, []
         for group, tensors in zip(optimizer.param_groups, layout.by_group, strict=True):
             group["params"] = tensors
@@ -223,7 +239,10 @@ class _FlatPartitions(_Planned):
                 tensor.grad = torch.empty_like(tensor)
         optimizer.bind(layout)
         with mock.patch.object(Seams, "begin_sum", lambda _, slots: lambda: sums.append(slots.nbytes)):
-            optimizer.step()
+            optimizer.step()  # which makes the states
+            sums.clear()
+            with BytesMoved() as self.of_operators:
+                optimizer.step()
         if sums:
             self.send("all_reduce", sum(sums))
         return sum(sums)

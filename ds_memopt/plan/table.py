@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from ds_memopt.measure import GIB, MIB
+from ds_memopt.measure import GIB, MEMORY_BANDWIDTH, MIB
 from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.optimizers.base.hyper_parameters import check_range
 from ds_memopt.plan.activations import Activations, measure_activations
@@ -42,6 +42,9 @@ FASTER = """\
 faster: a step for a sequence, than AdamW's where that is fastest, if GPUs keep {tflops:g} TFLOP/s, send {bandwidth} a \
 second, and
 wait. How far a step gets is not compared: MeZO needs many more."""
+STEP = """\
+step ms: what the method's step reads and writes, at {gigabytes:,.0f} GB/s, the {gpu}'s by its data sheet. Unmeasured:
+`bash launch/gpu_check.sh` measures it on yours."""
 
 UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": MIB}
 
@@ -81,17 +84,27 @@ class Candidate:
         batch = max(self.micro_batch, self.checkpointed)
         return self.sent / batch if batch else None
 
-    def seconds(self, tflops: float, bandwidth: float) -> float | None:
+    def step_seconds(self, memory_bandwidth: float) -> float | None:
+        """Of the method's own step where the GPU's memory moves so many bytes a second; None if its bytes are not
+        known."""
+        moved = self.prediction.step_bytes
+        return None if moved is None else moved / memory_bandwidth
+
+    def seconds(self, tflops: float, bandwidth: float, memory_bandwidth: float | None = None) -> float | None:
         """For a sequence, with or without checkpointing, whichever is faster, if the GPU keeps this speed in matrix
-        products, sends this many bytes a second, and never does both at once. None where passes are not known or
-        nothing fits."""
-        passes = self.prediction.passes
-        if self.flops is None or passes is None:
+        products, sends this many bytes a second, and never does both at once; with the bandwidth of its memory, the
+        method's own step is added. None where passes or that step are not known or nothing fits."""
+        passes, step = self.prediction.passes, self.step_seconds(memory_bandwidth) if memory_bandwidth else 0.0
+        if self.flops is None or passes is None or step is None:
             return None
         backward = passes >= 1  # else there is nothing to run forward again for
         ways = ((self.micro_batch, passes), (self.checkpointed, passes + backward / 3))
         return min(
-            (self.flops * times / (tflops * 1e12) + self.sent / batch / bandwidth for batch, times in ways if batch),
+            (
+                self.flops * times / (tflops * 1e12) + (self.sent / bandwidth + step) / batch
+                for batch, times in ways
+                if batch
+            ),
             default=None,
         )
 
@@ -194,15 +207,24 @@ def recommend(rows: Sequence[Candidate]) -> Candidate | None:
     return None
 
 
-def as_text(rows: Sequence[Candidate], tflops: float | None = None, bandwidth: int | None = None) -> str:
+def as_text(
+    rows: Sequence[Candidate],
+    tflops: float | None = None,
+    bandwidth: int | None = None,
+    memory_bandwidth: float | None = None,
+) -> str:
     """A table, in GiB of each rank; what fits is marked with its largest micro-batch.
 
     tflops, bandwidth: what a GPU keeps and sends (bytes) in a second; adds how much faster a sequence is trained.
+    memory_bandwidth: bytes that its memory moves in a second; adds the time of the method's own step.
     """
     head = ["method", "ZeRO", "weights", "masters", "gradients", "states", "besides", "sent a step", "batch", "checkp."]
     gains = {"gain": _gains(rows, lambda row: row.sent_for_a_sequence)}
     if tflops and bandwidth:
-        gains["faster"] = _gains(rows, lambda row: row.seconds(tflops, bandwidth))
+        gains["faster"] = _gains(rows, lambda row: row.seconds(tflops, bandwidth, memory_bandwidth))
+    if memory_bandwidth:
+        steps = [row.step_seconds(memory_bandwidth) for row in rows]
+        gains["step ms"] = ["-" if step is None else f"{1e3 * step:.2f}" for step in steps]
     lines = [(*head, *gains)]
     for number, row in enumerate(rows):
         p = row.prediction
@@ -235,6 +257,7 @@ def details(rows: Sequence[Candidate]) -> str:
         kinds |= {"besides, forward and backward": p.backward, "besides, step": p.step}
         kinds |= {f"sent, {name}": size for name, size in p.sent.items()}
         kinds |= {"of that for shared blocks": p.seams}
+        kinds |= {"read and written by the step": p.step_bytes} if p.step_bytes is not None else {}
         lines += [f"{name:>32} {size:>18,}" for name, size in kinds.items()]
     return "\n".join(lines)
 
@@ -274,6 +297,7 @@ def run(
     dtype: str,
     tflops: float | None,
     bandwidth: str | None,
+    gpu: str | None,
     by_kind: bool,
     output: Path | None,
 ) -> None:
@@ -282,13 +306,16 @@ def run(
         raise ValueError("tflops and bandwidth tell together how fast a step is. Give both or none.")
     if tflops is not None:
         check_range("tflops", tflops, tflops > 0, "a number > 0", "Half of the data sheet's is usual.")
+    memory_bandwidth = MEMORY_BANDWIDTH[gpu] if gpu else None
     methods = NEAREST_TO_ADAMW_FIRST if optimizer == "all" else tuple(optimizer.split(","))
     compared = compare_methods(model, gpus, bytes_of(gpu_memory), seq_length, methods, dtype)
     rows, sizes = compared.rows, {name: getattr(compared, name) / GIB for name in ("plain", "checkpointed", "logits")}
     print(HEADING.format(model=model, gpus=gpus, gpu_memory=gpu_memory, seq_length=seq_length, dtype=dtype, **sizes))
-    print(as_text(rows, tflops, bandwidth and bytes_of(bandwidth)))
+    print(as_text(rows, tflops, bandwidth and bytes_of(bandwidth), memory_bandwidth))
     if bandwidth:
         print(FASTER.format(tflops=tflops, bandwidth=bandwidth))
+    if gpu:
+        print(STEP.format(gpu=gpu, gigabytes=memory_bandwidth / 1e9))
     if by_kind:
         print(f"\n{details(rows)}")
     best = recommend(rows)

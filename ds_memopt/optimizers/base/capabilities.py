@@ -61,6 +61,11 @@ class Capabilities:
         """Those of the values whose names are hyper-parameters of the method."""
         return {}
 
+    def step_bytes(self) -> int | None:
+        """Bytes that a step with fused kernels reads and writes on this rank, of what has a gradient and state now, or
+        of the weights that it writes itself; None: the step is made by PyTorch's operators whatever the back end."""
+        return None
+
     def trained_parameters(self) -> list[torch.Tensor]:
         """The parameters that train, where that is not told by whether they require gradients now; else none."""
         return []

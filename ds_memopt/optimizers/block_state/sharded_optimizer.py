@@ -89,12 +89,14 @@ class ShardedOptimizer(NamedOptimizer):
 
     element_dtype: how states of one entry per element are kept; by default in fp32 (fp64 for fp64 parameters).
     needs_heads: whether the rule looks at heads, so that without a model `head_dim` must be given.
+    fused: whether kernels make the whole step, in one pass over the tensors unless `bytes_moved` says otherwise.
     """
 
     family = "block state"
     states: Mapping[str, StateLayout] = {}
     element_dtype: torch.dtype | None = None
     needs_heads = False
+    fused = False
 
     def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
         self.hyper = self.hyper_parameters.bind(positional, named)
@@ -192,6 +194,20 @@ class ShardedOptimizer(NamedOptimizer):
             if not (fresh and asks_for_state(self)):
                 self.update(self._call(tensors, groups, indexes))
         return loss
+
+    def step_bytes(self) -> int | None:
+        tensors = [tensor for group in self.param_groups for tensor in group["params"] if tensor.grad is not None]
+        states = {tensor: self.state[tensor] for tensor in tensors if self.state.get(tensor)}
+        return self.bytes_moved(states) if self.fused else None
+
+    def bytes_moved(self, states: Mapping[torch.Tensor, Mapping[str, torch.Tensor]]) -> int:
+        """Bytes that a fused step with these tensors, which have gradients, and their states reads and writes: each
+        gradient is read, each parameter and state read and written. Left out: what is read twice of shared blocks."""
+        local = self.placement.local
+        return sum(
+            local(tensor.grad).nbytes + 2 * sum(local(part).nbytes for part in (tensor, *map(state.get, self.states)))
+            for tensor, state in states.items()
+        )
 
     def _call(
         self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], indexes: Mapping[str, BlockIndex]

@@ -152,6 +152,16 @@ class InPlaceOptimizer(NamedOptimizer):
         lr, decay = group["lr"] * rate, group["weight_decay"]
         self._moved = kernels.move(part.elements, self.store(part), lr, decay, self._moved, **terms)
 
+    def step_bytes(self) -> int | None:
+        """Weights, and what is kept beside them, are read and written, gradients are read; for each forward of a probe
+        all weights are read and their perturbed copies written."""
+        copies = len(self.probe.evaluations()) if self.uses_losses else 0
+        moved = 2 * copies * sum(self.placement.numel(p) * p.itemsize for p in self._names)
+        for part in self.placement.parts():
+            kept = sum(values.nbytes for _, values in self._states(part).values())
+            moved += (2 + self.uses_gradients) * part.elements.nbytes + 2 * kept
+        return moved
+
     @property
     def update_kept(self) -> float:
         """Projection of the last step's real movement on the intended one, of this rank's part: 1 if none was lost."""
