@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.utils import cpp_extension
 
+from ds_memopt.kernels.back_ends import BACK_ENDS, VARIABLE, chosen_kernels, status
 from ds_memopt.measure import GIB
 
 
@@ -29,10 +30,10 @@ class Finding(NamedTuple):
 def examine() -> Iterator[Finding]:
     """Look at one thing after the other. Changes nothing; compiles one small function, which takes some seconds."""
     for look in (
-        _python, _torch, _gpus, _deepspeed, _compiler, _compilation, _kernels, _headers, _operators, _libraries, _mpi,
-        _pdsh,
+        _python, _torch, _gpus, _deepspeed, _compiler, _compilation, _headers, _operators, _libraries, _mpi, _pdsh,
     ):  # fmt: skip
         yield look()
+    yield from _kernels()
 
 
 def report(show: Callable[[str], None] = print) -> int:
@@ -108,16 +109,6 @@ def _compilation() -> Finding:
     return Finding("torch.compile", f"works on {device.type}, and gives the same bits")
 
 
-def _kernels() -> Finding:
-    from ds_memopt.kernels.back_ends import status
-
-    name = "triton" if torch.cuda.is_available() else "cpp"
-    reasons = status()
-    found = f"plain, {', '.join(name for name, reason in reasons.items() if not reason)}".removesuffix(", ")
-    without = f"Steps take several times as long: {name} cannot run: {reasons[name]}" if reasons[name] else ""
-    return Finding("Kernels", found, without)
-
-
 def _headers() -> Finding:
     import sysconfig
 
@@ -159,6 +150,23 @@ def _libraries() -> Finding:
     return Finding(
         "Libraries", found, f"launch/ needs {', '.join(absent)}: pip install -e '.[train]'." if absent else ""
     )
+
+
+def _kernels() -> Iterator[Finding]:
+    """Each fused back end. One that cannot run is amiss where there are tensors of its device."""
+    try:
+        chosen = chosen_kernels()
+    except ValueError as error:
+        yield Finding("Kernels", "no back end", str(error))
+        return
+    for name, reason in status().items():
+        device = BACK_ENDS[name].device
+        there = device == "cpu" or torch.cuda.is_available()
+        found = f"steps on {device}: {'not here' if reason else 'fused'}"
+        if chosen not in (None, name):
+            found += f", but {VARIABLE}={chosen}"
+        without = f"Steps on {device} are made by plain PyTorch, which is slower: {reason}" if reason and there else ""
+        yield Finding(f"Kernels, {name}", f"{found}. {reason}" if reason and not there else found, without)
 
 
 def _mpi() -> Finding:

@@ -38,6 +38,8 @@ def test_a_machine_that_runs_these_tests_has_what_they_need():
     for name in ("Python", "torch", "DeepSpeed", "C++ compiler", "DeepSpeed's operators", "Libraries"):
         assert f"{name} without" not in found
     assert ("GPUs without" in found) == (not torch.cuda.is_available())
+    assert found["Kernels, cpp"] == "steps on cpu: fused" and "Kernels, cpp without" not in found
+    assert found["Kernels, triton"].startswith("steps on cuda: ")
     amiss = sum("without" in name for name in found)
     assert found["last"] == (f"{amiss} of these will keep something from working." if amiss else "All is there.")
 
@@ -48,7 +50,17 @@ def test_what_is_not_there_is_told(tmp_path):
     assert found["C++ compiler"] == "no no-compiler"
     assert "cannot build its operators" in found["C++ compiler without"]
     assert "MeZO and Addax make their noise without it" in found["torch.compile without"]
+    assert found["Kernels, cpp"] == "steps on cpu: not here"
+    assert found["Kernels, cpp without"].startswith("Steps on cpu are made by plain PyTorch, which is slower: ")
     assert "install mpirun" in found["MPI without"] and "starts no other machine" in found["pdsh without"]
+
+
+def test_the_word_for_kernels_is_looked_at(monkeypatch):
+    monkeypatch.setenv("DS_MEMOPT_KERNELS", "plain")
+    assert all("but DS_MEMOPT_KERNELS=plain" in one.found for one in doctor._kernels())
+    monkeypatch.setenv("DS_MEMOPT_KERNELS", "cuda")
+    (finding,) = doctor._kernels()
+    assert "DS_MEMOPT_KERNELS=cuda is out of range" in finding.without
 
 
 def test_a_lock_that_nobody_holds_is_told(tmp_path, monkeypatch):
