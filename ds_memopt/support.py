@@ -59,6 +59,7 @@ FEATURES: dict[str, str] = {
     "fsdp1": "FSDP1",
 }
 
+# No GPU has run any of this: `bash launch/gpu_check.sh` checks and measures the steps on one.
 GPU_ONLY = Support("untested", "It runs on GPUs only.")
 
 STATE_COMPRESSING: dict[str, Support] = {
