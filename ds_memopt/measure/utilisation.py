@@ -28,7 +28,7 @@ MEMORY_BANDWIDTH = {
     "H200": 4800e9, "H20": 4000e9, "B200": 8000e9, "L40S": 864e9, "RTX-4090": 1008e9, "RTX-5090": 1792e9,
     "MI300X": 5300e9,
 }  # fmt: skip
-"""Bytes a second of a GPU's own memory, from the data sheets of NVIDIA and AMD; SXM where nothing else is said. A
+"""Bytes a second of a GPU's own memory as NVIDIA and AMD state it; SXM where nothing else is said. A
 B200's is an eighth of the DGX B200's. NVIDIA has no public sheet for the H20: its figure is that of server makers."""
 
 
