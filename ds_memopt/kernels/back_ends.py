@@ -160,6 +160,8 @@ def back_end_for(device: torch.device) -> BackEnd | None:
     if word == "plain" or device.type == "meta":  # where nothing is computed
         return None
     name = next((name for name, offer in BACK_ENDS.items() if offer.device == device.type), None)
+    if word == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
+        name = word  # its interpreter takes tensors of any device
     if word not in (None, name):
         raise RuntimeError(
             f"{VARIABLE}={word} is for tensors on {BACK_ENDS[word].device}, but these are on {device.type}. Unset it."

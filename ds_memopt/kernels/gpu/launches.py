@@ -1,0 +1,204 @@
+"""How a launch gets its tables and its programs, and what it moved.
+
+A launch covers all tensors of a call. Their addresses and scalars go to the device in one small copy, which nothing
+waits for; runs, and which program takes which of them, lie there from the first step on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ds_memopt.kernels.work import Runs, Tensors
+
+PROGRAM = 2**14
+"""Elements that a program takes, unless one run has more: few enough to share out evenly, many enough to keep the map
+of programs small (3 MB for 7e9 elements)."""
+
+TILE = 2**11
+"""Elements that a program takes at once."""
+
+HELD = 2**16
+"""Elements of a run up to which its second read in a program is taken to come from a cache."""
+
+SCALARS = 8
+"""Places for the scalars of a tensor."""
+
+OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+"""No contraction to fused multiply-adds: what is aligned and what is not is compiled apart, and would be contracted
+differently, so that an element's bits depended on where a rank's part begins."""
+
+SPANS: dict[str, Callable[[Runs, int], np.ndarray]] = {
+    "blocks": lambda runs, period: _over(_count(runs), np.maximum(PROGRAM // np.maximum(runs.column("width"), 1), 1)),
+    "elements": lambda runs, period: runs.column("rows") * _over(runs.column("count") * runs.column("width"), PROGRAM),
+    "groups": lambda runs, period: _over(_count(runs), PROGRAM // period),
+}
+"""For each kind of kernel how many programs each piece takes."""
+
+
+class Launch(NamedTuple):
+    """What one launch was. read, written: bytes of the device's memory, each byte that a program holds on to once."""
+
+    kernel: str
+    programs: int
+    read: int
+    written: int
+
+
+class Schedule(NamedTuple):
+    """What of `Runs` lies on a device. rows: as there. programs: [programs, 2], int32, piece and number within it."""
+
+    rows: torch.Tensor
+    programs: torch.Tensor
+
+
+class Shares(NamedTuple):
+    """Where programs leave what they add to their matrix's sum: values, [programs]; programs of one matrix follow each
+    other, those of matrix `matrices[i, 0]` at [`matrices[i, 1]`, `matrices[i, 2]`); `matrices[i, 3]` is its numel."""
+
+    values: torch.Tensor
+    matrices: torch.Tensor
+
+
+class Tables(NamedTuple):
+    """Of the tensors of a launch, by number: addresses, int64 [tensors, 4]; scalars, fp32 [tensors, SCALARS]."""
+
+    addresses: torch.Tensor
+    scalars: torch.Tensor
+    aligned: bool
+
+
+_books: list[list[Launch]] = []
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """A list to which every launch adds itself."""
+    launches: list[Launch] = []
+    _books.append(launches)
+    try:
+        yield launches
+    finally:
+        _books.remove(launches)
+
+
+def schedule_of(runs: Runs, kind: str, device: torch.device, period: int = 1) -> Schedule:
+    """The runs, and programs for them; longest first, so that no long one is left over at the end."""
+    return _kept(runs, (kind, device, period), lambda: _schedule(runs, kind, device, period))
+
+
+def _schedule(runs: Runs, kind: str, device: torch.device, period: int) -> Schedule:
+    order = _order(runs, kind)
+    counts = SPANS[kind](runs, period)[order]
+    numbers = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    programs = np.stack([np.repeat(order, counts), numbers], axis=1).astype(np.int32)
+    # Not asynchronous: it is there whatever stream asks for it later.
+    return Schedule(torch.from_numpy(runs.rows).to(device), torch.from_numpy(programs).to(device))
+
+
+def _order(runs: Runs, kind: str) -> np.ndarray:
+    if kind == "groups":
+        return np.argsort(runs.column("matrix"), kind="stable")
+    return np.argsort(-np.maximum(runs.column("width"), PROGRAM), kind="stable")
+
+
+def shares_of(runs: Runs, device: torch.device, period: int) -> Shares:
+    return _kept(runs, ("shares", device, period), lambda: _shares(runs, device, period))
+
+
+def _shares(runs: Runs, device: torch.device, period: int) -> Shares:
+    order = _order(runs, "groups")
+    ends = np.cumsum(SPANS["groups"](runs, period)[order])
+    matrix, numel = runs.column("matrix")[order], runs.column("numel")[order]
+    last = np.flatnonzero(np.append(np.diff(matrix), 1)) if len(matrix) else order
+    stops = ends[last]
+    table = np.stack([matrix[last], np.append(0, stops[:-1])[: len(last)], stops, numel[last]], axis=1)
+    values = torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.float32, device=device)
+    return Shares(values, torch.from_numpy(table).to(device))
+
+
+def _kept(runs: Runs, key: tuple, build: Callable[[], Any]) -> Any:
+    if ("gpu", *key) not in runs.schedules:
+        runs.schedules["gpu", *key] = build()
+    return runs.schedules["gpu", *key]
+
+
+def tables_of(
+    count: int, tensors: Sequence[Tensors], scalars: Mapping[int, Sequence[float]], device: torch.device
+) -> Tables:
+    """Tables of `count` tensors. tensors: up to four of each; one that is not there has the address 0."""
+    addresses, values = np.zeros((count, 4), dtype=np.int64), np.zeros((count, SCALARS), dtype=np.float32)
+    for place, of_call in enumerate(tensors):
+        for number, tensor in of_call.items():
+            addresses[number, place] = address(tensor)
+    for number, of_tensor in scalars.items():
+        values[number, : len(of_tensor)] = of_tensor
+    on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
+    stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
+    both = _upload(addresses.tobytes() + values.tobytes(), device, stream)
+    aligned = bool((addresses % 16 == 0).all())
+    of_addresses, of_scalars = both.split([addresses.nbytes, values.nbytes])
+    return Tables(of_addresses.view(torch.int64), of_scalars.view(torch.float32), aligned)
+
+
+@functools.lru_cache(maxsize=32)
+def _upload(data: bytes, device: torch.device, stream: int) -> torch.Tensor:
+    """Bytes on a device, uint8: copied in the order of a stream, unless the same lie there for it already."""
+    host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+@functools.lru_cache(maxsize=32)
+def of_layout(lengths: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    """Programs for tensors of these (number, length), tile by tile: [programs, 3], number, first element and length."""
+    rows = [(number, first, length) for number, length in lengths for first in range(0, length, TILE)]
+    return torch.tensor(rows, dtype=torch.int64).to(device)
+
+
+def address(tensor: torch.Tensor) -> int:
+    return tensor.data_ptr()
+
+
+def launch(kernel: Any, programs: int, *arguments: Any, moved: Callable[[], tuple[int, int]], **constants: Any) -> None:
+    """Start programs of a kernel, if any. moved: tells the bytes read and written, for the books."""
+    if not programs:
+        return
+    for books in _books:
+        books.append(Launch(kernel.__name__, programs, *moved()))
+    start(kernel, programs, arguments, constants)
+
+
+def start(kernel: Any, programs: int, arguments: tuple, constants: dict[str, Any]) -> None:
+    device = next(argument.device for argument in arguments if isinstance(argument, torch.Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](*arguments, **constants, **OPTIONS)
+
+
+def elements_of(runs: Runs, numbers: Sequence[int], longer_than: int = 0) -> int:
+    """Elements of the runs of these tensors, of longer runs alone."""
+    some = np.isin(runs.column("tensor"), list(numbers)) & (runs.column("width") > longer_than)
+    return int((_count(runs) * runs.column("width"))[some].sum())
+
+
+def blocks_of(runs: Runs, numbers: Sequence[int]) -> int:
+    """Runs of these tensors."""
+    return int(_count(runs)[np.isin(runs.column("tensor"), list(numbers))].sum())
+
+
+def _count(runs: Runs) -> np.ndarray:
+    return runs.column("rows") * runs.column("count")
+
+
+def _over(total: np.ndarray, size: np.ndarray | int) -> np.ndarray:
+    return -(-total // size)
+
+
+def num_tensors(runs: Runs) -> int:
+    return int(runs.column("tensor").max(initial=-1)) + 1
