@@ -1,0 +1,213 @@
+"""The Triton kernels against plain PyTorch in fp64: in Triton's interpreter, on the CPU; and compiled for a GPU.
+
+The interpreter is chosen before Triton is imported, for a whole process. So the tests that need it are those of this
+file in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed: it is for Linux, with torch's builds for GPUs")
+
+import test_kernels  # noqa: E402
+from test_kernels import HYPER, METHODS, beginning, expected, step  # noqa: E402
+
+from ds_memopt.kernels import back_ends, gpu  # noqa: E402
+from ds_memopt.kernels.gpu import adam_kernels, gwt_kernels, launches  # noqa: E402
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+in_interpreter = pytest.mark.skipif(not INTERPRETED, reason="runs within test_in_the_interpreter")
+compiled = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
+
+CUTS = {"one rank": [], "four ranks, one with nothing": [2, 51, 1_000]}
+FP32, BF16 = torch.float32, torch.bfloat16
+STEPS = 2
+
+
+@compiled
+def test_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rN", "-s", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "DS_MEMOPT_KERNELS": "triton"}
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+
+
+@pytest.fixture(scope="module", autouse=INTERPRETED)
+def within_what_the_interpreter_can_do():
+    """It is slow, has one state for all threads, which stand for ranks here, and cuts bf16 off where a GPU rounds."""
+    import triton.runtime.interpreter
+
+    lock, start = threading.Lock(), launches.start
+    convert = triton.runtime.interpreter._convert_float
+
+    def locked(*arguments):
+        with lock:
+            start(*arguments)
+
+    def rounded(values, of_input, of_output, mode):
+        if of_output != triton.language.bfloat16:
+            return convert(values, of_input, of_output, mode)
+        return torch.from_numpy(np.array(values)).bfloat16().view(torch.int16).numpy()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(test_kernels.SHAPES, "norm.weight", (17_000,))  # of more than one program
+        patch.setattr(test_kernels, "STEPS", STEPS)
+        patch.setattr(launches, "start", locked)
+        patch.setattr(triton.runtime.interpreter, "_convert_float", rounded)
+        for cached in (beginning, expected):
+            cached.cache_clear()
+        yield
+    for cached in (beginning, expected):
+        cached.cache_clear()
+
+
+def plain_in_fp64(method: str, steps: int = STEPS) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_MEMOPT_KERNELS", "plain")
+        return expected(method, steps)
+
+
+def error_of(method: str, cuts: list[int]) -> float:
+    """Of the distance moved."""
+    with launches.recorded() as books:
+        result = step(method, cuts, (FP32, FP32), STEPS)
+    assert books
+    exact = plain_in_fp64(method)
+    return ((result - exact).norm() / (exact - beginning()).norm()).item()
+
+
+@in_interpreter
+@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_triton_makes_the_same_step_as_plain_in_fp64(method, cuts):
+    """Measured: up to 3e-7; with m in bf16 9e-4, as plain's own in fp32."""
+    error = error_of(method, CUTS[cuts])
+    print(f"{method}, {cuts}: {error:.1e}")
+    assert error < (5e-3 if "bf16" in method else 1e-6)
+
+
+@in_interpreter
+@pytest.mark.parametrize("method", ["AdamMini", "GWT", "GWT, level 4, over Adam-mini"])
+def test_without_sums_over_ranks_the_error_is_seen(method, monkeypatch):
+    monkeypatch.setattr(test_kernels.Ranks, "begin_sum", lambda ranks, rank, slots: lambda: None)
+    error = error_of(method, [51, 1_000])
+    print(f"{method} without sums: {error:.1e}")
+    assert error > 1e-3
+
+
+@in_interpreter
+@pytest.mark.parametrize("of_gradient", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("method", ["AdamMini, bf16 state", "AdamW", "GWT over Adam-mini"])
+def test_triton_rounds_once_in_bf16(method, of_gradient):
+    """A parameter in bf16 is at most half a unit from the step in fp64. Plain rounds up to three times."""
+    result, exact = step(method, [51, 1_000], (BF16, of_gradient), steps=1), plain_in_fp64(method, steps=1)
+    half_a_unit = 2 ** exact.abs().log2().ceil() * 2**-9
+    assert ((result - exact).abs() <= half_a_unit + 1e-8).all()  # 1e-8: the step in fp32, 1e-6 of its size
+    assert (result - beginning()).norm() > 0.9 * (exact - beginning()).norm()
+
+
+SHAPES = {"q_proj.weight": (4, 64), "up_proj.weight": (3, 72), "down_proj.weight": (5, 33), "norm.bias": (9,)}
+"""All that is loaded by four and all that is not."""
+
+
+def of_model(kernels: str, dtypes: list[torch.dtype], method: str, shift: int = 0) -> list[torch.Tensor]:
+    """Parameters, each a tensor of its own, after two steps; those that are last have no gradient in the first step.
+
+    shift: elements by which each tensor lies behind an aligned address.
+    """
+    rule, hyper = METHODS[method]
+    generator = torch.Generator().manual_seed(0)
+
+    def laid(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        storage = torch.zeros(values.numel() + shift, dtype=dtype)
+        return storage[shift:].view(values.shape).copy_(values)
+
+    named = {
+        name: torch.nn.Parameter(laid(torch.randn(shape, generator=generator), dtype))
+        for (name, shape), dtype in zip(SHAPES.items(), dtypes, strict=True)
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_MEMOPT_KERNELS", kernels)
+        optimizer = rule(named.items(), **HYPER, **hyper)
+        for time in range(2):
+            for name, p in named.items():
+                gradient = laid(torch.randn(p.shape, generator=generator), p.dtype)
+                p.grad = gradient if time or name != "norm.bias" else None
+            optimizer.step()
+    return [p.detach() for p in named.values()]
+
+
+@in_interpreter
+@pytest.mark.parametrize("method", ["AdamMini", "AdamW", "GWT", "GWT over Adam-mini"])
+def test_tensors_of_several_dtypes_and_alignments_go_in_one_call(method):
+    """Measured: 1e-7 of each tensor's largest value in fp32. In 16 bits plain is up to two units off by itself."""
+    dtypes = [FP32, BF16, torch.float16, FP32]
+    for ours, plain in zip(of_model("triton", dtypes, method), of_model("plain", dtypes, method), strict=True):
+        limit = 1e-6 if ours.dtype == FP32 else 2 * torch.finfo(ours.dtype).eps
+        print(f"{method}: {(ours - plain).abs().max() / plain.abs().max():.1e} in {ours.dtype}")
+        assert (ours - plain).abs().max() < limit * plain.abs().max()
+
+
+@in_interpreter
+@pytest.mark.parametrize("method", ["AdamMini", "AdamW", "GWT", "GWT over Adam-mini"])
+def test_alignment_changes_no_bit(method):
+    aligned, shifted = (of_model("triton", [FP32] * 4, method, shift) for shift in (0, 1))
+    for one, other in zip(aligned, shifted, strict=True):
+        assert torch.equal(one, other)
+
+
+@in_interpreter
+def test_what_triton_lacks_is_said():
+    assert back_ends.status()["triton"] == ""
+    assert back_ends.back_end_for(torch.device("cpu")) is gpu
+    assert gpu.reason_against([torch.zeros(2), torch.zeros(2, dtype=BF16)]) == ""
+    assert gpu.reason_against([torch.zeros(2, dtype=torch.float64)]) == "float64 on a GPU"
+    assert "contiguous" in gpu.reason_against([torch.zeros(4)[::2]])
+    assert "several devices" in gpu.reason_against([torch.zeros(2), torch.zeros(2, device="meta")])
+
+
+@compiled
+def test_triton_that_cannot_start_kernels_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="torch finds no CUDA device"):
+        gpu.check()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    broken = mock.Mock(get_current_target=mock.Mock(side_effect=RuntimeError("Failed to find C compiler.")))
+    monkeypatch.setattr(triton.runtime.driver, "_active", broken)
+    with pytest.raises(RuntimeError, match="Triton cannot start kernels: Failed to find C compiler."):
+        gpu.check()
+
+
+TYPES = {
+    "rows": "*i64", "programs": "*i32", "addresses": "*i64", "scalars": "*fp32", "slots": "*fp32", "sums": "*fp32",
+    "sums_width": "i32", "norms": "*fp32", "shares": "*fp32",
+}  # fmt: skip
+
+
+@compiled
+@pytest.mark.parametrize("kernel, constants", [
+    (adam_kernels.adam_by_block, {"M": triton.language.float32, "SUMS": "own"}),
+    (gwt_kernels.gwt, {"K": 4, "BY_BLOCK": False, "LIMITED": False, "ADVANCE": True, "APPLY": True}),
+], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
+def test_kernels_compile_for_a_gpu_and_load_four_words_at_once(kernel, constants, tmp_path, monkeypatch):
+    """Compiled for compute capability 9.0, which takes no GPU. Nothing is contracted to fused multiply-adds."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants |= {"P": triton.language.float32, "G": triton.language.float32, "ALIGNED": True}
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in kernel.arg_names}
+    source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    assembly = triton.compile(source, target=target, options=launches.OPTIONS).asm["ptx"]
+    assert "ld.global.v4.b32" in assembly and "st.global.v4.b32" in assembly
+    assert not re.search(r"fma\.rn\.f32|atom", assembly)
