@@ -116,6 +116,6 @@ def _fused_gwt(
     step = *tensors, work.all, rule.period, scalars, sums, norms
     fused.gwt(*step, advance=True, apply=not limited)
     if limited:
-        matrices.begin_sum(norms[: matrices.num_slots])()
+        matrices.begin_sum(norms.narrow(0, 0, matrices.num_slots))()
         fused.turn_into_growths(norms, states["update_norm"], matrices.work_within(matrices, None).all, rule.limiter)
         fused.gwt(*step, advance=False, apply=True)
