@@ -96,15 +96,16 @@ def _compiler() -> Finding:
 
 
 def _compilation() -> Finding:
-    from ds_memopt.optimizers.probes.noise import Noise
+    from ds_memopt.kernels import NoiseSource, noise_formulas
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        Noise(0, 0, 0, "gaussian", compiled=True).values("", 0, 1, device)
+        noise_formulas.elements(NoiseSource("gaussian", 0, 0, 0, compiled=True), 0, 1, device)
     except RuntimeError as error:
         return Finding(
             "torch.compile", "does not work here",
-            f"MeZO and Addax make their noise without it, several times slower: {str(error).splitlines()[0]}",
+            "MeZO and Addax make their noise without it, several times slower where no fused back end does: "
+            f"{str(error).splitlines()[0]}",
         )  # fmt: skip
     return Finding("torch.compile", f"works on {device.type}, and gives the same bits")
 

@@ -12,15 +12,22 @@ import sys
 import pytest
 import torch
 
-from ds_memopt.kernels import compile_exactly
-from ds_memopt.optimizers.probes import noise
-from ds_memopt.optimizers.probes.noise import NOISE_VERSION, Noise, name_hash, philox
+from ds_memopt.kernels import compile_exactly, noise_formulas
+from ds_memopt.kernels.back_ends import VARIABLE, status
+from ds_memopt.kernels.noise_formulas import philox
+from ds_memopt.optimizers.probes.noise import NOISE_VERSION, Noise, name_hash
 
 KINDS = ["gaussian", "rademacher"]
 NAME = "model.layers.0.mlp.up_proj.weight"
 COUNT = 2**20
 needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Noise by the formulas of noise_formulas.py, to whose bits other tests hold the fused back ends."""
+    monkeypatch.setenv(VARIABLE, "plain")
 
 
 def reference_philox(counter: list[int], key: list[int]) -> list[int]:
@@ -70,7 +77,7 @@ def test_philox_gives_the_published_words(counter, key, expected):
     ("seed", "step", "probe", "start"),
     [(0, 0, 0, 0), (42, 1000, 1, 129), (-1, 2**32 - 1, 2**32 - 1, 2**40 + 3), (2**63 + 5, 7, 2, 2**62 - 77)],
 )
-def test_each_element_is_what_the_formula_says(kind, seed, step, probe, start):
+def test_each_element_is_what_the_formula_says(kind, seed, step, probe, start, plain):
     """Words and signs to the bit; Gaussian: fp32 arithmetic errs by up to 9e-7, any wrong word by about 1."""
     z = Noise(seed, step, probe, kind)
     expected = torch.tensor([reference(z, NAME, start + number) for number in range(300)])
@@ -79,7 +86,7 @@ def test_each_element_is_what_the_formula_says(kind, seed, step, probe, start):
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=needs_compiler)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_slice_equals_that_part_of_the_whole(kind, compiled):
+def test_any_slice_equals_that_part_of_the_whole(kind, compiled, plain):
     whole = Noise(3, 5, 1, kind).values(NAME, 0, 600)
     z = Noise(3, 5, 1, kind, compiled)
     for start in range(140):
@@ -96,26 +103,26 @@ def set_threads():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("piece", [1000, 70_001])
-def test_the_size_of_the_pieces_and_the_threads_change_nothing(kind, piece, monkeypatch, set_threads):
+def test_the_size_of_the_pieces_and_the_threads_change_nothing(kind, piece, monkeypatch, set_threads, plain):
     z, length = Noise(3, 5, 1, kind), 200_003
     set_threads(1)
     values, added = z.values(NAME, 7, length), z.add_(torch.ones(length), NAME, 7, 0.1)
     set_threads(2)
-    monkeypatch.setitem(noise.PIECE, "cpu", piece)
+    monkeypatch.setitem(noise_formulas.PIECE, "cpu", piece)
     assert torch.equal(z.values(NAME, 7, length), values)
     assert torch.equal(z.add_(torch.ones(length), NAME, 7, 0.1), added)
 
 
 @pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks=needs_gpu)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_on_any_device_gives_the_bits_of_plain_pytorch_on_a_cpu(kind, device):
-    plain, compiled = Noise(3, 5, 1, kind), Noise(3, 5, 1, kind, compiled=True)
-    expected = plain.values(NAME, 2**40 + 1, COUNT)
+def test_compiled_on_any_device_gives_the_bits_of_plain_pytorch_on_a_cpu(kind, device, plain):
+    itself, compiled = Noise(3, 5, 1, kind), Noise(3, 5, 1, kind, compiled=True)
+    expected = itself.values(NAME, 2**40 + 1, COUNT)
     assert torch.equal(compiled.values(NAME, 2**40 + 1, COUNT, device).cpu(), expected)
-    assert torch.equal(plain.values(NAME, 2**40 + 1, COUNT, device).cpu(), expected)
+    assert torch.equal(itself.values(NAME, 2**40 + 1, COUNT, device).cpu(), expected)
     for dtype in (torch.float32, torch.bfloat16):
         target = torch.linspace(-1, 1, 70_001, dtype=dtype)
-        expected = plain.add_(target.clone(), NAME, 2, 1e-3)
+        expected = itself.add_(target.clone(), NAME, 2, 1e-3)
         assert torch.equal(compiled.add_(target.to(device), NAME, 2, 1e-3).cpu(), expected)
 
 
@@ -129,12 +136,18 @@ print(digest.hexdigest())
 """
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_other_machines_give_the_bits_of_version_1(capability):
+@pytest.mark.parametrize(
+    ("back_end", "capability"),
+    [
+        *(("plain", capability) for capability in ("default", "avx2", "avx512")),
+        pytest.param("cpp", "default", marks=pytest.mark.skipif(status()["cpp"] != "", reason=status()["cpp"])),
+    ],
+)
+def test_other_machines_give_the_bits_of_version_1(back_end, capability):
     """PyTorch's own log and cos give other bits on another CPU, and its sqrt does even on the same one."""
     done = subprocess.run(
         [sys.executable, "-c", DIGEST],
-        env=os.environ | {"ATEN_CPU_CAPABILITY": capability},
+        env=os.environ | {VARIABLE: back_end, "ATEN_CPU_CAPABILITY": capability},
         capture_output=True,
         text=True,
         check=True,

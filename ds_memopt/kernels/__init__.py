@@ -4,6 +4,7 @@ from ds_memopt.kernels.back_ends import chosen_kernels
 from ds_memopt.kernels.calls import adam_by_element, adam_mini, gwt
 from ds_memopt.kernels.compiled import compile_exactly
 from ds_memopt.kernels.descriptors import ColumnPiece, Piece, RowPiece, Table
+from ds_memopt.kernels.noise_formulas import NOISE_KINDS, NoiseSource
 from ds_memopt.kernels.plain import (
     AdamScalars,
     adam_by_block,
@@ -16,7 +17,7 @@ from ds_memopt.kernels.plain import (
 )
 from ds_memopt.kernels.plain_gwt import GWTRule, GWTScalars
 from ds_memopt.kernels.residual import add_residual_, residual_of
-from ds_memopt.kernels.stored_weights import Moved, move
+from ds_memopt.kernels.stored_weights import Moved, Step, add_noise, move
 from ds_memopt.kernels.work import Blocks, Runs, Work, row_of
 
 __all__ = [
@@ -26,9 +27,12 @@ __all__ = [
     "GWTRule",
     "GWTScalars",
     "Moved",
+    "NOISE_KINDS",
+    "NoiseSource",
     "Piece",
     "RowPiece",
     "Runs",
+    "Step",
     "Table",
     "Work",
     "adam_by_block",
@@ -36,6 +40,7 @@ __all__ = [
     "adam_mini",
     "add_mean_squares",
     "add_means",
+    "add_noise",
     "add_residual_",
     "add_scaled_and_shifted",
     "add_sums_of_blocks",

@@ -6,14 +6,18 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
+from ds_memopt.kernels.noise_formulas import NoiseSource
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTScalars
 from ds_memopt.kernels.work import Runs, Tensors, Work
+
+if TYPE_CHECKING:
+    from ds_memopt.kernels.stored_weights import Moved, Step
 
 logger = logging.getLogger("ds_memopt")
 
@@ -122,6 +126,19 @@ class BackEnd(Protocol):
         runs: whole parameters, each a block; its place in norms is `matrix`. Those of other tensors are left alone.
         """
 
+    def add_noise(
+        self,
+        out: torch.Tensor,
+        weights: torch.Tensor | None,
+        source: NoiseSource,
+        start: int,
+        scale: float,
+    ) -> None:
+        """As `kernels.add_noise`, to the bit; out and weights in fp32, or in bf16."""
+
+    def move(self, steps: Sequence[Step]) -> Moved:
+        """As `kernels.move`, the weights to the bit; weights and gradients in fp32 and bf16. Returns what it moved."""
+
 
 class _Offer(NamedTuple):
     """A module that offers a `BackEnd`, and the type of the devices that it is for."""
@@ -183,9 +200,14 @@ def back_end_of(work: Work | None, *tensors: Tensors, uncovered: str = COLUMNS) 
     if back_end is None:
         return None
     if reason := uncovered if work is None else back_end.reason_against(every):
-        _say_once(logging.INFO, f"Some steps are made by plain PyTorch, which is slower: fused ones lack {reason}.")
+        tell_of_plain(reason)
         return None
     return back_end
+
+
+def tell_of_plain(reason: str) -> None:
+    """Say once what a fused back end lacks, for which plain PyTorch takes its place."""
+    _say_once(logging.INFO, f"Some steps are made by plain PyTorch, which is slower: fused ones lack {reason}.")
 
 
 @functools.cache

@@ -127,9 +127,12 @@ class Addax(UpdatesInBackward):
         return (zo + fo) / (self.zo_batch + self.fo_batch)
 
     def update_bucket(self, bucket: Bucket) -> None:
-        for part, gradient in bucket:
-            noise = NoiseTerms(self.probe.directions, part.name, part.start, self._terms)
-            self.move(part, gradient=gradient, share=1 - self.alpha, noise=noise)
+        directions, share = self.probe.directions, 1 - self.alpha
+        noises = [NoiseTerms(directions, part.name, part.start, self._terms) for part, _ in bucket]
+        self.move(
+            self.step_of(part, gradient=gradient, share=share, noise=noise)
+            for (part, gradient), noise in zip(bucket, noises, strict=True)
+        )
 
     def needs_closure(self) -> str:
         return "Addax measures the zeroth-order half first: call optimizer.step(zo_closure, fo_closure)."

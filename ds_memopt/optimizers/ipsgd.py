@@ -76,8 +76,9 @@ class IPSGD(UpdatesInBackward):
             shapes = [full_shape(part.parameter) for part, _ in bucket]
             updates, rates = self._rule.directions(filled, shapes, states, self.steps + 1, self.placement.sum_of_parts)
             bucket = [(part, update) for (part, _), update in zip(bucket, updates, strict=True)]
-        for (part, gradient), rate in zip(bucket, rates, strict=True):
-            self.move(part, rate, gradient=gradient)
+        self.move(
+            self.step_of(part, rate, gradient=gradient) for (part, gradient), rate in zip(bucket, rates, strict=True)
+        )
 
     def step_bytes(self) -> int | None:
         return super().step_bytes() if self._rule is None else None

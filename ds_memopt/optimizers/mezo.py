@@ -157,8 +157,11 @@ class MeZO(InPlaceOptimizer):
         if finite:
             terms, changes = self.rule.terms(projected, step, step - self.skipped_steps + 1, self.progress)
             self._moved = kernels.Moved(0.0, 0.0)
-            for part in self.placement.parts():
-                self.move(part, noise=NoiseTerms(self.probe.directions, part.name, part.start, terms))
+            directions = self.probe.directions
+            self.move(
+                self.step_of(part, noise=NoiseTerms(directions, part.name, part.start, terms))
+                for part in self.placement.parts()
+            )
             self.placement.publish()
         self.set_progress(steps=step + 1, skipped=self.skipped_steps + (not finite), **changes)
         self.recorder.append(step, finite, projected)

@@ -14,9 +14,12 @@ import torch
 
 from ds_memopt.kernels.cpp import schedules
 from ds_memopt.kernels.cpp.build import library
+from ds_memopt.kernels.cpp.noise_on_cpu import add_noise, move
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTScalars
 from ds_memopt.kernels.work import Runs, Tensors
+
+__all__ = ["add_noise", "move"]
 
 DTYPES = {torch.float32, torch.bfloat16}
 

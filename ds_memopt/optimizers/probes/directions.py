@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from ds_memopt import kernels
 from ds_memopt.blocks import bare_name, full_shape, partition_into_blocks
 from ds_memopt.optimizers.base.hyper_parameters import (
     CHECKED_BY_ITS_USER,
@@ -132,18 +133,36 @@ class Directions:
         """target += scale * z, for the elements of parameter `name` from `start` on; weights: the same, unperturbed."""
         if name in self.skipped(step):
             return
-        threshold = self.thresholds.get(name, 0)
-        if not self.picked.rank and not threshold:
+        if self.are_full(name):
             self._noise(step, probe).add_(target, name, start, scale)
             return
+        threshold = self.thresholds.get(name, 0)
         z = torch.zeros_like(target, dtype=torch.float32)
-        if self.picked.rank and len(self.shapes[name]) == 2:
+        if self._has_low_rank(name):
             z.add_(self._low_rank(name, start, len(target), step, probe, target.device), alpha=scale)
         else:
             self._noise(step, probe).add_(z, name, start, scale)
         if threshold:
             z.mul_(magnitude_bins(weights) <= threshold)
         target.add_(z)
+
+    def perturb(
+        self, copy: torch.Tensor, weights: torch.Tensor, name: str, step: int, probe: int, scale: float
+    ) -> None:
+        """copy <- weights + scale * z, for a whole parameter, 1-D."""
+        if self.are_full(name) and name not in self.skipped(step):
+            self._noise(step, probe).add(weights, name, 0, scale, out=copy)
+        else:
+            copy.copy_(weights)
+            self.add_(copy, weights, name, 0, step, probe, scale)
+
+    def are_full(self, name: str) -> bool:
+        """Whether z of a parameter is its noise as it is, in a step that does not skip it."""
+        return not self._has_low_rank(name) and not self.thresholds.get(name, 0)
+
+    def source(self, name: str, step: int, probe: int) -> kernels.NoiseSource:
+        """The noise of a parameter."""
+        return self._noise(step, probe).source(name)
 
     def choose_thresholds(self, shards: InPlaceShards) -> None:
         """Look at the weights, once, before the first step. A collective where ranks hold parts."""
@@ -167,6 +186,9 @@ class Directions:
         order = torch.randperm(len(self.layers), generator=generator, device="cpu").tolist()
         left_out = order[math.ceil(self.picked.layer_fraction * len(self.layers)) :]
         return frozenset(name for number in left_out for name in self.layers[number])
+
+    def _has_low_rank(self, name: str) -> bool:
+        return self.picked.rank > 0 and len(self.shapes[name]) == 2
 
     def _noise(self, step: int, probe: int) -> Noise:
         return Noise(self.seed, step, probe, self.kind, self.compiled)
@@ -203,6 +225,16 @@ class NoiseTerms(NamedTuple):
     name: str
     start: int
     terms: Sequence[tuple[int, int, float]]
+
+    def sources(self) -> list[tuple[kernels.NoiseSource, float]] | None:
+        """The noise behind each term and its factor; None where it is not full."""
+        if not self.directions.are_full(self.name):
+            return None
+        return [
+            (self.directions.source(self.name, step, probe), factor)
+            for step, probe, factor in self.terms
+            if self.name not in self.directions.skipped(step)
+        ]
 
     def add_(self, direction: torch.Tensor, weights: torch.Tensor, start: int) -> None:
         """Add it to a direction of elements that begin `start` after the first, and hold these weights."""

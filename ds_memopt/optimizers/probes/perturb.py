@@ -17,9 +17,8 @@ from torch import nn
 
 from ds_memopt.blocks import Hook, full_shape
 
-AddNoise = Callable[[torch.Tensor, torch.Tensor, str, float], None]
-"""add(copy, weights, name, factor): add factor x the noise of parameter `name` to `copy`, which holds its `weights`;
-both 1-D."""
+Perturb = Callable[[torch.Tensor, torch.Tensor, str, float], None]
+"""perturb(copy, weights, name, factor): copy <- weights + factor x the noise of parameter `name`; both 1-D."""
 
 REASON = (
     "the weights are perturbed between graphs. Compile the model with torch.compile(model) before the optimizer is "
@@ -50,7 +49,7 @@ class Perturbation:
     """
 
     def __init__(self, model: nn.Module, names: Mapping[int, str]) -> None:
-        self._add: AddNoise | None = None
+        self._perturb: Perturb | None = None
         self._held: dict[int, tuple[nn.Parameter, torch.Tensor, str, int]] = {}
         self._handles = []
         self.reached: set[str] = set()
@@ -70,20 +69,20 @@ class Perturbation:
             handle.remove()
 
     @contextlib.contextmanager
-    def applied(self, add: AddNoise, factor: float) -> Iterator[None]:
+    def applied(self, perturb: Perturb, factor: float) -> Iterator[None]:
         """While this lasts forwards in this thread run at perturbed weights, with factor 0 at these as they are."""
-        assert self._add is None and not self._held, "a perturbed forward inside another"
-        self._add, self._factor, self._thread = add if factor else None, factor, threading.get_ident()
+        assert self._perturb is None and not self._held, "a perturbed forward inside another"
+        self._perturb, self._factor, self._thread = perturb if factor else None, factor, threading.get_ident()
         try:
             yield
         finally:
-            self._add = None
+            self._perturb = None
             for parameter, weights, _, _ in self._held.values():  # what an exception left behind
                 parameter.data = weights
             self._held.clear()
 
     def _enter(self, module: nn.Module, *_: Any, owned: Mapping[str, str]) -> None:
-        if self._add is None or threading.get_ident() != self._thread:
+        if self._perturb is None or threading.get_ident() != self._thread:
             return
         for key, name in owned.items():
             parameter = _parameter(module, key)
@@ -91,17 +90,17 @@ class Perturbation:
             # Before the copy is made: should there be no memory for it, the parameter must be known as held.
             self._held[id(parameter)] = parameter, weights, name, depth + 1
             if depth == 0:
-                self._perturb(parameter, weights, name)
+                self._exchange(parameter, weights, name)
 
     def flip(self) -> None:
         """Change the sign of the noise, also in what the modules that run now read."""
         self._factor = -self._factor
         for parameter, weights, name, _ in self._held.values():
-            self._perturb(parameter, weights, name)
+            self._exchange(parameter, weights, name)
 
-    def _perturb(self, parameter: nn.Parameter, weights: torch.Tensor, name: str) -> None:
-        copy = torch.clone(weights, memory_format=torch.contiguous_format)
-        self._add(copy.view(-1), weights.reshape(-1), name, self._factor)
+    def _exchange(self, parameter: nn.Parameter, weights: torch.Tensor, name: str) -> None:
+        copy = torch.empty_like(weights, memory_format=torch.contiguous_format)
+        self._perturb(copy.view(-1), weights.reshape(-1), name, self._factor)
         parameter.data = copy
         self.reached.add(name)
 

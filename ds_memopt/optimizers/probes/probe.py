@@ -72,7 +72,8 @@ class ProbeHyperParameters(HyperParameters):
     compiled: bool | None = hyper_parameter(
         None,
         either(flag("Leave it out."), None),
-        "Generate noise with torch.compile, the same numbers faster; None: if that works here.",
+        "Where no fused back end makes noise: generate it with torch.compile, the same numbers faster; None: if that "
+        "works here.",
     )
     trajectory: str | None = hyper_parameter(
         None,
@@ -174,14 +175,14 @@ class Probe:
         self._without_dropout = [module for module in self._model.modules() if module.training]
         step, probe = self._optimizer.steps, evaluation.probe
 
-        def add(copy: torch.Tensor, weights: torch.Tensor, name: str, factor: float) -> None:
+        def perturb(copy: torch.Tensor, weights: torch.Tensor, name: str, factor: float) -> None:
             device = copy.device.type
             bf16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
             if bf16 and copy.dtype != torch.bfloat16:  # weights in bf16 are rounded anyway
                 refuse(type(self._optimizer), "bf16_autocast")
-            self.directions.add_(copy, weights, name, 0, step, probe, factor)
+            self.directions.perturb(copy, weights, name, step, probe, factor)
 
-        with self._perturbation.applied(add, evaluation.coefficient):
+        with self._perturbation.applied(perturb, evaluation.coefficient):
             self._set_training(False)
             try:
                 yield

@@ -146,11 +146,14 @@ class InPlaceOptimizer(NamedOptimizer):
         """Steps that were skipped because a loss was not finite."""
         return self.progress["skipped"]
 
-    def move(self, part: Part, rate: Any = 1.0, **terms: Any) -> None:
-        """Make a step with a part, at lr * rate. terms: `gradient`, `share` and `noise` of `kernels.move`."""
+    def step_of(self, part: Part, rate: Any = 1.0, **terms: Any) -> kernels.Step:
+        """A part's step at lr * rate. terms: `gradient`, `share` and `noise` of `kernels.Step`."""
         group = self.param_groups[self._group_number[part.parameter]]
-        lr, decay = group["lr"] * rate, group["weight_decay"]
-        self._moved = kernels.move(part.elements, self.store(part), lr, decay, self._moved, **terms)
+        return kernels.Step(part.elements, self.store(part), group["lr"] * rate, group["weight_decay"], **terms)
+
+    def move(self, steps: Iterable[kernels.Step]) -> None:
+        """Make steps. All that are known at once belong in one call."""
+        self._moved = kernels.move(list(steps), self._moved)
 
     def step_bytes(self) -> int | None:
         """Weights, and what is kept beside them, are read and written, gradients are read; for each forward of a probe
