@@ -1,6 +1,16 @@
-"""Fused noise, perturbed copies and steps of stored weights against plain PyTorch: equal bits."""
+"""Fused noise, perturbed copies and steps of stored weights against plain PyTorch: equal bits.
+
+Triton's interpreter is chosen before Triton is imported, for a whole process: these tests run in one of their own.
+"""
 
 from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,8 +24,22 @@ DTYPES = [torch.float32, torch.bfloat16]
 # one that takes several threads or programs, and one that Triton loads many elements of at once.
 PLACES = [(0, 0), (3, 1), (5, 131), (2**40 + 1, 77), (2**39 - 130, 300), (129, 35_001), (256, 4112)]
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACK_ENDS = ["triton"] if INTERPRETED else ["cpp", "cpp, 2 threads"] + ["triton"] * torch.cuda.is_available()
+needs_triton = pytest.mark.skipif(
+    INTERPRETED or importlib.util.find_spec("triton") is None, reason="needs Triton, which is for Linux and GPUs"
+)
 
-@pytest.fixture(params=["cpp", "cpp, 2 threads"])
+
+@needs_triton
+def test_triton_in_its_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-rN", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+
+
+@pytest.fixture(params=BACK_ENDS)
 def back_end(request):
     """A fused back end."""
     word = request.param.split(",")[0]
@@ -149,3 +173,33 @@ def test_what_is_not_covered_is_made_by_plain_pytorch(both, device):
 
 def test_no_steps_move_nothing():
     assert move([], Moved(1.0, 2.0)) == Moved(1.0, 2.0)
+
+
+TYPES = {
+    "out": "*bf16", "weights": "*bf16", "count": "i64", "start": "i64", "step": "u32", "probe": "u32", "key_low": "u32",
+    "key_high": "u32", "scale": "fp32", "parts": "*i64", "num_parts": "i32", "scalars": "*fp32", "noises": "*i64",
+    "factors": "*fp32", "moved": "*fp32",
+}  # fmt: skip
+
+
+@needs_triton
+@pytest.mark.parametrize("kernel", ["add_noise", "move"])
+@pytest.mark.parametrize("gaussian", [True, False])
+def test_kernels_compile_for_a_gpu_and_contract_nothing(kernel, gaussian, tmp_path, monkeypatch):
+    """Compiled for compute capability 9.0, which takes no GPU. Aligned elements are loaded 16 bytes at once."""
+    import triton
+
+    from ds_memopt.kernels.gpu import launches, noise_kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    bf16, function = triton.language.bfloat16, getattr(noise_kernels, kernel)
+    constants = {"GAUSSIAN": gaussian, "ALIGNED": True}
+    constants |= {"VALUES": False} if kernel == "add_noise" else {"W": bf16, "KEPT": "residual", "G": bf16}
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("out", "weights") if name in names}
+    source = triton.compiler.ASTSource(function, signature, constants, aligned)
+    target = triton.backends.compiler.GPUTarget("cuda", 90, 32)
+    assembly = triton.compile(source, target=target, options=launches.OPTIONS).asm["ptx"]
+    assert "ld.global.v4.b32" in assembly and "st.global.v4.b32" in assembly
+    assert not re.search(r"fma|atom|sqrt\.approx", assembly)

@@ -28,9 +28,12 @@ from ds_memopt.kernels.gpu.launches import (
     shares_of,
     tables_of,
 )
+from ds_memopt.kernels.gpu.noise_on_gpu import add_noise, move
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTScalars
 from ds_memopt.kernels.work import Runs, Tensors
+
+__all__ = ["add_noise", "move"]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
