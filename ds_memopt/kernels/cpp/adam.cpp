@@ -47,6 +47,9 @@ void update(void* p_, const void* g_, void* m_, int64_t offset, int64_t entry, i
     int64_t i = 0;
     Floats new_p, new_m;
     for (; i + LANES <= length; i += LANES) {
+        prefetch_to_write(p + i);
+        prefetch_to_write(m + i);
+        __builtin_prefetch(g + i + length);  // of the next run, whose squares are summed first
         lanes(load(p + i), load(g + i), load(m + i), new_p, new_m);
         store(p + i, new_p);
         store(m + i, new_m);
@@ -74,6 +77,10 @@ void update_by_element(void* p_, const void* g_, void* m_, float* v, int64_t off
     int64_t i = 0;
     Floats new_p, new_m, new_v;
     for (; i + LANES <= length; i += LANES) {
+        prefetch_to_write(p + i);
+        prefetch(g + i);
+        prefetch_to_write(m + i);
+        prefetch_to_write(v + i);
         lanes(load(p + i), load(g + i), load(m + i), load(v + i), new_p, new_m, new_v);
         store(p + i, new_p);
         store(m + i, new_m);
@@ -177,9 +184,10 @@ void ds_add_mean_squares_of_blocks(const Schedule* s, const Tensor* tensors, int
             const Task& task = s->tasks[i];
             const Row& row = s->rows[task.row];
             const Tensor& tensor = tensors[row.tensor];
-            for (int64_t run = task.first; tensor.gradient && run < task.last; run++)
-                tensor.values[block_of(row, run)] +=
-                    float(gradient_squares(tensor, offset_of(row, run), row.width) / row.size);
+            if (!tensor.gradient) continue;
+            for_runs(row, task.first, task.last, [&](int64_t offset, int64_t, int64_t block) {
+                tensor.values[block] += float(gradient_squares(tensor, offset, row.width) / row.size);
+            });
         }
     }
 }
@@ -215,13 +223,12 @@ void ds_adam_mini(const Schedule* s, const Tensor* tensors, const Scalars* scala
                                                   task.last - task.first, step);
                 continue;
             }
-            for (int64_t run = task.first; run < task.last; run++) {
-                int64_t offset = offset_of(row, run);
+            for_runs(row, task.first, task.last, [&](int64_t offset, int64_t entry, int64_t block) {
                 float mean = gradient_squares(tensor, offset, row.width) / row.size;
-                float v = advance(tensor.values[block_of(row, run)], mean, step);
-                UPDATES[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, offset, entry_of(row, run),
-                                       row.width, step.step_size / step.denominator(v), step);
-            }
+                float v = advance(tensor.values[block], mean, step);
+                UPDATES[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, offset, entry, row.width,
+                                       step.step_size / step.denominator(v), step);
+            });
         }
         update_chunks(*s, tensors, scalars);
     }
@@ -243,10 +250,11 @@ void ds_adam_by_denominator(const Schedule* s, const Tensor* tensors, const Scal
             const Row& row = s->rows[task.row];
             const Tensor& tensor = tensors[row.tensor];
             const Scalars& step = scalars[row.tensor];
-            for (int64_t run = task.first; tensor.parameter && run < task.last; run++)
-                UPDATES[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, offset_of(row, run),
-                                       entry_of(row, run), row.width,
-                                       step.step_size / tensor.values[block_of(row, run)], step);
+            if (!tensor.parameter) continue;
+            for_runs(row, task.first, task.last, [&](int64_t offset, int64_t entry, int64_t block) {
+                UPDATES[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, offset, entry, row.width,
+                                       step.step_size / tensor.values[block], step);
+            });
         }
         update_chunks(*s, tensors, scalars);
     }

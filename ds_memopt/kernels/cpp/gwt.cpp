@@ -75,6 +75,8 @@ inline Floats step_groups(P* p, const G* g, Groups& groups, const Mode& mode, co
                           std::integer_sequence<int, J...>) {
     constexpr auto lanes = std::make_integer_sequence<int, LANES>();
     const Floats x[K] = {load(g + J * LANES)...};
+    (prefetch(g + J * LANES), ...);
+    if (mode.apply) (prefetch_to_write(p + J * LANES), ...);
     if (!mode.given) {
         Floats elements[K] = {x[J]...};
         groups.mean = sums_of_groups<K>(elements) * (1.0f / K);
