@@ -115,7 +115,7 @@ class BackEnd(Protocol):
 
             size * (mean(x^2) + shift^2) / d^2 + 2 * shift * sum(x) / d^2,    shift = M / correction - mean(x)
 
-        second_moments, denominators: one of them is None.
+        second_moments, denominators: one of them is None. Between the halves a back end may leave in p what it likes.
         norms: [places], at `advance` zeros, at `apply` what `turn_into_growths` leaves.
         """
 

@@ -78,6 +78,8 @@ class PlainPlacement:
         return cut
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        if type(tensor) is torch.Tensor and tensor.ndim == 1:  # a state: what follows takes a tenth of a fused step
+            return tensor.detach() if tensor.requires_grad else tensor
         tensor = tensor.detach()
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).reshape(-1)
 

@@ -151,11 +151,15 @@ def _table(schedule: schedules.Schedule, *tensors: Tensors) -> np.ndarray:
     tensors: as the struct has them, the gradients second.
     """
     table = np.zeros((schedule.num_tensors, len(tensors) + 1), dtype=np.uint64)
-    for number in tensors[1]:
-        if number < len(table):
-            of_number = [of_call.get(number) for of_call in tensors]
-            halves = sum((t is not None and t.dtype == torch.bfloat16) << bit for bit, t in enumerate(of_number))
-            table[number] = *(tensor.data_ptr() if tensor is not None else 0 for tensor in of_number), halves
+    numbers = [number for number in schedule.numbers if number in tensors[1]]
+    rows = []
+    for number in numbers:
+        of_number = [of_call.get(number) for of_call in tensors]
+        pointers = [tensor.data_ptr() if tensor is not None else 0 for tensor in of_number]
+        halves = sum((t is not None and t.dtype is torch.bfloat16) << bit for bit, t in enumerate(of_number))
+        rows.append((*pointers, halves))
+    if rows:
+        table[numbers] = rows
     return table
 
 
@@ -163,11 +167,11 @@ def _scalars(
     schedule: schedules.Schedule, scalars: Mapping[int, Any], of: Callable[[Any], Sequence[float]]
 ) -> np.ndarray:
     """`Scalars` by number of tensor."""
-    table = [(0.0,) * 7] * schedule.num_tensors
-    for number, step in scalars.items():
-        if number < len(table):
-            table[number] = of(step)
-    return np.array(table, dtype=np.float32)
+    table = np.zeros((schedule.num_tensors, 7), dtype=np.float32)
+    numbers = [number for number in schedule.numbers if number in scalars]
+    if numbers:
+        table[numbers] = [of(scalars[number]) for number in numbers]
+    return table
 
 
 def _adam(step: AdamScalars) -> tuple[float, ...]:

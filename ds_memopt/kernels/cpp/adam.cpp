@@ -49,7 +49,7 @@ void update(void* p_, const void* g_, void* m_, int64_t offset, int64_t entry, i
     for (; i + LANES <= length; i += LANES) {
         prefetch_to_write(p + i);
         prefetch_to_write(m + i);
-        __builtin_prefetch(g + i + length);  // of the next run, whose squares are summed first
+        prefetch(g + i, length * sizeof(G));  // of the next run, whose squares are summed first
         lanes(load(p + i), load(g + i), load(m + i), new_p, new_m);
         store(p + i, new_p);
         store(m + i, new_m);

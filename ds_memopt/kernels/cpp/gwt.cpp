@@ -2,6 +2,10 @@
 //
 // LANES groups are computed at once: K vectors of elements become one vector of their sums, by halves, and what is
 // computed per group is spread over the elements again.
+//
+// Where updates are limited, most matrices stay below the limit in most steps. So fp32 parameters move at `advance` as if
+// their growth were 1, in one pass, and `apply` takes back the excess of those whose growth is larger, in a second one.
+// Parameters in bf16 move at `apply`: they would be rounded twice.
 
 #include <algorithm>
 #include <cmath>
@@ -61,7 +65,7 @@ inline Floats spread(Floats per_group, std::integer_sequence<int, I...>) {
 struct Mode {
     bool given;  // mean and square
     bool advance, apply, by_block, limited;
-    float width, inverse_size, inverse_growth;
+    float width, inverse_size, decay, inverse_growth;
 };
 
 // Of LANES groups. denominator: only by_block, else v.
@@ -94,7 +98,7 @@ inline Floats step_groups(P* p, const G* g, Groups& groups, const Mode& mode, co
     Floats shift = groups.m * step.inverse_correction - groups.mean;
     if (mode.apply) {
         Floats factor = step.step_size * mode.inverse_growth / denominator;
-        (store(p + J * LANES, load(p + J * LANES) * step.decay -
+        (store(p + J * LANES, load(p + J * LANES) * mode.decay -
                                   spread<K, J>(factor, lanes) * (x[J] + spread<K, J>(shift, lanes))),
          ...);
     }
@@ -147,8 +151,17 @@ double step_task(const Call& call, const Task& task) {
     const Tensor& tensor = call.tensors[row.tensor];
     const Scalars& step = call.scalars[row.tensor];
     Mode mode = {row.slot >= 0, call.advance != 0, call.apply != 0, tensor.denominators != nullptr,
-                 call.norms != nullptr, float(row.width), 1.0f / row.size, 1.0f};
-    if (mode.apply && mode.limited) mode.inverse_growth = 1 / call.norms[row.matrix];
+                 call.norms != nullptr, float(row.width), 1.0f / row.size, step.decay, 1.0f};
+    bool at_once = mode.limited && sizeof(P) == sizeof(float);
+    if (at_once && mode.advance) mode.apply = true;
+    if (mode.limited && !mode.advance) {
+        mode.inverse_growth = 1 / call.norms[row.matrix];
+        if (at_once) {
+            if (mode.inverse_growth == 1) return 0;
+            mode.decay = 1;
+            mode.inverse_growth -= 1;
+        }
+    }
     double share = 0;
     Floats norm = {};
     for (int64_t run = task.first; run < task.last;) {

@@ -17,7 +17,7 @@ LARGE = 2**17
 
 
 class Schedule(ctypes.Structure):
-    """`Schedule` of adam.cpp. num_tensors: how many tensors the runs count."""
+    """`Schedule` of adam.cpp. numbers: of the tensors that have runs; num_tensors: one more than the last of them."""
 
     _fields_ = [
         ("rows", ctypes.c_void_p), ("tasks", ctypes.c_void_p), ("num_tasks", ctypes.c_int64),
@@ -39,7 +39,8 @@ class Schedule(ctypes.Structure):
         for name, array in arrays.items():
             setattr(self, name, array.ctypes.data)
         self.arrays = arrays  # so that they live as long
-        self.num_tensors = int(runs.column("tensor").max(initial=-1)) + 1
+        self.numbers = np.unique(runs.column("tensor")).tolist()
+        self.num_tensors = max(self.numbers, default=-1) + 1
 
 
 def of_blocks(runs: Runs) -> Schedule:

@@ -230,7 +230,9 @@ class ShardedOptimizer(NamedOptimizer):
             views[key] = self.placement.local(state[key])
             if structure is not None:
                 # A DTensor is padded to the rank that has most.
-                views[key] = views[key].narrow(0, 0, indexes[structure].num_blocks[number] * width)
+                length = indexes[structure].num_blocks[number] * width
+                if views[key].numel() != length:
+                    views[key] = views[key].narrow(0, 0, length)
             if width > 1:
                 views[key] = views[key].view(-1, width)
         return views
