@@ -26,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ds_memopt.optimizers import METHODS
+from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.shards import Seams
 
 STEPS = 9
@@ -39,8 +40,11 @@ RULES = {
     "BAdam, gwt": ("BAdam", {"base": "gwt", "base_options": {"level": 2}}),
 }
 """Each rule under test: the method and what it is given besides HYPER."""
-BASE_RULES = {"BAdam": "AdamW", "BAdam, adam_mini": "AdamMini", "BAdam, gwt": "GWT"}
+BASE_RULES = {"BAdam": "our AdamW", "BAdam, adam_mini": "AdamMini", "BAdam, gwt": "GWT"}
 """For each rotating rule the one that a fresh optimizer runs on the active block during a visit."""
+BUILT_RULES = RULES | {"our AdamW": ("our AdamW", {})}
+BUILT_METHODS = METHODS | {"our AdamW": AdamW}
+"""BAdam must have the bits of our AdamW: torch's differ from those of a fused kernel."""
 ROTATION = {
     "switch_every": 2, "order": "ascending", "start_block": 1, "include_embedding": True, "include_lm_head": True,
     "eps": 1e-5,
@@ -103,10 +107,10 @@ def prepared(rule: str, model):
 
 
 def build_plain(rule: str, model, active: str = "", **changes):
-    method, options = RULES[rule]
+    method, options = BUILT_RULES[rule]
     if method == "AdamW":
         return torch.optim.AdamW(groups(model, active), **HYPER | changes)
-    return METHODS[method].from_model(model, groups(model, active), **HYPER | options | changes)
+    return BUILT_METHODS[method].from_model(model, groups(model, active), **HYPER | options | changes)
 
 
 def visits(rule: str) -> list[tuple[dict, list[torch.Tensor]]]:
@@ -135,12 +139,13 @@ def one_process_bf16(rule: str) -> dict[str, torch.Tensor]:
         words = visit["active"].split() or [""]
         trained = {name: p for name, p in model.named_parameters() if any(word in name for word in words)}
         masters = {name: torch.nn.Parameter(p.detach().float()) for name, p in trained.items()}
-        method, options = RULES[visit["rule"]]
+        method, options = BUILT_RULES[visit["rule"]]
         hyper = HYPER | {"eps": visit.get("eps", HYPER["eps"])}
         if method == "AdamW":
             inner = torch.optim.AdamW(masters.values(), **hyper)
         else:
-            inner = METHODS[method](masters.items(), **hyper, **options, head_dim=model.config.head_dim)
+            rule_of = BUILT_METHODS[method]
+            inner = rule_of(masters.items(), **rule_of.accepted(hyper | options | {"head_dim": model.config.head_dim}))
         for batch in data:
             model(input_ids=batch, labels=batch).loss.backward()
             for name, p in trained.items():

@@ -4,8 +4,9 @@
     python launch/benchmarks/step.py --threads 2 --layers 16 --vocab_size 4096    # as few dense parameters as a 7B has
     python launch/benchmarks/step.py --device cuda                                # GPU
 
-Prints the median of each optimizer's step in ms and its ratio to the faster of torch's fused AdamW and, on a CPU,
-DeepSpeedCPUAdam. Ours stand there twice: by plain PyTorch and by the back end for the device.
+Prints the median of each optimizer's step in ms, and of its CPU time, with their ratios to the faster of torch's fused
+AdamW and, on a CPU, DeepSpeedCPUAdam. On a busy machine look at the CPU time, with --threads 1: threads that wait for
+each other spend it, too. Ours stand there twice: by plain PyTorch and by the back end for the device.
 """
 
 from __future__ import annotations
@@ -61,24 +62,27 @@ def main() -> None:
             if word and not (word == "plain" and arguments.without_plain):
                 steps[f"{name}, {word}"] = _with_kernels(word, rule.from_model(model, **HYPER, **options).step)
 
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for number in range(arguments.steps + 2):
         for name, step in steps.items():
             _synchronize(arguments.device)
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             step()
             _synchronize(arguments.device)
             if number >= 2:
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start, time.process_time() - cpu))
     device = torch.cuda.get_device_name() if arguments.device == "cuda" else f"CPU, {arguments.threads} threads"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(
         f"{parameters:,} parameters in fp32 on {device}, torch {torch.__version__}, median of {arguments.steps} steps"
     )
-    medians = {name: statistics.median(measured) for name, measured in times.items()}
-    fastest = min((name for name in (FUSED, DEEPSPEED) if name in medians), key=medians.get)
-    for name, median in medians.items():
-        print(f"{name:44} {1e3 * median:8.1f} ms  {median / medians[fastest]:5.2f} x {fastest}")
+    medians = {name: [statistics.median(of) for of in zip(*measured, strict=True)] for name, measured in times.items()}
+    fastest = [min(medians[name][column] for name in (FUSED, DEEPSPEED) if name in medians) for column in (0, 1)]
+    for name, (wall, cpu) in medians.items():
+        print(
+            f"{name:44} {1e3 * wall:8.1f} ms {wall / fastest[0]:6.2f} x   "
+            f"CPU {1e3 * cpu:8.1f} ms {cpu / fastest[1]:6.2f} x"
+        )
 
 
 def _others(model: LlamaForCausalLM, config: LlamaConfig, device: str) -> dict[str, Callable[[], object]]:
