@@ -31,11 +31,13 @@ def adam_mini(
         return
     tensors = parameters, gradients, moments, second_moments
     slots = blocks.new_slots(1)
-    fused.add_mean_squares(gradients, blocks.work.cut, slots)
+    if len(blocks.work.cut):
+        fused.add_mean_squares(gradients, blocks.work.cut, slots)
     wait = blocks.begin_sum(slots)
     fused.adam_mini(*tensors, blocks.work.whole, scalars, None)
     wait()
-    fused.adam_mini(*tensors, blocks.work.cut, scalars, slots)
+    if len(blocks.work.cut):
+        fused.adam_mini(*tensors, blocks.work.cut, scalars, slots)
 
 
 def adam_by_element(
@@ -98,7 +100,8 @@ def _fused_gwt(
     groups, matrices, outer = blocks["group"], blocks["matrix"], blocks.get("block")
     limited = rule.limiter is not None
     sums = groups.new_slots(1 if outer is not None and not limited else 2)
-    fused.add_group_sums(gradients, work.cut, rule.period, sums)
+    if len(work.cut):
+        fused.add_group_sums(gradients, work.cut, rule.period, sums)
     wait = groups.begin_sum(sums)
     dense, m = {number: step.dense for number, step in scalars.items()}, states["exp_avg"]
     denominators = None

@@ -37,6 +37,9 @@ class Runs:
         values = [[row.get(name, 0) for name in FIELDS] for row in rows]
         return cls(np.array(values, dtype=np.int64).reshape(-1, len(FIELDS)))
 
+    def __len__(self) -> int:
+        return len(self.rows)
+
     def column(self, name: str) -> np.ndarray:
         return self.rows[:, FIELDS.index(name)]
 

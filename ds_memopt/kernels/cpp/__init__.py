@@ -152,14 +152,14 @@ def _table(schedule: schedules.Schedule, *tensors: Tensors) -> np.ndarray:
     """
     table = np.zeros((schedule.num_tensors, len(tensors) + 1), dtype=np.uint64)
     numbers = [number for number in schedule.numbers if number in tensors[1]]
-    rows = []
-    for number in numbers:
-        of_number = [of_call.get(number) for of_call in tensors]
-        pointers = [tensor.data_ptr() if tensor is not None else 0 for tensor in of_number]
-        halves = sum((t is not None and t.dtype is torch.bfloat16) << bit for bit, t in enumerate(of_number))
-        rows.append((*pointers, halves))
-    if rows:
-        table[numbers] = rows
+    if not numbers:
+        return table
+    for place, of_call in enumerate(tensors):
+        if numbers[0] in of_call:
+            table[numbers, place] = [of_call[number].data_ptr() for number in numbers]
+            halves = [of_call[number].dtype is torch.bfloat16 for number in numbers]
+            if any(halves):
+                table[numbers, -1] += np.array(halves, dtype=np.uint64) << np.uint64(place)
     return table
 
 

@@ -64,9 +64,9 @@ class OptimizerCall:
 
     def advance(self) -> dict[int, float]:
         """Count this step, and tell each tensor's number of it, from 1."""
-        for state in self.states.values():
-            state["step"] += 1
-        return {number: state["step"].item() for number, state in self.states.items()}
+        steps = self.state("step")
+        torch._foreach_add_(list(steps.values()), 1)
+        return {number: step.item() for number, step in steps.items()}
 
     def adam_scalars(self) -> dict[int, AdamScalars]:
         """Count this step; AdamW's scalars for it."""
@@ -183,16 +183,17 @@ class ShardedOptimizer(NamedOptimizer):
             tensors, names, groups = zip(*active, strict=True)
             indexes = self._index(tensors, names)
             fresh = not self.bound and not any(self.state.values())
-            for number, tensor in enumerate(tensors):
-                if tensor.grad is not None and tensor.grad.is_sparse:
+            gradients = {number: tensor.grad for number, tensor in enumerate(tensors) if tensor.grad is not None}
+            for number, gradient in gradients.items():
+                if gradient.is_sparse:
                     raise ValueError(
                         f"{names[number]} has a sparse gradient, but {type(self).__name__} needs dense ones. Build the "
                         "embedding with sparse=False."
                     )
-                if tensor.grad is not None and not self.state[tensor]:
-                    self._init_state(tensor, indexes, number)
+                if not self.state[tensors[number]]:
+                    self._init_state(tensors[number], indexes, number)
             if not (fresh and asks_for_state(self)):
-                self.update(self._call(tensors, groups, indexes))
+                self.update(self._call(tensors, gradients, groups, indexes))
         return loss
 
     def step_bytes(self) -> int | None:
@@ -210,14 +211,18 @@ class ShardedOptimizer(NamedOptimizer):
         )
 
     def _call(
-        self, tensors: tuple[torch.Tensor, ...], groups: tuple[dict, ...], indexes: Mapping[str, BlockIndex]
+        self,
+        tensors: tuple[torch.Tensor, ...],
+        gradients: dict[int, torch.Tensor],
+        groups: tuple[dict, ...],
+        indexes: Mapping[str, BlockIndex],
     ) -> OptimizerCall:
-        local, active = self.placement.local, [n for n, tensor in enumerate(tensors) if tensor.grad is not None]
+        local = self.placement.local
         return OptimizerCall(
-            {number: local(tensors[number]) for number in active},
-            {number: local(tensors[number].grad) for number in active},
-            {number: self._local_state(tensors[number], indexes, number) for number in active},
-            {number: groups[number] for number in active},
+            {number: local(tensors[number]) for number in gradients},
+            {number: local(gradient) for number, gradient in gradients.items()},
+            {number: self._local_state(tensors[number], indexes, number) for number in gradients},
+            {number: groups[number] for number in gradients},
             indexes,
         )
 
