@@ -65,7 +65,8 @@ class OptimizerCall:
     def advance(self) -> dict[int, float]:
         """Count this step, and tell each tensor's number of it, from 1."""
         steps = self.state("step")
-        torch._foreach_add_(list(steps.values()), 1)
+        if steps:
+            torch._foreach_add_(list(steps.values()), 1)
         return {number: step.item() for number, step in steps.items()}
 
     def adam_scalars(self) -> dict[int, AdamScalars]:
