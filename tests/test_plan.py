@@ -357,7 +357,7 @@ def test_a_gpu_adds_the_time_of_the_step(capsys):
         main([*arguments, "--optimizer", "AdamW,AdamMini", "--gpu", "H100", "--tflops", "1", "--bandwidth", "1GB"]) == 0
     )
     printed = capsys.readouterr().out
-    assert "at 3,350 GB/s, the H100's by its data sheet" in printed
+    assert "at 3,350 GB/s, the H100's as its maker states it" in printed
     rows = table.compare_methods("tiny", 1, 80 * 10**9, 128, ["AdamW"]).rows
     adamw = rows[1]
     milliseconds = 28 * 4_852_992 / 3.35e12 * 1e3

@@ -10,19 +10,15 @@ from ds_memopt.kernels.plain import (
     adam_by_block,
     add_mean_squares,
     add_means,
-    add_scaled_and_shifted,
-    add_sums_of_blocks,
-    divide_blocks,
     multiply_elements,
 )
 from ds_memopt.kernels.plain_gwt import GWTRule, GWTScalars
 from ds_memopt.kernels.residual import add_residual_, residual_of
 from ds_memopt.kernels.stored_weights import Moved, Step, add_noise, move
-from ds_memopt.kernels.work import Blocks, Runs, Work, row_of
+from ds_memopt.kernels.work import Runs, Work, row_of
 
 __all__ = [
     "AdamScalars",
-    "Blocks",
     "ColumnPiece",
     "GWTRule",
     "GWTScalars",
@@ -42,11 +38,8 @@ __all__ = [
     "add_means",
     "add_noise",
     "add_residual_",
-    "add_scaled_and_shifted",
-    "add_sums_of_blocks",
     "chosen_kernels",
     "compile_exactly",
-    "divide_blocks",
     "gwt",
     "move",
     "multiply_elements",

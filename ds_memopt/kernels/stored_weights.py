@@ -5,7 +5,9 @@ A fused back end gives the bits of plain PyTorch, in one pass over the weights.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -34,7 +36,8 @@ class NoiseSum(Protocol):
         """Add it to the direction of elements [start, start + len(direction)), which hold these weights."""
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Step:
     """theta <- theta * (1 - lr * weight_decay) - lr * (share * gradient + noise), in fp32 or better.
 
     weights: 1-D, of 16, 32 or 64 bits. kept: of 16-bit weights what rounding drops, int16, or fp32 masters, or None.
@@ -58,7 +61,9 @@ class Step(NamedTuple):
         """Number of the first element, as the noise counts."""
         return self.noise.start if self.noise is not None else 0
 
+    @functools.cached_property
     def sources(self) -> list[tuple[NoiseSource, float]] | None:
+        """Those of the noise. With momentum they are many."""
         return self.noise.sources() if self.noise is not None else []
 
 
@@ -140,7 +145,7 @@ def _reason_against(step: Step) -> str:
             return f"{str(tensor.dtype).removeprefix('torch.')} weights or gradients"
     if any(tensor.device != weights.device or not tensor.is_contiguous() for tensor in (weights, *beside)):
         return "tensors of several devices, and such that are not contiguous"
-    if step.sources() is None:
+    if step.sources is None:
         return "noise of low rank, and of some of a matrix's weights"
     return ""
 

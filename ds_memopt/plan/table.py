@@ -43,8 +43,8 @@ faster: a step for a sequence, than AdamW's where that is fastest, if GPUs keep 
 second, and
 wait. How far a step gets is not compared: MeZO needs many more."""
 STEP = """\
-step ms: what the method's step reads and writes, at {gigabytes:,.0f} GB/s, the {gpu}'s by its data sheet. Unmeasured:
-`bash launch/gpu_check.sh` measures it on yours."""
+step ms: what the method's step reads and writes, at {gigabytes:,.0f} GB/s, the {gpu}'s as its maker states it.
+Unmeasured: `bash launch/gpu_check.sh` measures it on yours."""
 
 UNITS = {"GB": 10**9, "GiB": GIB, "MB": 10**6, "MiB": MIB}
 

@@ -30,7 +30,7 @@ def add_noise(out: torch.Tensor, weights: torch.Tensor | None, source: NoiseSour
 def move(steps: Sequence[Step]) -> Moved:
     parts, scalars, sources, factors = [], [], [], []
     for step in steps:
-        terms, tensors = step.sources(), (step.weights, step.kept, step.gradient)
+        terms, tensors = step.sources, (step.weights, step.kept, step.gradient)
         addresses, count = map(_address, tensors), len(step.weights)
         residual = step.kept is not None and step.kept.dtype == torch.int16
         halves = _is_bf16(step.weights), residual, _is_bf16(step.gradient)

@@ -43,7 +43,7 @@ def move(steps: Sequence[Step]) -> Moved:
 def _constants(step: Step) -> tuple:
     """Dtypes of weights and gradient, what is kept, whether noise is Gaussian, and whether the step is aligned."""
     weights, gradient, kept = step.weights, step.gradient, step.kept
-    kinds = {source.kind for source, _ in step.sources()}
+    kinds = {source.kind for source, _ in step.sources}
     assert len(kinds) <= 1, "a run has one kind of noise"
     gaussian = kinds != {"rademacher"}
     word = "none" if kept is None else "residual" if kept.dtype == torch.int16 else "fp32"
@@ -62,7 +62,7 @@ def _move(
     device = steps[0].weights.device
     parts, noises, factors, programs = [], [], [], 0
     for step in steps:
-        terms, count = step.sources(), len(step.weights)
+        terms, count = step.sources, len(step.weights)
         parts.append((*_addresses(step), count, step.start, programs, len(factors), len(terms)))
         noises += [(source.key & WORD, source.key >> 32, source.step, source.probe) for source, _ in terms]
         factors += [factor for _, factor in terms]
