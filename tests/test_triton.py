@@ -79,12 +79,12 @@ def plain_in_fp64(method: str, steps: int = STEPS) -> torch.Tensor:
         return expected(method, steps)
 
 
-def error_of(method: str, cuts: list[int]) -> float:
+def error_of(method: str, cuts: list[int], steps: int = STEPS) -> float:
     """Of the distance moved."""
     with launches.recorded() as books:
-        result = step(method, cuts, (FP32, FP32), STEPS)
+        result = step(method, cuts, (FP32, FP32), steps)
     assert books
-    exact = plain_in_fp64(method)
+    exact = plain_in_fp64(method, steps)
     return ((result - exact).norm() / (exact - beginning()).norm()).item()
 
 
@@ -96,6 +96,12 @@ def test_triton_makes_the_same_step_as_plain_in_fp64(method, cuts):
     error = error_of(method, CUTS[cuts])
     print(f"{method}, {cuts}: {error:.1e}")
     assert error < (5e-3 if "bf16" in method else 1e-6)
+
+
+@in_interpreter
+def test_the_limiter_acts_on_what_it_left():
+    """The third step's limit follows from the second's limited update. Measured: 3e-7; from the unlimited one 7e-3."""
+    assert error_of("GWT", [], steps=3) < 1e-6
 
 
 @in_interpreter
