@@ -125,8 +125,8 @@ def of_rank(method, rank, edges, ranks, dtypes, steps) -> torch.Tensor:
             index.seams.begin_sum = lambda slots, n=index.num_slots: ranks.begin_sum(rank, slots[:n])
     wide = torch.promote_types(dtypes[0], torch.float32)
     state = {"step": torch.zeros(())}
-    for key, (structure, _) in optimizer.states.items():
-        kept = (optimizer.element_dtype or wide) if structure is None and wide == torch.float32 else wide
+    for key, (structure, _, _) in optimizer.states.items():
+        kept = (optimizer.kept[key].dtype or wide) if wide == torch.float32 else wide
         length = len(flat) if structure is None else indexes[structure].num_blocks[1]
         state[key] = torch.zeros(length, dtype=kept)
     for time in range(steps):

@@ -176,7 +176,7 @@ def call_of(optimizer: ShardedOptimizer, place: Place, names: list[str | None]) 
         return torch.empty(length, device="cuda")
 
     states = {
-        number: {key: state(number, structure) for key, (structure, _) in optimizer.states.items()}
+        number: {key: state(number, structure) for key, (structure, _, _) in optimizer.states.items()}
         for number in tensors
     }
     gradients = {number: torch.empty_like(tensor) for number, tensor in tensors.items()}

@@ -2,9 +2,11 @@
 
 from ds_memopt.kernels.back_ends import chosen_kernels
 from ds_memopt.kernels.calls import adam_by_element, adam_mini, gwt
+from ds_memopt.kernels.codes import CODES, GROUP, join
 from ds_memopt.kernels.compiled import compile_exactly
 from ds_memopt.kernels.descriptors import ColumnPiece, Piece, RowPiece, Table
 from ds_memopt.kernels.noise_formulas import NOISE_KINDS, NoiseSource
+from ds_memopt.kernels.packed import REMAINDER_PROBE, Packing, Segment, Storage
 from ds_memopt.kernels.plain import (
     AdamScalars,
     adam_by_block,
@@ -19,16 +21,22 @@ from ds_memopt.kernels.work import Runs, Work, row_of
 
 __all__ = [
     "AdamScalars",
+    "CODES",
     "ColumnPiece",
+    "GROUP",
     "GWTRule",
     "GWTScalars",
     "Moved",
     "NOISE_KINDS",
     "NoiseSource",
+    "Packing",
     "Piece",
+    "REMAINDER_PROBE",
     "RowPiece",
     "Runs",
+    "Segment",
     "Step",
+    "Storage",
     "Table",
     "Work",
     "adam_by_block",
@@ -41,6 +49,7 @@ __all__ = [
     "chosen_kernels",
     "compile_exactly",
     "gwt",
+    "join",
     "move",
     "multiply_elements",
     "residual_of",

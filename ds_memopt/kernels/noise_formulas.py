@@ -6,9 +6,10 @@ The random bits of a parameter's elements come from Philox 4x32-10 (Salmon et al
     counter = (low word of b, high word of b, step, probe)       with b = element // (elements per counter)
     key     = (low word of k, high word of k)                    with k of the `NoiseSource`
 
-A Gaussian counter gives 4 elements, a Rademacher counter 128; see `gaussian` and `rademacher`. All arithmetic is on
-integers, or +, -, * and conversions in fp32, which IEEE 754 rounds the same way everywhere, and a root that is rounded
-so too. Hence the bits do not depend on the device, the threads or the compiler, as those of torch.log and cos do.
+A Gaussian counter gives 4 elements, a Rademacher counter 128, one of rounding bits 16; see the functions. All
+arithmetic is on integers, or +, -, * and conversions in fp32, which IEEE 754 rounds the same way everywhere, and a root
+that is rounded so too. Hence the bits do not depend on the device, the threads or the compiler, as those of torch.log
+and cos do.
 """
 
 from __future__ import annotations
@@ -144,14 +145,25 @@ def rademacher(arguments: torch.Tensor, count: int) -> torch.Tensor:
     return (1 - 2 * bits.float()).flatten()
 
 
+def rounding_bits(arguments: torch.Tensor, count: int) -> torch.Tensor:
+    """16 * `count` numbers of 8 bits, in int32: byte i of a counter's word j, from the lowest, is its element 4 j + i.
+
+    arguments: see `_random_words`.
+    """
+    words = torch.stack(_random_words(arguments, count), dim=1)
+    return ((words[:, :, None] >> torch.arange(0, 32, 8, device=words.device)) & 0xFF).int().flatten()
+
+
 FORMULAS: dict[str, tuple[Callable[[torch.Tensor, int], torch.Tensor], int]] = {
     "gaussian": (gaussian, 4),
     "rademacher": (rademacher, 128),
+    "rounding": (rounding_bits, 16),
 }
 """For each kind of noise, its formula and how many elements a counter gives."""
 
 
-NOISE_KINDS = tuple(FORMULAS)
+NOISE_KINDS = ("gaussian", "rademacher")
+"""What weights are perturbed with."""
 
 
 @functools.cache

@@ -10,31 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from ds_memopt import kernels
 from ds_memopt.blocks import ParamBlocks
 from ds_memopt.optimizers.base.hyper_parameters import (
     HEAD_DIM,
     VALUE_BLOCKS,
-    AdamHyperParameters,
-    choice,
     hyper_parameter,
 )
-from ds_memopt.optimizers.block_state.sharded_optimizer import ELEMENT, OptimizerCall, ShardedOptimizer, StateLayout
-
-STATE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
+from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
+from ds_memopt.optimizers.block_state.storage import MOMENT, StateLayout, StorageHyperParameters
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamMiniHyperParameters(AdamHyperParameters):
-    """Those of AdamW, and three of Adam-mini's own."""
+class AdamMiniHyperParameters(StorageHyperParameters):
+    """Those of AdamW, of storage, and two of Adam-mini's own."""
 
-    state_dtype: Literal["fp32", "bf16"] = hyper_parameter(
-        "fp32",
-        choice(*STATE_DTYPES, remedy="'fp32' is exact."),
-        "How m is kept; 'bf16' takes 2 bytes per parameter. The step itself is computed in fp32.",
-    )
     value_blocks: Literal["rows", "whole"] = hyper_parameter(
         "rows",
         VALUE_BLOCKS,
@@ -67,11 +57,8 @@ class AdamMini(ShardedOptimizer):
 
     hyper_parameters = AdamMiniHyperParameters
     hyper: AdamMiniHyperParameters
-    states = {"exp_avg": ELEMENT, "block_exp_avg_sq": StateLayout("block")}
+    states = {"exp_avg": MOMENT, "block_exp_avg_sq": StateLayout("block")}
     needs_heads = fused = True
-
-    def configure(self) -> None:
-        self.element_dtype = STATE_DTYPES[self.hyper.state_dtype]
 
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
         return {"block": dict(roles)}

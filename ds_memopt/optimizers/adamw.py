@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ds_memopt import kernels
-from ds_memopt.blocks import Contiguous, ParamBlocks
-from ds_memopt.optimizers.base.hyper_parameters import AdamHyperParameters
-from ds_memopt.optimizers.block_state.sharded_optimizer import ELEMENT, OptimizerCall, ShardedOptimizer
-from ds_memopt.shards import numel_of
+from ds_memopt.blocks import ParamBlocks
+from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
+from ds_memopt.optimizers.block_state.storage import (
+    MOMENT,
+    SECOND_MOMENT,
+    StorageHyperParameters,
+    element_blocks,
+)
 
 
 class AdamW(ShardedOptimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101) under any placement: torch's formula, per element.
 
-    State: "exp_avg" and "exp_avg_sq", in fp32: 8 bytes per parameter.
+    State: "exp_avg" and "exp_avg_sq": 8 bytes per parameter in fp32.
     """
 
-    states = {"exp_avg": ELEMENT, "exp_avg_sq": ELEMENT}
+    states = {"exp_avg": MOMENT, "exp_avg_sq": SECOND_MOMENT}
     fused = True
 
-    hyper_parameters = AdamHyperParameters
+    hyper_parameters = StorageHyperParameters
 
     def build_structures(self, roles: Mapping[str, ParamBlocks]) -> dict[str, dict[str, ParamBlocks]]:
-        whole = {
-            name: ParamBlocks(blocks.role, "per element", blocks.shape, (Contiguous(1, numel_of(blocks.shape)),))
-            for name, blocks in roles.items()
-        }
-        return {"element": whole}
+        return {"element": {name: element_blocks(blocks) for name, blocks in roles.items()}}
 
     def log_structures(self) -> None:
         """Nothing: every element is a block of its own."""

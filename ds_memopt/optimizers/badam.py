@@ -34,6 +34,7 @@ from ds_memopt.optimizers.base.hyper_parameters import (
 from ds_memopt.optimizers.base.named_optimizer import make_log_visible
 from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_meaning
 from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
+from ds_memopt.optimizers.block_state.storage import REMAINDER, Kept
 from ds_memopt.optimizers.gwt import GWT
 from ds_memopt.optimizers.rotation.visit_order import ORDERS, Rotation
 from ds_memopt.shards import Placement, is_first_rank, numel_of, trainable_parameters_changed
@@ -120,6 +121,11 @@ class BAdamHyperParameters(AdamHyperParameters):
             check_hyper_parameters(BASES[self.base], options)
         except ValueError as error:
             raise ValueError(f"base_options: {error}") from None
+        if (masters := options.get("masters", "fp32")) != "fp32":
+            raise ValueError(
+                f"base_options: masters={masters!r} is not for BAdam, of whose blocks one has masters at a time. Set "
+                "keep_residual to true to keep what rounding would drop."
+            )
 
     @property
     def own_options(self) -> Mapping[str, Any]:
@@ -154,7 +160,7 @@ class BAdam(ShardedOptimizer):
             raise ValueError("BAdam needs the parameters' names. Build it with BAdam.from_model(model, ...).")
         defaults = hyper.of_groups()
         self.rule = BASES[hyper.base]([dict(group) for group in groups], **defaults, **hyper.own_options, model=model)
-        self.states, self.element_dtype = self.rule.states, self.rule.element_dtype
+        self.states = self.rule.states
         self.fused = self.rule.fused
         self.keep_residual = hyper.keep_residual
         self._residuals: dict[str, torch.Tensor] = {}
@@ -292,6 +298,10 @@ class BAdam(ShardedOptimizer):
             self.next_block()
             self._make_state()
         return loss
+
+    def kept_states(self) -> dict[str, Kept]:
+        """Those of the rule. Masters are the engine's: a block's remainders would be needed for all blocks."""
+        return {key: kept for key, kept in self.rule.kept.items() if key != REMAINDER}
 
     def bytes_moved(self, states: Mapping[torch.Tensor, Mapping[str, torch.Tensor]]) -> int:
         return self.rule.bytes_moved(states)

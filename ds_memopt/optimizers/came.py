@@ -22,7 +22,8 @@ from ds_memopt.optimizers.base.hyper_parameters import (
     real,
 )
 from ds_memopt.optimizers.block_state.block_index import step_dtype
-from ds_memopt.optimizers.block_state.sharded_optimizer import ELEMENT, OptimizerCall, ShardedOptimizer, StateLayout
+from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
+from ds_memopt.optimizers.block_state.storage import ELEMENT, StateLayout
 from ds_memopt.shards import numel_of
 
 FACTORS = {"row": -0.5, "column": -0.5, "matrix": 0.5, "element": -0.5}

@@ -28,7 +28,6 @@ from ds_memopt.kernels import AdamScalars, GWTRule, GWTScalars
 from ds_memopt.optimizers.base.hyper_parameters import (
     HEAD_DIM,
     VALUE_BLOCKS,
-    AdamHyperParameters,
     check_range,
     choice,
     either,
@@ -37,7 +36,8 @@ from ds_memopt.optimizers.base.hyper_parameters import (
     patterns,
     real,
 )
-from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer, StateLayout
+from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
+from ds_memopt.optimizers.block_state.storage import StateLayout, StorageHyperParameters
 from ds_memopt.shards import numel_of
 
 logger = logging.getLogger("ds_memopt")
@@ -55,13 +55,16 @@ BASES = {
 """For each base rule, its second moments, and the structure that each keeps one entry per block of."""
 
 
+CODES = {"approximation": "signed", "exp_avg": "signed", "second_moment": "unsigned", "exp_avg_sq": "unsigned"}
+"""The states that may be kept in fewer bits, see `StateLayout`."""
+
 LARGEST_RATIO = 1e6
 """Of dense_lr to lr: it multiplies steps in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class GWTHyperParameters(AdamHyperParameters):
-    """Those of AdamW, and GWT's own.
+class GWTHyperParameters(StorageHyperParameters):
+    """Those of AdamW, of storage, and GWT's own.
 
     Raises ValueError for a field that its rule does not accept, and for a dense_lr of more than 1e6 times lr.
     """
@@ -162,7 +165,7 @@ class GWT(ShardedOptimizer):
         self.scale, self.dense_scale = hyper.scale, hyper.dense_ratio
         self.include, self.exclude = tuple(hyper.include), tuple(hyper.exclude)
         structures = {"approximation": "group", "exp_avg": "dense", "update_norm": "matrix", **BASES[hyper.base]}
-        self.states = {key: StateLayout(structure) for key, structure in structures.items()}
+        self.states = {key: StateLayout(structure, code=CODES.get(key)) for key, structure in structures.items()}
 
     def state_meaning(self) -> str:
         return f"GWT, level {self.period.bit_length() - 1}, {'paper' if self.paper else 'stable by root mean square'}"
@@ -239,12 +242,13 @@ class GWT(ShardedOptimizer):
         """A limit is known after a pass over all groups: their gradients and states are then read again. With
         base="adam_mini" the gradients are read once before, for the second moments."""
         moved, local = super().bytes_moved(states), self.placement.local
-        of_groups = [key for key, layout in self.states.items() if layout.structure == "group"]
+        of_groups = [key for key, kept in self.kept.items() if kept.layout.structure == "group"]
         for tensor, state in states.items():
             gradient = local(tensor.grad)
             moved += gradient.nbytes if self.by_block else 0
             if self.limiter is not None:
-                transformed = min(local(state["approximation"]).numel() * self.period, gradient.numel())
+                groups = local(state[of_groups[0]]).numel()
+                transformed = min(groups * self.period, gradient.numel())
                 moved += transformed * gradient.itemsize + sum(local(state[key]).nbytes for key in of_groups)
         return moved
 

@@ -79,12 +79,19 @@ class Seams:
 
         Returns what waits for the sums. Until then `slots` must be left alone. A collective.
         """
+        return self._begin(slots, dist.ReduceOp.SUM)
+
+    def begin_max(self, slots: torch.Tensor) -> Callable[[], None]:
+        """As `begin_sum`, with the largest of what the ranks have. A collective."""
+        return self._begin(slots, dist.ReduceOp.MAX)
+
+    def _begin(self, slots: torch.Tensor, operation: dist.ReduceOp) -> Callable[[], None]:
         base, begun = 0, []
         for group, table in self.tables:
             if table.num_slots:
                 part = slots.narrow(0, base, table.num_slots)
                 on_wire = part.to(collective_device(group, part.device))
-                begun.append((dist.all_reduce(on_wire, group=group, async_op=True), part, on_wire))
+                begun.append((dist.all_reduce(on_wire, operation, group=group, async_op=True), part, on_wire))
             base += table.num_slots
 
         def wait() -> None:

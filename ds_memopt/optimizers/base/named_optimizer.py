@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -90,15 +90,23 @@ class NamedOptimizer(Capabilities, torch.optim.Optimizer):
         """Hand out all state that this rank holds, by parameter name and place in the whole parameter.
 
         With the weights and `progress` it is all that a run on other ranks or at another stage needs to go on. The
-        values are views. What several ranks hold, each of them hands out, with equal values.
+        values are views, or copies of what is kept in fewer bits. What several ranks hold, each of them hands out, with
+        equal values.
         """
         raise NotImplementedError
+
+    def _state_to_fill(self, offered: Collection[str]) -> tuple[list[StatePart], Callable[[], None]]:
+        """What `named_state` would hand out, as far as it is needed where these keys are offered, to be overwritten;
+        and what is to be called then."""
+        return list(self.named_state()), lambda: None
 
     @torch.no_grad()
     def load_named_state(self, parts: Iterable[StatePart], progress: Mapping[str, Any] | None = None) -> None:
         """Take back what ranks of any number and placement handed out; this rank keeps what it needs of it.
 
         progress: that of the run, which is checked and taken over; None: this run's own, where the method needs none.
+
+        State may have been kept otherwise, in fp32 or in fewer bits, and is then rounded to nearest.
 
         Raises ValueError, before any entry is overwritten, for the state of another method, of other options or of
         other blocks, and if an entry that this rank needs is missing.
@@ -109,12 +117,13 @@ class NamedOptimizer(Capabilities, torch.optim.Optimizer):
         for part in parts:
             offered.setdefault((part.name, part.key), []).append(part)
         self._make_state()
-        own = list(self.named_state())
+        own, take_back = self._state_to_fill({key for _, key in offered})
         for part in own:
             check_covered(part, offered.get((part.name, part.key), []))
         for part in own:
             for given in offered[part.name, part.key]:
                 given.copy_to(part)
+        take_back()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states have the dtype that they were kept in; torch would cast them to the weights'.

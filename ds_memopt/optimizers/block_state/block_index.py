@@ -234,6 +234,22 @@ class BlockIndex:
                 whole = slots[self._seam_slots[number], column]
                 values.view(-1, width).index_copy_(0, self._seam_blocks[number], whole)
 
+    def complete_maxima(self, maxima: dict[int, torch.Tensor]) -> None:
+        """Make the maxima of cut blocks those of all ranks, in place; one that is no number stays so on its rank.
+
+        maxima: as `new_blocks` gives them, not below 0, for all tensors that have a gradient. A collective where
+        anything is cut.
+        """
+        if self.num_slots == 0:
+            return
+        slots = self.new_slots(1).view(-1)
+        for number, values in maxima.items():
+            slots.index_copy_(0, self._seam_slots[number], values[self._seam_blocks[number]])
+        self.seams.begin_max(slots)()
+        for number, values in maxima.items():
+            own, whole = values[self._seam_blocks[number]], slots[self._seam_slots[number]]
+            values.index_copy_(0, self._seam_blocks[number], torch.where(own.isnan(), own, whole))
+
     @functools.cached_property
     def work(self) -> Work | None:
         """The pieces as rows of integers for a fused back end; None if some are of columns."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,27 +20,31 @@ from ds_memopt.blocks import (
     format_assignment,
     full_shape,
 )
-from ds_memopt.kernels import AdamScalars
+from ds_memopt.kernels import AdamScalars, Storage
 from ds_memopt.optimizers.base.named_optimizer import NamedOptimizer, asks_for_state, make_log_visible
-from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart
+from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_meaning
 from ds_memopt.optimizers.base.naming import check_current
 from ds_memopt.optimizers.block_state.block_index import BlockIndex, step_dtype
+from ds_memopt.optimizers.block_state.storage import (
+    ELEMENT,
+    REMAINDER,
+    Kept,
+    StateLayout,
+    Unpacked,
+    check_masters,
+    element_blocks,
+    groups_of,
+    intervals_of,
+    is_code,
+    kept_of,
+    packings_of,
+    scale_key,
+    segments_of,
+    tell_of_remainders,
+)
 from ds_memopt.shards import Placement, PlainPlacement, is_first_rank
 
 logger = logging.getLogger("ds_memopt")
-
-
-class StateLayout(NamedTuple):
-    """What a state has: `width` numbers for each block of a structure, block after block.
-
-    A structure of None means one number for each element, laid like the parameter itself.
-    """
-
-    structure: str | None
-    width: int = 1
-
-
-ELEMENT = StateLayout(None)
 
 
 @dataclass(frozen=True)
@@ -84,24 +88,25 @@ class ShardedOptimizer(NamedOptimizer):
     whose blocks it needs in `build_structures`, and implements `update`. In `configure` it may set what follows,
     `states` and whatever it makes of its hyper-parameters.
 
-    Another optimizer may run the rule, as BAdam does in its active block. It takes over `states`, `element_dtype`,
-    `structures` and `state_meaning()`, keeps the state itself, and hands `update` its own calls, whose param groups
-    have the rule's hyper-parameters.
+    Another optimizer may run the rule, as BAdam does in its active block. It takes over `states`, `kept`, `structures`
+    and `state_meaning()`, keeps the state itself, and hands `update` its own calls, whose param groups have the rule's
+    hyper-parameters.
 
-    element_dtype: how states of one entry per element are kept; by default in fp32 (fp64 for fp64 parameters).
+    kept: what is kept of the states and of bf16 weights' masters, by key. `update` sees states and masters in fp32
+    (fp64 for fp64 parameters), but first moments of one entry per element in bf16 where they are kept so.
     needs_heads: whether the rule looks at heads, so that without a model `head_dim` must be given.
     fused: whether kernels make the whole step, in one pass over the tensors unless `bytes_moved` says otherwise.
     """
 
     family = "block state"
     states: Mapping[str, StateLayout] = {}
-    element_dtype: torch.dtype | None = None
     needs_heads = False
     fused = False
 
     def __init__(self, params: Iterable, *positional: Any, model: nn.Module | None = None, **named: Any) -> None:
         self.hyper = self.hyper_parameters.bind(positional, named)
         self.configure()
+        self.kept = self.kept_states()
         self._head_dim = getattr(self.hyper, "head_dim", None)
         if model is not None and self._head_dim is not None:
             raise ValueError(f"head_dim={self._head_dim} has no meaning where a model tells its heads. Leave it out.")
@@ -113,14 +118,21 @@ class ShardedOptimizer(NamedOptimizer):
         self._model = weakref.ref(model) if model is not None else None
         self.roles: dict[str, ParamBlocks] = assign_blocks(model, self._value_blocks) if model is not None else {}
         self.structures: dict[str, dict[str, ParamBlocks]] = {}
+        self._groups_of_entries: dict[str, dict[str, ParamBlocks]] = {}
         super().__init__(params, self.hyper.of_groups())
         self._rebuild_structures()
+        tensors = [tensor for group in self.param_groups for tensor in group["params"]]
+        check_masters(self.kept, self.hyper, tensors, "these are of other dtypes")
         if is_first_rank():
             make_log_visible()
             self.log_structures()
 
     def configure(self) -> None:
         """Take what is needed from the hyper-parameters. The parameters are not known yet."""
+
+    def kept_states(self) -> dict[str, Kept]:
+        """What is kept of the states. The parameters are not known yet."""
+        return kept_of(self.states, self.hyper)
 
     def the_model(self) -> nn.Module | None:
         return self._model() if self._model is not None else None
@@ -137,6 +149,12 @@ class ShardedOptimizer(NamedOptimizer):
     def _rebuild_structures(self) -> None:
         trained = {name for group in self.param_groups for name in group["param_names"]}
         self.structures = self.build_structures({name: self.roles[name] for name in self.roles if name in trained})
+        elements = {name: element_blocks(blocks) for name, blocks in self.roles.items() if name in trained}
+        self._groups_of_entries = {
+            key: {name: groups_of(blocks) for name, blocks in (self.structures.get(layout.structure, elements)).items()}
+            for key, layout in ((scale_key(key), layout) for key, layout in self.states.items())
+            if key in self.kept
+        }
         meaning = f"{self.state_meaning()}, blocks {zlib.crc32(repr(self.structures).encode()):08x}"
         for group in self.param_groups:
             group[STATE_KEY] = meaning
@@ -162,6 +180,8 @@ class ShardedOptimizer(NamedOptimizer):
     def bind(self, placement: Placement) -> None:
         super().bind(placement)
         self._indexes.clear()
+        tensors = [tensor for tensor, _ in placement.named_tensors(self.param_groups)]
+        check_masters(self.kept, self.hyper, tensors, "the engine holds fp32 masters of them")
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -194,8 +214,33 @@ class ShardedOptimizer(NamedOptimizer):
                 if not self.state[tensors[number]]:
                     self._init_state(tensors[number], indexes, number)
             if not (fresh and asks_for_state(self)):
-                self.update(self._call(tensors, gradients, groups, indexes))
+                self._update_kept(self._call(tensors, gradients, groups, indexes))
         return loss
+
+    def _update_kept(self, call: OptimizerCall) -> None:
+        """`update`, with what is kept in fewer bits unpacked before, and packed again after it."""
+        storage = self._storage(call)
+        if not storage.remainders and not storage.states:
+            self.update(call)
+            return
+        unpacked = {key: packing.unpack() for key, packing in storage.states.items()}
+        states = {
+            number: kept | {key: of_state[number] for key, of_state in unpacked.items()}
+            for number, kept in call.states.items()
+        }
+        masters = storage.masters(call.parameters)
+        self.update(replace(call, parameters=masters, states=states))
+        for key, packing in storage.states.items():
+            packing.pack(unpacked[key], storage.steps)
+        storage.keep_masters(call.parameters, masters)
+
+    def _storage(self, call: OptimizerCall) -> Storage:
+        packings = packings_of(self.states, call.states, call.indexes, self.structures)
+        remainders = {number: kept[REMAINDER] for number, kept in call.states.items() if REMAINDER in kept}
+        segments = {number: segments_of(ELEMENT, call.indexes, self.structures, number) for number in remainders}
+        packed = packings or remainders
+        steps = {number: int(step) + 1 for number, step in call.state("step").items()} if packed else {}
+        return Storage(remainders, segments, packings, steps)
 
     def step_bytes(self) -> int | None:
         tensors = [tensor for group in self.param_groups for tensor in group["params"] if tensor.grad is not None]
@@ -207,7 +252,7 @@ class ShardedOptimizer(NamedOptimizer):
         gradient is read, each parameter and state read and written. Left out: what is read twice of shared blocks."""
         local = self.placement.local
         return sum(
-            local(tensor.grad).nbytes + 2 * sum(local(part).nbytes for part in (tensor, *map(state.get, self.states)))
+            local(tensor.grad).nbytes + 2 * sum(local(part).nbytes for part in (tensor, *self._kept_in(state).values()))
             for tensor, state in states.items()
         )
 
@@ -232,8 +277,9 @@ class ShardedOptimizer(NamedOptimizer):
     ) -> dict[str, torch.Tensor]:
         state = self.state[tensor]
         views = {"step": state["step"]}
-        for key, (structure, width) in self.states.items():
-            views[key] = self.placement.local(state[key])
+        for key, tensor_kept in self._kept_in(state).items():
+            structure, width, _ = self.kept[key].layout
+            views[key] = self.placement.local(tensor_kept)
             if structure is not None:
                 # A DTensor is padded to the rank that has most.
                 length = indexes[structure].num_blocks[number] * width
@@ -249,15 +295,22 @@ class ShardedOptimizer(NamedOptimizer):
 
     def _init_state(self, tensor: torch.Tensor, indexes: Mapping[str, BlockIndex], number: int) -> None:
         state, dtype = self.state[tensor], step_dtype(tensor.dtype)
+        if tensor.dtype == torch.bfloat16 and REMAINDER in self.kept:
+            tell_of_remainders(self.hyper.masters)
         # On the CPU, as torch's optimizers keep it: reading it costs no synchronisation.
         state["step"] = torch.zeros((), dtype=torch.float32)
-        for key, (structure, width) in self.states.items():
-            if structure is None:
-                state[key] = self.placement.new_state(tensor, None, self.element_dtype or dtype)
-            else:
+        for key, ((structure, width, _), kept_dtype) in self.kept.items():
+            if key == REMAINDER and tensor.dtype != torch.bfloat16:
+                continue
+            lengths = None
+            if structure is not None:
                 index = indexes[structure]
                 lengths = index.num_blocks[number] * width, index.most_blocks[number] * width
-                state[key] = self.placement.new_state(tensor, lengths, dtype)
+            state[key] = self.placement.new_state(tensor, lengths, kept_dtype or dtype)
+
+    def _kept_in(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What is kept of one tensor's state, by key."""
+        return {key: state[key] for key in self.kept if key in state}
 
     def _index(self, tensors: tuple[torch.Tensor, ...], names: tuple[str | None, ...]) -> dict[str, BlockIndex]:
         # By identity, without a reference: FSDP2 and offload replace parameters, and a stale one must be free to go.
@@ -269,7 +322,8 @@ class ShardedOptimizer(NamedOptimizer):
             layout = self.placement.layout(tensors, names)
             assert all(interval.name in self.roles for interval in layout.intervals), "an interval of unknown name"
             indexes = {
-                structure: BlockIndex(layout, blocks, names, tensors) for structure, blocks in self.structures.items()
+                structure: BlockIndex(layout, blocks, names, tensors)
+                for structure, blocks in (self.structures | self._groups_of_entries).items()
             }
             self._check_state(tensors, indexes)
             self._indexes[key] = tuple(map(weakref.ref, tensors)), indexes
@@ -278,10 +332,11 @@ class ShardedOptimizer(NamedOptimizer):
     def _check_state(self, tensors: tuple[torch.Tensor, ...], indexes: Mapping[str, BlockIndex]) -> None:
         """Raise ValueError where a state that was loaded does not fit the tensors' blocks."""
         for number, tensor in enumerate(tensors):
-            for key, (structure, width) in self.states.items() if self.state.get(tensor) else ():
+            for key, value in self._kept_in(self.state.get(tensor, {})).items():
+                structure, width, _ = self.kept[key].layout
                 if structure is None:
                     continue
-                index, loaded = indexes[structure], self.placement.local(self.state[tensor][key]).numel()
+                index, loaded = indexes[structure], self.placement.local(value).numel()
                 if loaded not in (index.num_blocks[number] * width, index.most_blocks[number] * width):
                     raise ValueError(
                         f"{key} was loaded with {loaded} entries, but the parameters have "
@@ -319,30 +374,70 @@ class ShardedOptimizer(NamedOptimizer):
                 self._init_state(tensor, indexes, number)
 
     def named_state(self) -> Iterator[StatePart]:
-        for tensor, name in self.placement.named_tensors(self.param_groups):
-            if self.state.get(tensor):
-                yield from self._parts_of(tensor, name)
+        for parts, _ in self._named_state_by_tensor():
+            yield from parts
 
-    def _parts_of(self, tensor: torch.Tensor, name: str | None) -> Iterator[StatePart]:
-        indexes, state = self._index((tensor,), (name,)), self.state[tensor]
-        intervals = {part.interval.name: part.interval for index in indexes.values() for part in index.intervals[0]}
-        local = {key: self.placement.local(state[key]) for key in self.states}
+    def _named_state_by_tensor(self) -> Iterator[tuple[list[StatePart], Unpacked]]:
+        """The parts of each tensor, and what of them are copies."""
+        for tensor, name in self.placement.named_tensors(self.param_groups):
+            if not self.state.get(tensor):
+                continue
+            indexes = self._index((tensor,), (name,))
+            kept = self._local_state(tensor, indexes, 0)
+            packings = packings_of(self.states, {0: kept}, indexes, self.structures)
+            unpacked = Unpacked.of(packings, kept.get(REMAINDER))
+            yield list(self._parts_of(kept | unpacked.values, indexes)), unpacked
+
+    def _parts_of(self, values: Mapping[str, torch.Tensor], indexes: Mapping[str, BlockIndex]) -> Iterator[StatePart]:
+        intervals = intervals_of(indexes, 0)
         for interval in intervals.values():
-            yield StatePart(interval.name, "step", 0, state["step"].view(1))
-            for key, layout in self.states.items():
-                if layout == ELEMENT:
-                    values = local[key].narrow(0, interval.offset, interval.length)
-                    yield StatePart(interval.name, key, interval.start, values)
-        for key, (structure, width) in self.states.items():
-            for part in indexes[structure].intervals[0] if structure is not None else ():
-                values = local[key].narrow(0, part.local * width, part.count * width)
-                yield StatePart(part.interval.name, key, part.first * width, values)
+            yield StatePart(interval.name, "step", 0, values["step"].view(1))
+        layouts = self.states | {key: layout for key, (layout, _) in self.kept.items() if not is_code(key)}
+        for key, (structure, width, _) in layouts.items():
+            flat = values[key].view(-1) if key in values else None
+            if flat is None:
+                continue  # a remainder, of fp32 weights
+            if structure is None:
+                for interval in intervals.values():
+                    elements = flat.narrow(0, interval.offset, interval.length)
+                    yield StatePart(interval.name, key, interval.start, elements)
+                continue
+            for part in indexes[structure].intervals[0]:
+                of_part = flat.narrow(0, part.local * width, part.count * width)
+                yield StatePart(part.interval.name, key, part.first * width, of_part)
+
+    def _state_to_fill(self, offered: Collection[str]) -> tuple[list[StatePart], Callable[[], None]]:
+        by_tensor = list(self._named_state_by_tensor())
+        optional = {REMAINDER, *map(scale_key, self.states)} - set(offered)
+        own = [part for parts, _ in by_tensor for part in parts if part.key not in optional]
+
+        def take_back() -> None:
+            for _, unpacked in by_tensor:
+                unpacked.take_back(missing=optional)
+
+        return own, take_back
 
     def _restored(self, tensor: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
-        if key not in self.states:
+        if key not in self.kept:
             return self.state[tensor][key]
-        dtype = self.element_dtype if self.states[key] == ELEMENT else None
-        return value.detach().to(tensor.device, dtype or step_dtype(tensor.dtype))
+        return value.detach().to(tensor.device, self.kept[key].dtype or step_dtype(tensor.dtype))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state must be kept as in the run that saved it, or else be taken over by name.
+
+        Raises ValueError, before anything is changed, for state of another method, of other options, of other blocks,
+        or kept otherwise.
+        """
+        check_meaning(self, state_dict["param_groups"])
+        needed = {key for key in self.kept if key != REMAINDER}
+        for saved in state_dict["state"].values():
+            if missing := sorted(needed - saved.keys()):
+                raise ValueError(
+                    f"The state was saved with {', '.join(sorted(saved))}, but {type(self).__name__} keeps "
+                    f"{missing[0]}. Set state_dtype and masters as in the run that saved it, or take its state over by "
+                    "name, with named_state() and load_named_state()."
+                )
+        super().load_state_dict(state_dict)
 
     def _loaded(self) -> None:
         self._indexes.clear()

@@ -1,0 +1,156 @@
+"""Weights and states of a call that are kept in fewer bits, in plain PyTorch: unpacked to fp32, and packed after it.
+
+What is packed where, and how it is rounded, depends on the entries alone, so placement never changes the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ds_memopt.kernels.codes import GROUP, decode, encode, join, split, to_bf16
+from ds_memopt.kernels.noise_formulas import NoiseSource, elements
+from ds_memopt.kernels.work import Tensors
+
+REMAINDER_PROBE = 0
+"""Tells the noise of remainders from that of states."""
+
+
+class Segment(NamedTuple):
+    """Entries [first, first + count) of what is kept of one parameter, at [entry, entry + count) of its tensor's.
+
+    row: entries of a row; groups begin anew with each. group: number of the first entry's group in the parameter;
+    scale: where its scale lies among the tensor's. key: of the parameter's noise.
+    """
+
+    entry: int
+    count: int
+    first: int
+    row: int
+    group: int
+    scale: int
+    key: int
+
+    @property
+    def entries(self) -> slice:
+        """Where they lie."""
+        return slice(self.entry, self.entry + self.count)
+
+    def scales_of(self, device: torch.device) -> torch.Tensor:
+        """For each entry the place of its scale."""
+        number = torch.arange(self.first, self.first + self.count, device=device)
+        line, place = number // self.row, number % self.row
+        return line * -(-self.row // GROUP) + place // GROUP - self.group + self.scale
+
+
+class Maxima(Protocol):
+    """Groups of entries, by number of tensor; ranks share some."""
+
+    def new_blocks(self, numbers: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """For each of these tensors zeros, one per group."""
+
+    def complete_maxima(self, maxima: dict[int, torch.Tensor]) -> None:
+        """Make the maxima of shared groups those of all ranks."""
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """How one state of a call's tensors is kept: as codes with scales, or in bf16.
+
+    kept, segments: by number of tensor. probe: tells its noise from that of other states. scales, groups: those of
+    codes. nearest: bf16 is rounded to nearest, not at random.
+    """
+
+    kept: Tensors
+    segments: Mapping[int, Sequence[Segment]]
+    probe: int
+    scales: Tensors | None = None
+    groups: Maxima | None = None
+    nearest: bool = False
+
+    def unpack(self) -> dict[int, torch.Tensor]:
+        """In fp32, new tensors."""
+        if self.scales is None:
+            return {number: kept.float() for number, kept in self.kept.items()}
+        return {number: self._decoded(number, kept) for number, kept in self.kept.items()}
+
+    def _decoded(self, number: int, codes: torch.Tensor) -> torch.Tensor:
+        values = torch.empty(len(codes), device=codes.device)
+        for part in self.segments[number]:
+            scales = self.scales[number][part.scales_of(codes.device)]
+            values[part.entries] = decode(codes[part.entries], scales)
+        return values
+
+    def pack(self, values: Tensors, steps: Mapping[int, int]) -> None:
+        """Keep values of the tensors. steps: of each, from 1. A collective where ranks share groups."""
+        if self.scales is not None:
+            maxima = self.measure(values)
+            self.groups.complete_maxima(maxima)
+            for number, of_tensor in maxima.items():
+                self.scales[number].copy_(of_tensor)
+        for number, of_tensor in values.items():
+            for part in self.segments[number]:
+                nearest = self.nearest and self.scales is None
+                bits = None if nearest else rounding_bits(part, steps[number], self.probe, of_tensor.device)
+                self._keep(number, part, of_tensor, bits)
+
+    def keep_exactly(self, values: Tensors) -> None:
+        """Keep, with the scales that are there, values that `unpack` gave out; others to the nearest."""
+        for number, of_tensor in values.items():
+            for part in self.segments[number]:
+                self._keep(number, part, of_tensor, None)
+
+    def measure(self, values: Tensors) -> dict[int, torch.Tensor]:
+        """The largest magnitude of this rank's entries of each group."""
+        maxima = self.groups.new_blocks(values)
+        for number, of_tensor in values.items():
+            for part in self.segments[number]:
+                found = of_tensor[part.entries].abs().to(maxima[number].dtype)
+                maxima[number].scatter_reduce_(0, part.scales_of(found.device), found, "amax")
+        return maxima
+
+    def _keep(self, number: int, part: Segment, values: torch.Tensor, bits: torch.Tensor | None) -> None:
+        kept, found = self.kept[number], values[part.entries].float()
+        if self.scales is not None:
+            scales = self.scales[number][part.scales_of(found.device)]
+            kept[part.entries] = encode(found, scales, kept.dtype, bits)
+        else:
+            kept[part.entries] = found if bits is None else to_bf16(found, bits)
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """How the tensors of one call are kept. remainders: of the bf16 weights that have masters, by number of tensor.
+
+    segments: of the weights. states: by key; the others are kept as they are. steps: of each tensor, from 1.
+    """
+
+    remainders: Tensors
+    segments: Mapping[int, Sequence[Segment]]
+    states: Mapping[str, Packing]
+    steps: Mapping[int, int]
+
+    def masters(self, weights: Tensors) -> dict[int, torch.Tensor]:
+        """fp32 copies of the weights that have remainders, the others themselves."""
+        return {
+            number: join(tensor, self.remainders[number]) if number in self.remainders else tensor
+            for number, tensor in weights.items()
+        }
+
+    def keep_masters(self, weights: Tensors, masters: Tensors) -> None:
+        """Take back what `masters` gave out."""
+        for number, remainder in self.remainders.items():
+            for part in self.segments[number]:
+                bits = None
+                if remainder.dtype == torch.int8:
+                    bits = rounding_bits(part, self.steps[number], REMAINDER_PROBE, remainder.device)
+                rounded, rest = split(masters[number][part.entries], remainder.dtype, bits)
+                weights[number][part.entries], remainder[part.entries] = rounded, rest
+
+
+def rounding_bits(part: Segment, step: int, probe: int, device: torch.device) -> torch.Tensor:
+    """8 random bits for each entry of a segment, in int32."""
+    return elements(NoiseSource("rounding", part.key, step, probe), part.first, part.count, device)
