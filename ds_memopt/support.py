@@ -40,6 +40,8 @@ FEATURES: dict[str, str] = {
     "two_engines": "Two engines in one process, such as actor and critic",
     "one_cycle": "OneCycle, torch's OneCycleLR",
     "profiling": "`wall_clock_breakdown`, `flops_profiler`",
+    "release_gradients": "`release_gradients` in plain PyTorch and under FSDP2",
+    "release_gradients_under_zero": "`release_gradients` under ZeRO",
     "hpz": "ZeRO++ `zero_hpz_partition_size`",
     "quantized_weights": "ZeRO++ `zero_quantized_weights`",
     "quantized_gradients": "ZeRO++ `zero_quantized_gradients`",
@@ -97,6 +99,11 @@ STATE_COMPRESSING: dict[str, Support] = {
     "two_engines": Support("tested"),
     "one_cycle": Support("tested"),
     "profiling": Support("tested"),
+    "release_gradients": Support("tested"),
+    "release_gradients_under_zero": Support(
+        "refused",
+        "ZeRO reduces the gradients and holds them until the step. Set release_gradients to false, or use FSDP2.",
+    ),
     "hpz": Support("tested"),
     "quantized_weights": GPU_ONLY,
     "quantized_gradients": Support("untested", "It quantizes between nodes of GPUs only."),
@@ -133,7 +140,11 @@ STATE_COMPRESSING: dict[str, Support] = {
     "fsdp1": Support("refused", "FSDP1 flattens parameters under names of its own. Use fully_shard (FSDP2) or ZeRO-3."),
 }
 
+NO_SET = Support("refused", "It never holds gradients of the whole model. Leave release_gradients out.")
+
 ROTATING = STATE_COMPRESSING | {
+    "release_gradients": NO_SET,
+    "release_gradients_under_zero": NO_SET,
     "quantized_frozen": Support(
         "refused",
         "What is frozen now trains later. Set zero_optimization.zero_quantized_nontrainable_weights to false.",
@@ -159,6 +170,8 @@ EXPERTS = Support(
 )
 
 ZEROTH_ORDER = STATE_COMPRESSING | {
+    "release_gradients": NO_SET,
+    "release_gradients_under_zero": NO_SET,
     "zero1_fp32_accumulation": Support("untested", "It has no gradients."),
     "ddp": Support("tested", "It needs none: it adds up the losses itself."),
     "zero2_offload": Support("untested", "It keeps no masters that could be offloaded."),

@@ -10,6 +10,7 @@ from unittest import mock
 
 import accelerate
 import deepspeed
+import release_ranks
 import torch
 import torch.distributed as dist
 from accelerate.utils import DummyOptim
@@ -146,6 +147,7 @@ def refusals() -> dict[str, str]:
     cases["universal_checkpoint"] = ds_config(2, checkpoint={"load_universal": True})
     cases["hyper-parameter"] = ds_config(2, hyper=HYPER | {"betta": 1})
     cases["range"] = ds_config(2, hyper=HYPER | {"eps": 0})
+    cases["release_gradients"] = ds_config(2, hyper=HYPER | {"release_gradients": True})
     cases["spelling"] = ds_config(2, optimizer="adam_mini")
     results = {}
     for name, config in cases.items():
@@ -297,7 +299,7 @@ def freeze(model) -> None:
 
 
 def everything(folder: Path) -> dict:
-    results = {"unregistered": unregistered()}
+    results = {"unregistered": unregistered(), "release": release_ranks.everything()}
     results["refusals"] = refusals()
     for stage in (2, 3):
         results[f"client {stage}"] = client_optimizer(stage)

@@ -22,8 +22,9 @@ from engines_ranks import (
     small_model,
     train_small,
 )
+from release_ranks import CASES
 from spawn import TIME_LIMIT, free_port, run_ranks
-from tiny import FIRST_ORDER, HYPER, batches, distance, full_parameters, llama, train_plain
+from tiny import FIRST_ORDER, HYPER, batches, distance, equal, equal_tensors, full_parameters, llama, train_plain
 
 import ds_memopt
 from ds_memopt import GWT, AdamMini, BAdam
@@ -127,6 +128,8 @@ REFUSALS = {
     "hyper-parameter": "'betta' is no hyper-parameter of AdamMini. Did you mean 'betas'? It takes lr, betas, eps",
     "range": "eps=0 is out of range: it must be a number in [1e-30, 1).",
     "spelling": "optimizer type 'adam_mini' is unknown. Did you mean \"AdamMini\"?",
+    "release_gradients": "AdamMini does not support release_gradients_under_zero: ZeRO reduces the gradients and holds "
+    "them until the step. Set release_gradients to false, or use FSDP2.",
     "replaced": "its parameters were replaced after they were listed",
     "fsdp1": "Use fully_shard (FSDP2) or ZeRO-3.",
     "swapped": "AdamMini was replaced by DeepSpeedCPUAdam before DeepSpeed saw it (accelerate does that with optimizer "
@@ -138,6 +141,37 @@ REFUSALS = {
 def test_what_would_go_wrong_silently_is_refused(results, case):
     message = results["refusals"][case]
     assert message.startswith("ValueError: ") and REFUSALS[case] in message, message
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_released_under_fsdp2_change_no_bit(results, case):
+    """Weights, states and what crosses ranks, over a checkpoint and a burst on which GWT's limiter acts."""
+    kept, released = (results["release"]["runs"][case, release] for release in (False, True))
+    structure = {"AdamMini": "block", "GWT, adam_mini": "block", "GWT": "matrix", "CAME": "column"}[case]
+    assert kept["slots"] == released["slots"] and released["slots"][structure] > 0, "rank borders cut no block"
+    assert equal(kept["weights"], released["weights"])
+    assert equal_tensors(kept["states"], released["states"]) >= 60
+    assert kept["sent"] == released["sent"]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_of_one_layer_are_there_at_once(results, case):
+    """In bytes of this rank's rows: 100,080 of the model, 41,840 of a layer."""
+    kept, released = (results["release"]["runs"][case, release] for release in (False, True))
+    assert (kept["most"], kept["between"]) == (100_080, 100_080)
+    assert (released["most"], released["between"]) == (41_840, 0)
+
+
+def test_what_one_rank_does_not_use_is_released_with_the_rest(results):
+    unused = results["release"]["unused"]
+    assert equal(unused[False], unused[True])
+
+
+def test_released_gradients_refuse_what_needs_them_later(results):
+    told = results["release"]["refusals"]
+    assert "got a second gradient before step()" in told["second backward"]
+    for case in ("ddp", "ddp, later"):
+        assert "gradients that DistributedDataParallel holds" in told[case], case
 
 
 def test_zero_without_registration_is_refused(results):

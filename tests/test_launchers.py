@@ -239,6 +239,14 @@ def under_both(folders, by_torchrun) -> dict[str, str]:
     jobs["Addax"] = (pretrain_fsdp2, dict(deepspeed_config=addax, micro_batch=10, accumulation=1))
     ipsgd = _config(folders, "ipsgd", clip="two_pass")
     jobs["two_pass"] = (pretrain_fsdp2, dict(deepspeed_config=ipsgd, accumulation=1))
+    for name in ("kept", "released"):
+        config = Path(_config(folders, "adam_mini", release_gradients=name == "released"))
+        config = config.rename(folders / f"adam_mini {name}.json")
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"gradient_clipping": "auto"}))
+        options = dict(deepspeed_config=str(config), accumulation=1, gradient_clipping=0.0)
+        jobs[name] = (pretrain_fsdp2, options)
+    jobs["released, accumulated"] = (pretrain_fsdp2, options | dict(accumulation=3))
+    jobs["released, clipped"] = (pretrain_fsdp2, options | dict(gradient_clipping=0.5))
     jobs["Lion"] = (pretrain_fsdp2, dict(deepspeed_config=adam_mini, optimizer="Lion"))
     runs = [
         (with_, PretrainOptions(output_dir=str(folders / name), **sizes | options))
@@ -269,6 +277,15 @@ def test_fsdp2_resumes_bit_for_bit(under_both, folders, run):
     assert (resumed / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
+def test_fsdp2_trains_alike_with_released_gradients(under_both, folders):
+    assert under_both["kept"] == under_both["released"] == ""
+    weights = [(folders / name / "model/model.safetensors").read_bytes() for name in ("kept", "released")]
+    assert weights[0] == weights[1]
+    kept, released = (read_metrics(folders / name)[-1] for name in ("kept", "released"))
+    assert kept["held_gib"]["gradients"] > 0 == released["held_gib"]["gradients"]
+    assert kept["grad_norm"] > 0 and released["grad_norm"] is None
+
+
 def test_fsdp2_in_bf16_with_checkpointing(under_both, folders, by_torchrun):
     """bf16 has 3 digits; the masters are saved."""
     assert under_both["bf16, checkpointing"] == ""
@@ -285,6 +302,12 @@ def test_fsdp2_in_bf16_with_checkpointing(under_both, folders, by_torchrun):
         ("offload", "offload_optimizer, .*offload_param.* is DeepSpeed's, and FSDP2 would not hear it"),
         ("Addax", "Addax has its batches divided by DeepSpeed's engine: run launch/pretrain.py"),
         ("two_pass", 'IPSGD with clip="two_pass" runs each batch twice'),
+        (
+            "released, accumulated",
+            "gradient_accumulation_steps=3, but AdamMini with release_gradients uses .* set it to 1 and "
+            "train_micro_batch_size_per_gpu to 12",
+        ),
+        ("released, clipped", "gradient_clipping=0.5, but AdamMini with release_gradients never .* set it to 0"),
         ("Lion", "optimizer Lion runs inside DeepSpeed alone: choose AdamW or AdamMini"),
     ],
 )

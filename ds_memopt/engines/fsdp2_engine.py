@@ -32,7 +32,7 @@ class Fsdp2Engine:
 
     module: a model after `shard`. optimizer: of its parameters; Addax, and IPSGD with clip="two_pass", would need
     closures. lr_scheduler: steps with the optimizer. accumulation: micro-batches per step. gradient_clipping: largest
-    norm of all gradients, or 0; without meaning for methods that hold no set of gradients. monitor: DeepSpeed's.
+    norm of all gradients, or 0; without meaning where no set of gradients is held. monitor: DeepSpeed's.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Fsdp2Engine:
         self.micro_steps += 1
         if self.micro_steps % self.accumulation:
             return
-        self._norm = self._clip()
+        self._norm = None if self.method.releases_gradients else self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.lr_scheduler.step()

@@ -209,12 +209,18 @@ NAMES: dict[str, dict[str, str]] = {
         "start_profile": "timing.py",
         "stop_profile": "timing.py",
     },
-    "torch.distributed.fsdp:FSDPModule": {"_get_fsdp_state": "shards/plain_placement.py: after a switch"},
+    "torch.distributed.fsdp:FSDPModule": {
+        "_get_fsdp_state": "shards/plain_placement.py: after a switch; what is reduced together"
+    },
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState": {
         "_fsdp_param_groups": "shards/plain_placement.py: those of it"
     },
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup": {
-        "_init_mp_dtypes": "shards/plain_placement.py: looks again at what requires gradients"
+        "_init_mp_dtypes": "shards/plain_placement.py: looks again at what requires gradients",
+        "fsdp_params": "shards/plain_placement.py: what is reduced together",
+    },
+    "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam": {
+        "sharded_param": "shards/plain_placement.py: the parameter that trains"
     },
     "torch.distributed.distributed_c10d": {
         "_get_default_store": "processes.py: where the first failure is told",

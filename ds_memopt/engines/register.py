@@ -104,6 +104,8 @@ def _do_optimizer_sanity_check(original, engine, optimizer):
     if family is not None:
         for feature in requested_features(engine):
             refuse(type(optimizer), feature)
+        if optimizer.releases_gradients:
+            refuse(type(optimizer), "release_gradients_under_zero")
         adapter = ADAPTERS[family](optimizer)
         set_adapter(engine, adapter)
         return adapter.check_optimizer(original, engine)

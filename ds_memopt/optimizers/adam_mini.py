@@ -17,13 +17,14 @@ from ds_memopt.optimizers.base.hyper_parameters import (
     VALUE_BLOCKS,
     hyper_parameter,
 )
+from ds_memopt.optimizers.block_state.gradient_release import ReleaseHyperParameters
 from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
 from ds_memopt.optimizers.block_state.storage import MOMENT, StateLayout, StorageHyperParameters
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamMiniHyperParameters(StorageHyperParameters):
-    """Those of AdamW, of storage, and two of Adam-mini's own."""
+class AdamMiniHyperParameters(ReleaseHyperParameters, StorageHyperParameters):
+    """Those of AdamW, of storage, release_gradients, and two of Adam-mini's own."""
 
     value_blocks: Literal["rows", "whole"] = hyper_parameter(
         "rows",

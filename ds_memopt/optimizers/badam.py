@@ -38,6 +38,7 @@ from ds_memopt.optimizers.block_state.storage import REMAINDER, Kept
 from ds_memopt.optimizers.gwt import GWT
 from ds_memopt.optimizers.rotation.visit_order import ORDERS, Rotation
 from ds_memopt.shards import Placement, is_first_rank, numel_of, trainable_parameters_changed
+from ds_memopt.support import refuse
 
 from .rotation.block_guard import BlockGuard
 
@@ -126,6 +127,8 @@ class BAdamHyperParameters(AdamHyperParameters):
                 f"base_options: masters={masters!r} is not for BAdam, of whose blocks one has masters at a time. Set "
                 "keep_residual to true to keep what rounding would drop."
             )
+        if options.get("release_gradients"):
+            refuse(BAdam, "release_gradients")
 
     @property
     def own_options(self) -> Mapping[str, Any]:

@@ -17,11 +17,11 @@ from ds_memopt.optimizers.base.hyper_parameters import (
     BETAS,
     LR,
     WEIGHT_DECAY,
-    HyperParameters,
     hyper_parameter,
     real,
 )
 from ds_memopt.optimizers.block_state.block_index import step_dtype
+from ds_memopt.optimizers.block_state.gradient_release import ReleaseHyperParameters
 from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
 from ds_memopt.optimizers.block_state.storage import ELEMENT, StateLayout
 from ds_memopt.shards import numel_of
@@ -32,8 +32,8 @@ of matrix, and for vectors the square of each element."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CAMEHyperParameters(HyperParameters):
-    """Those of AdamW but eps, and CAME's own."""
+class CAMEHyperParameters(ReleaseHyperParameters):
+    """Those of AdamW but eps, release_gradients, and CAME's own."""
 
     positional = ("lr", "betas", "weight_decay")
 

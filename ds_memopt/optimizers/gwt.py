@@ -36,6 +36,7 @@ from ds_memopt.optimizers.base.hyper_parameters import (
     patterns,
     real,
 )
+from ds_memopt.optimizers.block_state.gradient_release import ReleaseHyperParameters
 from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
 from ds_memopt.optimizers.block_state.storage import StateLayout, StorageHyperParameters
 from ds_memopt.shards import numel_of
@@ -63,8 +64,8 @@ LARGEST_RATIO = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
-class GWTHyperParameters(StorageHyperParameters):
-    """Those of AdamW, of storage, and GWT's own.
+class GWTHyperParameters(ReleaseHyperParameters, StorageHyperParameters):
+    """Those of AdamW, of storage, release_gradients, and GWT's own.
 
     Raises ValueError for a field that its rule does not accept, and for a dense_lr of more than 1e6 times lr.
     """

@@ -16,6 +16,7 @@ from ds_memopt.shards.plain_placement import (
     MasterCopyPlacement,
     PlainPlacement,
     check_contiguous,
+    reduced_together,
     trainable_parameters_changed,
 )
 from ds_memopt.shards.seams import Seams, SeamTable, is_first_rank, on_first_rank
@@ -46,6 +47,7 @@ __all__ = [
     "on_first_rank",
     "partition_each_parameter",
     "partition_flat_buffer",
+    "reduced_together",
     "reshard",
     "trainable_parameters_changed",
 ]

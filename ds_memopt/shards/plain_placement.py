@@ -149,6 +149,16 @@ def sharded_mesh_dim(tensor: DTensor, name: str) -> int | None:
     return split[0]
 
 
+def reduced_together(model: nn.Module) -> list[list[nn.Parameter]]:
+    """The sharded parameters of FSDP2 whose gradients it reduces, and makes known, together; none elsewhere."""
+    return [
+        [member.sharded_param for member in param_group.fsdp_params]
+        for module in model.modules()
+        if isinstance(module, FSDPModule)
+        for param_group in module._get_fsdp_state()._fsdp_param_groups
+    ]
+
+
 def trainable_parameters_changed(model: nn.Module) -> None:
     """Tell FSDP2, where it shards the model, that other parameters than before require gradients.
 

@@ -61,12 +61,30 @@ def fsdp2_settings(options: PretrainOptions, ranks: Ranks) -> Settings:
             f'{name} with clip="two_pass" runs each batch twice, which is not done here: take "tensor" or "none", or '
             "run launch/pretrain.py"
         )
+    if params.get("release_gradients"):
+        _check_release(settings, name)
     if name == "AdamW":
         params.pop("torch_adam", None)  # it is torch's
         if other := sorted({*params} - {*SHARED_HYPERPARAMETERS}):
             raise ValueError(f"{', '.join(other)} is no hyper-parameter of torch's AdamW: remove it")
     config = {key: value for key, value in config.items() if key in READ_KEYS}
     return replace(settings, config=config, facts=settings.facts | {"zero_stage": "FSDP2"})
+
+
+def _check_release(settings: Settings, name: str) -> None:
+    """ValueError for what needs all gradients at once, where the method frees each one in backward."""
+    accumulation, clipping = settings.accumulation, settings.config["gradient_clipping"]
+    if accumulation > 1:
+        raise ValueError(
+            f"gradient_accumulation_steps={accumulation}, but {name} with release_gradients uses each gradient up in "
+            "backward, at 1: set it to 1 and train_micro_batch_size_per_gpu to "
+            f"{accumulation * settings.micro_batch}, which with --gradient_checkpointing takes little more memory"
+        )
+    if clipping:
+        raise ValueError(
+            f"gradient_clipping={clipping}, but {name} with release_gradients never has all gradients, whose norm it "
+            "limits: set it to 0, or release_gradients to false"
+        )
 
 
 def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> Any:

@@ -32,6 +32,10 @@ class Capabilities:
     accumulates: ClassVar[bool] = True
     """Whether a step may have several micro-batches. False: each one is a step."""
 
+    releases_gradients: bool = False
+    """Whether this optimizer was told to use each gradient up inside backward and to free it: then there is no set of
+    gradients that could be clipped, and each micro-batch is a step."""
+
     rotates: ClassVar[bool] = False
     """Whether one block of parameters trains at a time. Such a method has `position`, `resume_at` and `go_to`."""
 

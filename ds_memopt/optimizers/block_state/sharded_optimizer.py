@@ -25,6 +25,7 @@ from ds_memopt.optimizers.base.named_optimizer import NamedOptimizer, asks_for_s
 from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_meaning
 from ds_memopt.optimizers.base.naming import check_current
 from ds_memopt.optimizers.block_state.block_index import BlockIndex, step_dtype
+from ds_memopt.optimizers.block_state.gradient_release import Active, GradientRelease
 from ds_memopt.optimizers.block_state.storage import (
     ELEMENT,
     REMAINDER,
@@ -119,6 +120,8 @@ class ShardedOptimizer(NamedOptimizer):
         self.roles: dict[str, ParamBlocks] = assign_blocks(model, self._value_blocks) if model is not None else {}
         self.structures: dict[str, dict[str, ParamBlocks]] = {}
         self._groups_of_entries: dict[str, dict[str, ParamBlocks]] = {}
+        self.releases_gradients = getattr(self.hyper, "release_gradients", False)
+        self._release: GradientRelease | None = None
         super().__init__(params, self.hyper.of_groups())
         self._rebuild_structures()
         tensors = [tensor for group in self.param_groups for tensor in group["params"]]
@@ -126,6 +129,8 @@ class ShardedOptimizer(NamedOptimizer):
         if is_first_rank():
             make_log_visible()
             self.log_structures()
+        if self.releases_gradients:
+            self._release = GradientRelease(self)
 
     def configure(self) -> None:
         """Take what is needed from the hyper-parameters. The parameters are not known yet."""
@@ -176,6 +181,8 @@ class ShardedOptimizer(NamedOptimizer):
             )
         if self.structures:
             self._rebuild_structures()
+        if self._release is not None:
+            self._release.watch([len(self.param_groups) - 1])
 
     def bind(self, placement: Placement) -> None:
         super().bind(placement)
@@ -200,22 +207,33 @@ class ShardedOptimizer(NamedOptimizer):
             for tensor, name in zip(group["params"], self.placement.names(group), strict=True)
             if tensor.requires_grad or tensor.grad is not None
         ]
-        if active:
-            tensors, names, groups = zip(*active, strict=True)
-            indexes = self._index(tensors, names)
-            fresh = not self.bound and not any(self.state.values())
-            gradients = {number: tensor.grad for number, tensor in enumerate(tensors) if tensor.grad is not None}
-            for number, gradient in gradients.items():
-                if gradient.is_sparse:
-                    raise ValueError(
-                        f"{names[number]} has a sparse gradient, but {type(self).__name__} needs dense ones. Build the "
-                        "embedding with sparse=False."
-                    )
-                if not self.state[tensors[number]]:
-                    self._init_state(tensors[number], indexes, number)
-            if not (fresh and asks_for_state(self)):
-                self._update_kept(self._call(tensors, gradients, groups, indexes))
+        only_state = not self.bound and not any(self.state.values()) and asks_for_state(self)
+        for part in [active] if self._release is None else self._release.left(active):
+            self.step_on(part, only_state)
         return loss
+
+    def step_on(self, active: Active, only_state: bool = False) -> None:
+        """Make the step of some tensors that train, or only their state; those without a gradient take part in sums."""
+        if not active:
+            return
+        tensors, names, groups = zip(*active, strict=True)
+        indexes = self._index(tensors, names)
+        gradients = {number: tensor.grad for number, tensor in enumerate(tensors) if tensor.grad is not None}
+        for number, gradient in gradients.items():
+            if gradient.is_sparse:
+                raise ValueError(
+                    f"{names[number]} has a sparse gradient, but {type(self).__name__} needs dense ones. Build the "
+                    "embedding with sparse=False."
+                )
+            if not self.state[tensors[number]]:
+                self._init_state(tensors[number], indexes, number)
+        if not only_state:
+            self._update_kept(self._call(tensors, gradients, groups, indexes))
+
+    def release(self) -> None:
+        super().release()
+        if self._release is not None:
+            self._release.remove()
 
     def _update_kept(self, call: OptimizerCall) -> None:
         """`update`, with what is kept in fewer bits unpacked before, and packed again after it."""
