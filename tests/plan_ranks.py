@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import torch
 from tiny import ds_config, initialize, llama, local
+from torch.optim.lr_scheduler import LambdaLR
 
-from ds_memopt.engines.held_bytes import gradient_bytes, held_bytes
+from ds_memopt.engines.fsdp2_engine import Fsdp2Engine, shard
+from ds_memopt.engines.held_bytes import bytes_of, gradient_bytes, held_bytes
 from ds_memopt.measure import CommunicationMeter
+from ds_memopt.optimizers import METHODS as OURS
 
 SIZES = {"hidden_size": 45, "num_hidden_layers": 3, "num_attention_heads": 15}
 """Of which no parameter divides by the ranks, and not the sum of them."""
 METHODS = {
     "AdamW": {},
     "AdamMini": {},
+    "AdamMini, release": {"release_gradients": True},
     "GWT": {},
+    "GWT, release": {"release_gradients": True},
     "GWT, adam_mini": {"base": "adam_mini"},
     "BAdam": {"order": "ascending", "start_block": 1},
     "BAdam, adam_mini": {"base": "adam_mini", "order": "descending"},
@@ -36,7 +41,9 @@ PLACEMENTS = {
     # A layer has 28,745 elements: as in a model of usual size it stays gathered for both signs.
     "zero3, a layer": {"stage": 3, **SMALL, "stage3_max_reuse_distance": 30000},
     "zero3, all": {"stage": 3, **SMALL},
+    "fsdp2": {"stage": "FSDP2"},
 }
+UNDER_FSDP2 = ("AdamW", "AdamMini", "AdamMini, release", "GWT", "GWT, release")
 FP32 = [("AdamW", "zero2"), ("AdamMini", "zero3"), ("GWT", "zero0"), ("IPSGD", "zero1")]
 """Tried in fp32 as well."""
 FEW = ("zero1", "zero3, a layer")
@@ -46,11 +53,17 @@ FEW = ("zero1", "zero3, a layer")
 def cases(ranks: int) -> list[tuple[str, str, str]]:
     """(method, placement, dtype). To save time, options and more ranks, which change sizes alone, under few placements,
     and the longest distance for one method of each way through the model."""
+    under_fsdp2 = [(method, "fsdp2", "bf16") for method in UNDER_FSDP2]
+    in_zero = [method for method in METHODS if not METHODS[method].get("release_gradients")]
     if ranks > 2:
-        return [(method, placement, "bf16") for method in METHODS if "," not in method for placement in FEW]
-    tried = [(method, placement) for method in METHODS for placement in (FEW if "," in method else PLACEMENTS)]
+        few = [(method, placement, "bf16") for method in in_zero if "," not in method for placement in FEW]
+        return few + under_fsdp2
+    stages = [placement for placement in PLACEMENTS if placement != "fsdp2"]
+    tried = [(method, placement) for method in in_zero for placement in (FEW if "," in method else stages)]
     left_out = [(method, "zero3, all") for method in ("AdamMini", "GWT", "IPSGD")]
-    return [(*case, "bf16") for case in tried if case not in left_out] + [(*case, "fp32") for case in FP32]
+    return [
+        *((*case, "bf16") for case in tried if case not in left_out), *((*case, "fp32") for case in FP32), *under_fsdp2,
+    ]  # fmt: skip
 
 
 def type_of(method: str) -> str:
@@ -70,7 +83,33 @@ def halves(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
 
 
+class GradientsAlive:
+    """most: bytes of gradients that were there at once when one more was complete. Built before the optimizer."""
+
+    def __init__(self, model) -> None:
+        self.parameters, self.most = list(model.parameters()), 0
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(self.look)
+
+    def look(self, _) -> None:
+        self.most = max(self.most, bytes_of(p.grad for p in self.parameters if p.grad is not None))
+
+
+def under_fsdp2(method: str) -> dict:
+    model = llama(**SIZES)
+    shard(model, bf16=True)
+    alive = GradientsAlive(model)
+    if method == "AdamW":
+        optimizer = torch.optim.AdamW(param_groups(model), lr=1e-4)
+    else:
+        optimizer = OURS[type_of(method)].from_model(model, param_groups(model), lr=1e-4, **METHODS[method])
+    engine = Fsdp2Engine(model, optimizer, LambdaLR(optimizer, lambda _: 1.0), 1, 0.0, None)
+    return measured_in(engine, torch.device("cpu"), method) | {"most": alive.most}
+
+
 def measured(method: str, placement: str, dtype: str) -> dict:
+    if placement == "fsdp2":
+        return under_fsdp2(method)
     model, zero = llama(**SIZES), PLACEMENTS[placement]
     bf16 = {"bf16": {"enabled": dtype == "bf16"}}
     config = ds_config(zero["stage"], type_of(method), {"lr": 1e-4} | METHODS[method], **bf16)
@@ -78,18 +117,24 @@ def measured(method: str, placement: str, dtype: str) -> dict:
     engine = initialize(model, config, model_parameters=param_groups(model))
     # Until states are there, and ZeRO-3 has traced a step; these try a step in two passes first.
     traced = 5 if type_of(method) in ("MeZO", "Addax") else 3
-    steps = local(traced if zero["stage"] == 3 else 2)
+    result = measured_in(engine, engine.device, method, traced if zero["stage"] == 3 else 2)
+    engine.destroy()
+    return result
+
+
+def measured_in(engine, device: torch.device, method: str, number_of_steps: int = 2) -> dict:
+    steps = local(number_of_steps)
     batches = [halves(batch) if method == "Addax" else {"input_ids": batch, "labels": batch} for batch in steps]
     meter = CommunicationMeter()
     for number, batch in enumerate(batches):
         if number == len(batches) - 1:
             meter.start()
         engine.backward(engine(**batch).loss)
-        gradients = gradient_bytes(engine, engine.device)
+        gradients = gradient_bytes(engine, device)
         engine.step()
     meter.stop()
-    held = held_bytes(engine, engine.device)
-    result = {
+    held = held_bytes(engine, device)
+    return {
         "weights": held.pop("weights"),
         "masters": held.pop("masters"),
         "gradients": gradients,
@@ -97,8 +142,6 @@ def measured(method: str, placement: str, dtype: str) -> dict:
         "sent": {name: traffic.sent_bytes for name, traffic in meter.by_collective().items()},
         "block": getattr(engine.basic_optimizer, "active_block", None),
     }
-    engine.destroy()
-    return result
 
 
 def everything(ranks: int) -> dict:

@@ -79,6 +79,16 @@ def test_a_rank_sends_what_is_predicted(runs):
     assert wrong == {}
 
 
+@pytest.mark.parametrize("method", ["AdamMini", "GWT"])
+def test_released_gradients_are_those_of_a_layer_at_most(runs, method):
+    """Measured in backward, whenever a gradient is complete, to the byte; all of them without release."""
+    for rank, by_case in enumerate(runs):
+        (kept, held), (freed, released) = (by_case[name, "fsdp2", "bf16"] for name in (method, f"{method}, release"))
+        assert kept["most"] == kept["gradients"] == held.gradients, rank
+        assert freed["gradients"] == released.gradients == 0, rank
+        assert freed["most"] == released.backward - held.backward < 0.4 * held.gradients, rank
+
+
 def test_the_comparison_tells_wrong_predictions_apart(runs):
     """One block of state, one padded element of a rank, or one matrix that is sent once more."""
     by_case = runs[0]
@@ -149,6 +159,9 @@ def test_badam_keeps_residuals_of_all_blocks():
     [
         ({"method": "Adam"}, "method='Adam' is out of range: it must be one of AdamW, AdamMini"),
         ({"stage": 4}, "stage=4 is out of range"),
+        ({"stage": "FSDP2", "method": "BAdam"}, "stage='FSDP2' is out of range: it must be one of 0, 1, 2, 3"),
+        ({"stage": "FSDP2", "zero": {"overlap_comm": True}}, "it must be left out with FSDP2"),
+        ({"options": {"release_gradients": True}}, "Set release_gradients to false, or use FSDP2"),
         ({"ranks": 0}, "ranks=0 is out of range"),
         ({"rank": 2}, "rank=2 is out of range: it must be from 0 to 1"),
         ({"dtype": "int8"}, "dtype='int8' is out of range"),
@@ -239,6 +252,22 @@ def test_gains_are_those_of_the_formula():
     told = {name.strip(): int(size.replace(",", "")) for name, size in (line.rsplit(None, 1) for line in kinds[1:])}
     assert told["state exp_avg"] == told["masters"] == mini.prediction.masters
     assert told["of that for shared blocks"] == mini.prediction.seams
+
+
+def test_a_config_that_releases_gradients_is_planned_under_fsdp2(tmp_path, capsys):
+    file, best = tmp_path / "released.json", tmp_path / "best.json"
+    file.write_text(
+        json.dumps({"optimizer": {"type": "AdamMini", "params": {"lr": "auto", "release_gradients": True}}})
+    )
+    arguments = ["plan", "--model", "tiny", "--gpus", "2", "--gpu_memory", "16GB", "--seq_length", "128"]
+    assert main([*arguments, "--optimizer", str(file), "--output", str(best), "--by_kind"]) == 0
+    printed = capsys.readouterr().out
+    assert "Recommended: released at FSDP2" in printed and "released at FSDP2, bytes of a rank" in printed
+    plan = predict(built_tiny(), "AdamMini", {"release_gradients": True}, stage="FSDP2", ranks=2)
+    assert f"{'besides, forward and backward':>32} {plan.backward:>18,}" in printed
+    config = load_config(str(best))
+    assert config["gradient_accumulation_steps"] == 1 and config["gradient_clipping"] == 0.0
+    assert config["optimizer"]["params"]["release_gradients"] and "zero_optimization" not in config
 
 
 def built_tiny():

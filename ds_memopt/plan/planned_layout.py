@@ -1,4 +1,4 @@
-"""Where ZeRO would lay parameters on ranks that do not exist, with tensors that hold nothing (the meta device).
+"""Where ZeRO and FSDP2 would lay parameters on ranks that do not exist, with tensors that hold nothing (meta device).
 
 What follows DeepSpeed was checked against 0.19.8: the alignment of ZeRO-1 and 2's flat buffers
 (DeepSpeedZeroOptimizer.nccl_start_alignment_factor), the pieces and sub-groups of ZeRO-3
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -17,7 +18,7 @@ from torch import nn
 
 from ds_memopt.blocks import full_shape
 from ds_memopt.shards import PlainPlacement, RankBorders, SplitShards, partition_each_parameter, partition_flat_buffer
-from ds_memopt.shards.layout import FlatPlacement
+from ds_memopt.shards.layout import FlatPlacement, Interval, numel_of
 from ds_memopt.shards.plain_placement import Cut
 
 ALIGNMENT = 2
@@ -27,11 +28,16 @@ Member = tuple[str | None, int]
 """Name and elements of a parameter; one without a name is lent to ZeRO and never trained."""
 
 
+FSDP2 = "FSDP2"
+Stage = Literal[0, 1, 2, 3, "FSDP2"]
+"""Of ZeRO, or FSDP2 in the place of ZeRO."""
+
+
 @dataclass(frozen=True)
 class PlannedRank:
-    """Rank `rank` of `count` at a ZeRO stage, with DeepSpeed's options of it."""
+    """Rank `rank` of `count` at a ZeRO stage, with DeepSpeed's options of it, or under FSDP2."""
 
-    stage: int
+    stage: Stage
     count: int
     rank: int
     zero: DeepSpeedZeroConfig
@@ -39,6 +45,10 @@ class PlannedRank:
     def piece(self, numel: int) -> int:
         """Elements of a parameter on each rank where it is cut into equal pieces, the last ones padded."""
         return -(-numel // self.count)
+
+    def piece_of_rows(self, shape: Sequence[int]) -> int:
+        """Elements of a parameter on each rank where it is cut into equal numbers of rows, the last ones padded."""
+        return self.piece(shape[0]) * numel_of(shape[1:])
 
     def padded(self, numel: int) -> int:
         return self.piece(numel) * self.count
@@ -105,6 +115,36 @@ class WholeMasters(PlainPlacement):
             for group in optimizer.param_groups
         ]
         self.gradient_elements = sum(p.numel() for masters in self.by_group for p in masters)
+
+
+class PlannedRows(PlainPlacement):
+    """FSDP2: the rows that a rank has of every parameter of an optimizer, on tensors of whole parameters.
+
+    gradient_elements: of all gradients, with the rows by which the last ones are padded.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, ranks: PlannedRank) -> None:
+        self.ranks, self.gradient_elements = ranks, 0
+        self._held: dict[torch.Tensor, Interval] = {}
+        for group in optimizer.param_groups:
+            trained = self.named_tensors([group])
+            group["params"], group["param_names"] = [p for p, _ in trained], [name for _, name in trained]
+            for parameter, name in trained:
+                parameter.grad = torch.empty_like(parameter)
+                self._held[parameter] = self._held[parameter.grad] = self.interval(parameter, name)
+                self.gradient_elements += ranks.piece_of_rows(parameter.shape)
+        self.by_group = [group["params"] for group in optimizer.param_groups]
+
+    def cut(self, tensor: torch.Tensor, name: str) -> Cut:
+        return Cut(tensor.numel(), self.ranks.piece_of_rows(tensor.shape), self.ranks.rank, None)
+
+    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+        held, flat = self._held.get(tensor), super().local(tensor)
+        return flat if held is None else flat[held.start : held.start + held.length]
+
+    def new_state(self, tensor: torch.Tensor, lengths: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
+        # As a DTensor: those of blocks are padded to the rank that has most.
+        return torch.zeros(self._held[tensor].length if lengths is None else lengths[1], dtype=dtype, device="meta")
 
 
 class PlannedShards(SplitShards):

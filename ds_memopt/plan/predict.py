@@ -1,4 +1,4 @@
-"""What a rank holds and sends under a method and a ZeRO stage, from the model's shapes alone.
+"""What a rank holds and sends under a method and a ZeRO stage, or FSDP2, from the model's shapes alone.
 
 States are not computed by formula: the method's own optimizer makes a step on tensors that hold nothing (the meta
 device), laid as ZeRO would lay them, and what it then has is counted. So is what it sends for blocks that ranks share.
@@ -25,9 +25,19 @@ from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.optimizers.base.hyper_parameters import check_range
 from ds_memopt.plan import gather
 from ds_memopt.plan.bytes_moved import BytesMoved
-from ds_memopt.plan.planned_layout import FlatPartitions, PlannedRank, PlannedShards, WholeMasters, meta_twin
+from ds_memopt.plan.planned_layout import (
+    FSDP2,
+    FlatPartitions,
+    PlannedRank,
+    PlannedRows,
+    PlannedShards,
+    Stage,
+    WholeMasters,
+    meta_twin,
+)
 from ds_memopt.shards import Seams
 from ds_memopt.shards.gradients import BUCKET
+from ds_memopt.support import refuse
 from ds_memopt.train.config import DTYPES
 
 RULES: dict[str, type[NamedOptimizer]] = {"AdamW": AdamW} | METHODS
@@ -78,7 +88,7 @@ def predict(
     method: str,
     options: Mapping[str, Any] | None = None,
     *,
-    stage: int,
+    stage: Stage,
     ranks: int,
     rank: int = 0,
     dtype: str = "bf16",
@@ -90,7 +100,8 @@ def predict(
     """What rank `rank` of `ranks` holds and sends.
 
     model: on any device, the meta device too; it is not changed. method: "AdamW" or one of ours, with its `options` as
-        in a ds_config. stage: of ZeRO, 0 to 3. dtype: of weights and gradients: "bf16", "fp16" or "fp32".
+        in a ds_config. stage: of ZeRO, 0 to 3, or "FSDP2" as in our job: weights and gradients in fp32, each layer
+        a unit. dtype: of weights and gradients, with FSDP2 of gathered weights: "bf16", "fp16" or "fp32".
     zero: more of the ds_config's "zero_optimization". Other keys of the ds_config are taken to have their defaults.
     params: param groups of the model's parameters, or names by group; None: two groups, of matrices and of all else.
     block: of BAdam's blocks the one that trains; None: the largest, and of equal ones the first, below which backward
@@ -102,16 +113,18 @@ def predict(
     Left out of `sent`: flags, losses and norms, some hundred bytes.
 
     Raises ValueError for an unknown method, stage, dtype or block, for a rank that is none, for options that the method
-    refuses, and for offload, whose memory is not a GPU's.
+    refuses, also with that stage, and for offload, whose memory is not a GPU's.
     """
     _check(method, stage, ranks, rank, dtype)
-    config = DeepSpeedZeroConfig(**{**(zero or {}), "stage": stage})
+    fsdp2 = stage == FSDP2
+    check_range("zero", zero, not (fsdp2 and zero), "left out with FSDP2", "It is of a ds_config's zero_optimization.")
+    config = DeepSpeedZeroConfig(**{**(zero or {}), "stage": 3 if fsdp2 else stage})
     if config.offload_optimizer is not None or config.offload_param is not None:
         raise ValueError(
             "offload is not predicted: what it moves is held by the CPU. Take it out of zero_optimization."
         )
     place = PlannedRank(stage, ranks, rank, config)
-    twin = meta_twin(model, DTYPES[dtype])
+    twin = meta_twin(model, torch.float32 if fsdp2 else DTYPES[dtype])
     own = dict(options or {}) | RULES[method].accepted({"compiled": False})
     with _silent():
         optimizer = RULES[method].from_model(twin, _groups_of(model, twin, params), **own)
@@ -119,6 +132,10 @@ def predict(
         return _Rotation(optimizer, twin, place, checkpointing, block).predict()
     if block is not None:
         raise ValueError(f"block={block!r} is given, but {method} trains all blocks at once.")
+    if fsdp2:
+        return _Fsdp2(optimizer, twin, place, checkpointing, DTYPES[dtype]).predict()
+    if optimizer.releases_gradients:
+        refuse(type(optimizer), "release_gradients_under_zero")
     planned = _StoredWeights if optimizer.writes_weights else _FlatPartitions
     return planned(optimizer, twin, place, checkpointing).predict()
 
@@ -230,13 +247,13 @@ class _FlatPartitions(_Planned):
         fused = super().step_bytes()
         return self.of_operators.total if fused is None else fused
 
-    def _step(self, layout: FlatPartitions | WholeMasters) -> int:
+    def _step(self, layout: FlatPartitions | WholeMasters | PlannedRows) -> int:
         """Make a step with all states; returns the bytes that are summed over the ranks."""
         optimizer, sums = self.optimizer, []
         for group, tensors in zip(optimizer.param_groups, layout.by_group, strict=True):
             group["params"] = tensors
             for tensor in tensors:
-                tensor.grad = torch.empty_like(tensor)
+                tensor.grad = torch.empty_like(tensor) if tensor.grad is None else tensor.grad
         optimizer.bind(layout)
         with mock.patch.object(Seams, "begin_sum", lambda _, slots: lambda: sums.append(slots.nbytes)):
             optimizer.step()  # which makes the states
@@ -246,6 +263,49 @@ class _FlatPartitions(_Planned):
         if sums:
             self.send("all_reduce", sum(sums))
         return sum(sums)
+
+
+class _Fsdp2(_FlatPartitions):
+    """Of the methods that step on the rows of fp32 weights. dtype: in which weights are gathered."""
+
+    def __init__(
+        self, optimizer: Any, model: nn.Module, place: PlannedRank, checkpointing: bool, dtype: torch.dtype
+    ) -> None:
+        super().__init__(optimizer, model, place, checkpointing)
+        self.gathered_itemsize = dtype.itemsize
+
+    def predict(self) -> Prediction:
+        optimizer, place = self.optimizer, self.place
+        rows = {name: place.piece_of_rows(p.shape) for name, p in bare_parameters(self.model).items()}
+        layout = PlannedRows(optimizer, place)
+        trained = set(optimizer.names_by_tensor().values())
+        *layers, root = self._units()
+        layers = [{name: rows[name] for name in unit} for unit in layers]
+        root = {name: rows[name] for name in root}
+        in_layers, in_root = sum(sum(unit.values()) for unit in layers), sum(root.values())
+        # The root stays gathered from forward to backward.
+        self.send("all_gather", (2 * in_layers + in_root) * place.count * self.gathered_itemsize)
+        self.send("reduce_scatter", layout.gradient_elements * place.count * self.itemsize)
+        seams, released = self._step(layout), optimizer.releases_gradients
+        largest = max((sum(unit.values()) for unit in layers), default=0)
+        reduced = max(sum(size for name, size in unit.items() if name in trained) for unit in (*layers, root))
+        gathered = (in_root + 2 * largest) * place.count * self.gathered_itemsize
+        on_their_way = reduced * place.count * (self.gathered_itemsize + self.itemsize)
+        return self.prediction(
+            weights=sum(rows.values()) * self.itemsize + sum(buffer.nbytes for buffer in self.model.buffers()),
+            masters=0,
+            gradients=0 if released else layout.gradient_elements * self.itemsize,
+            states=state_bytes(optimizer),
+            backward=gathered + on_their_way + (reduced * self.itemsize if released else 0),
+            step=0,
+            seams=seams,
+        )
+
+    def _units(self) -> list[list[str]]:
+        """The parameters of each layer, and of the model besides."""
+        layers = [f"{layer}." for layer in _layers(self.model)]
+        units = [[name for name in self.numels if name.startswith(layer)] for layer in layers]
+        return [*units, [name for name in self.numels if not name.startswith(tuple(layers))]]
 
 
 class _Rotation(_FlatPartitions):
@@ -349,10 +409,11 @@ class _StoredWeights(_Planned):
             return False
 
 
-def _check(method: str, stage: int, ranks: int, rank: int, dtype: str) -> None:
+def _check(method: str, stage: Stage, ranks: int, rank: int, dtype: str) -> None:
     """Raise ValueError for an argument that is none of those known."""
     check_range("method", method, method in RULES, f"one of {', '.join(RULES)}", "Write it as in a ds_config.")
-    check_range("stage", stage, stage in (0, 1, 2, 3), "0, 1, 2 or 3", "It is that of ZeRO.")
+    stages = (0, 1, 2, 3, FSDP2) if RULES[method].family == "block state" else (0, 1, 2, 3)
+    check_range("stage", stage, stage in stages, f"one of {', '.join(map(str, stages))}", "They are ZeRO's, or FSDP2.")
     check_range("dtype", dtype, dtype in DTYPES, f"one of {', '.join(DTYPES)}", "'bf16' is usual.")
     whole = isinstance(ranks, int) and ranks >= 1
     check_range("ranks", ranks, whole, "an integer >= 1", "Give the number of GPUs.")

@@ -17,6 +17,7 @@ from ds_memopt.measure import GIB, MEMORY_BANDWIDTH, MIB
 from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.optimizers.base.hyper_parameters import check_range
 from ds_memopt.plan.activations import Activations, measure_activations
+from ds_memopt.plan.planned_layout import FSDP2, Stage
 from ds_memopt.plan.predict import DTYPES, RULES, Prediction, predict
 from ds_memopt.results.record import write_json
 from ds_memopt.train.config import AUTO, load_config
@@ -36,7 +37,7 @@ A sequence's activations: {plain:.2f}, with checkpointing {checkpointed:.2f}; it
 besides: buckets, gathered weights, gradients on their way. batch, checkp.: the largest micro-batch that fits, without
 and with activation checkpointing; "-" where none does. BAdam: while its largest block trains.
 gain: how many times fewer bytes a sequence costs on the wire, in the largest micro-batch, than with AdamW at the stage
-where that sends least.
+where that sends least. FSDP2: weights and gradients in fp32, with release_gradients.
 """
 FASTER = """\
 faster: a step for a sequence, than AdamW's where that is fastest, if GPUs keep {tflops:g} TFLOP/s, send {bandwidth} a \
@@ -61,12 +62,17 @@ class Candidate:
     name: str
     method: str
     options: Mapping[str, Any]
-    stage: int
+    stage: Stage
     zero: Mapping[str, Any]
     prediction: Prediction
     micro_batch: int
     checkpointed: int
     flops: float | None
+
+    @property
+    def placement(self) -> str:
+        """In words."""
+        return self.stage if self.stage == FSDP2 else f"ZeRO-{self.stage}"
 
     @property
     def batch(self) -> int:
@@ -127,7 +133,7 @@ def compare_methods(
     methods: Iterable[str] = NEAREST_TO_ADAMW_FIRST,
     dtype: str = "bf16",
 ) -> Comparison:
-    """Every method at every stage.
+    """Every method at every stage, or with release_gradients under FSDP2.
 
     methods: types, with the options that they have by default, or paths of ds_configs whose optimizer block is taken.
     model: a preset, a folder with a Hugging Face config.json, or such a configuration. gpus: ranks. gpu_memory: bytes
@@ -154,13 +160,14 @@ def compare_methods(
     zero = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": bucket}
     rows = []
     for name, method, options in named:
-        for stage in STAGES:
-            prediction = predict(built, method, options, stage=stage, ranks=gpus, dtype=dtype, zero=zero)
+        for stage in (FSDP2,) if options.get("release_gradients") else STAGES:
+            of_zero = {} if stage == FSDP2 else zero
+            prediction = predict(built, method, options, stage=stage, ranks=gpus, dtype=dtype, zero=of_zero)
             fits = [
                 _largest(prediction, _needed(method, needs, kind), gpu_memory) for kind in ("plain", "checkpointed")
             ]
             per_sequence = None if isinstance(flops, str) else flops.per_token * seq_length
-            rows.append(Candidate(Path(name).stem, method, options, stage, zero, prediction, *fits, per_sequence))
+            rows.append(Candidate(Path(name).stem, method, options, stage, of_zero, prediction, *fits, per_sequence))
     logits = 4 * seq_length * config.get_text_config().vocab_size
     return Comparison(rows, needs["plain"].first, needs["checkpointed"].first, logits)
 
@@ -251,7 +258,7 @@ def details(rows: Sequence[Candidate]) -> str:
     lines = []
     for row in rows:
         p = row.prediction
-        lines.append(f"{row.name} at ZeRO-{row.stage}, bytes of a rank")
+        lines.append(f"{row.name} at {row.placement}, bytes of a rank")
         kinds = {"weights and buffers": p.weights, "masters": p.masters, "gradients": p.gradients}
         kinds |= {f"state {name}": size for name, size in p.states.items()}
         kinds |= {"besides, forward and backward": p.backward, "besides, step": p.step}
@@ -265,18 +272,18 @@ def details(rows: Sequence[Candidate]) -> str:
 def ds_config(row: Candidate, dtype: str = "bf16") -> dict[str, Any]:
     """What to run a row with; learning rate and schedule are left "auto"."""
     adam = ("lr", "betas", "eps", "weight_decay")
-    in_place = method_of(row.method).writes_weights
+    no_set = method_of(row.method).writes_weights or row.options.get("release_gradients", False)
     return {
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": row.batch,
-        "gradient_accumulation_steps": 1 if in_place else "auto",
-        "gradient_clipping": 0.0 if in_place else 1.0,
+        "gradient_accumulation_steps": 1 if no_set else "auto",
+        "gradient_clipping": 0.0 if no_set else 1.0,
         "optimizer": {
             "type": row.method,
             "params": RULES[row.method].accepted(dict.fromkeys(adam, AUTO)) | row.options,
         },
         "bf16": {"enabled": dtype == "bf16"},
-        "zero_optimization": {"stage": row.stage, **row.zero},
+        **({} if row.stage == FSDP2 else {"zero_optimization": {"stage": row.stage, **row.zero}}),
     }
 
 
@@ -325,7 +332,7 @@ def run(
             raise ValueError(f"nothing fits, so {output} is not written. Use more GPUs or shorter sequences.")
         return
     checkpointing = "" if best.micro_batch else " with activation checkpointing"
-    print(f"\nRecommended: {best.name} at ZeRO-{best.stage}, micro-batches of {best.batch}{checkpointing}.")
+    print(f"\nRecommended: {best.name} at {best.placement}, micro-batches of {best.batch}{checkpointing}.")
     print("Of the methods that fit it is the nearest to AdamW, and at this stage it sends least for each sequence.")
     if output:
         write_json(output, ds_config(best, dtype))
