@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from release_ranks import GradientsAlive
 from tiny import ds_config, initialize, llama, local
 from torch.optim.lr_scheduler import LambdaLR
 
 from ds_memopt.engines.fsdp2_engine import Fsdp2Engine, shard
-from ds_memopt.engines.held_bytes import bytes_of, gradient_bytes, held_bytes
+from ds_memopt.engines.held_bytes import gradient_bytes, held_bytes
 from ds_memopt.measure import CommunicationMeter
 from ds_memopt.optimizers import METHODS as OURS
 
@@ -81,18 +82,6 @@ def halves(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     mask = torch.ones_like(tokens)
     mask[::3, 8:] = 0
     return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
-
-
-class GradientsAlive:
-    """most: bytes of gradients that were there at once when one more was complete. Built before the optimizer."""
-
-    def __init__(self, model) -> None:
-        self.parameters, self.most = list(model.parameters()), 0
-        for parameter in self.parameters:
-            parameter.register_post_accumulate_grad_hook(self.look)
-
-    def look(self, _) -> None:
-        self.most = max(self.most, bytes_of(p.grad for p in self.parameters if p.grad is not None))
 
 
 def under_fsdp2(method: str) -> dict:

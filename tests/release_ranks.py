@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from ds_memopt.engines.held_bytes import bytes_of
 from ds_memopt.measure import CommunicationMeter
 from ds_memopt.optimizers import METHODS
 
@@ -71,16 +72,18 @@ def cut(optimizer) -> dict[str, int]:
 
 
 class GradientsAlive:
-    """Bytes of gradients, the most that were there when one more was complete."""
+    """most: bytes of gradients that were there at once when one more was complete. Built before the optimizer."""
 
     def __init__(self, model) -> None:
         self.parameters, self.most, self.between = list(model.parameters()), 0, 0
-        for p in self.parameters:
-            p.register_post_accumulate_grad_hook(lambda _: setattr(self, "most", max(self.most, self.now())))
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(self.look)
+
+    def look(self, _) -> None:
+        self.most = max(self.most, self.now())
 
     def now(self) -> int:
-        held = (local_of(p.grad).untyped_storage() for p in self.parameters if p.grad is not None)
-        return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+        return bytes_of(p.grad for p in self.parameters if p.grad is not None)
 
 
 def refusal(call, *arguments, **options) -> str:
