@@ -253,7 +253,7 @@ class ShardedOptimizer(NamedOptimizer):
         storage.keep_masters(call.parameters, masters)
 
     def _storage(self, call: OptimizerCall) -> Storage:
-        packings = packings_of(self.states, call.states, call.indexes, self.structures)
+        packings = packings_of(self.states, self.kept, call.states, call.indexes, self.structures)
         remainders = {number: kept[REMAINDER] for number, kept in call.states.items() if REMAINDER in kept}
         segments = {number: segments_of(ELEMENT, call.indexes, self.structures, number) for number in remainders}
         packed = packings or remainders
@@ -402,7 +402,7 @@ class ShardedOptimizer(NamedOptimizer):
                 continue
             indexes = self._index((tensor,), (name,))
             kept = self._local_state(tensor, indexes, 0)
-            packings = packings_of(self.states, {0: kept}, indexes, self.structures)
+            packings = packings_of(self.states, self.kept, {0: kept}, indexes, self.structures)
             unpacked = Unpacked.of(packings, kept.get(REMAINDER))
             yield list(self._parts_of(kept | unpacked.values, indexes)), unpacked
 

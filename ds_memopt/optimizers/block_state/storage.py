@@ -166,27 +166,27 @@ def element_blocks(blocks: ParamBlocks) -> ParamBlocks:
 
 def packings_of(
     states: Mapping[str, StateLayout],
-    kept: Mapping[int, Mapping[str, torch.Tensor]],
+    kept: Mapping[str, Kept],
+    tensors: Mapping[int, Mapping[str, torch.Tensor]],
     indexes: Mapping[str, BlockIndex],
     structures: Mapping[str, Mapping[str, ParamBlocks]],
 ) -> dict[str, Packing]:
     """For each state that the step sees otherwise than it is kept, how it is kept.
 
-    kept: local tensors by number of tensor and key. First moments of one entry per element may be in bf16: kernels take
-    them so.
+    tensors: local ones, by number and key; of none, too, maxima are completed. First moments of one entry per element
+    may be in bf16: kernels take them so.
     """
-    keys = next(iter(kept.values()), {})
     packings = {}
     for probe, (key, layout) in enumerate(states.items(), REMAINDER_PROBE + 1):
-        coded = code_key(key) in keys
-        if not coded and (keys[key].dtype != torch.bfloat16 or layout == MOMENT):
+        coded = code_key(key) in kept
+        if not coded and (kept[key].dtype != torch.bfloat16 or layout == MOMENT):
             continue
         groups = indexes[scale_key(key)] if coded else None
         packings[key] = Packing(
-            kept={number: of_tensor[code_key(key) if coded else key] for number, of_tensor in kept.items()},
-            segments={number: segments_of(layout, indexes, structures, number, groups) for number in kept},
+            kept={number: of_tensor[code_key(key) if coded else key] for number, of_tensor in tensors.items()},
+            segments={number: segments_of(layout, indexes, structures, number, groups) for number in tensors},
             probe=probe,
-            scales={number: of_tensor[scale_key(key)] for number, of_tensor in kept.items()} if coded else None,
+            scales={number: of_tensor[scale_key(key)] for number, of_tensor in tensors.items()} if coded else None,
             groups=groups,
             nearest=layout.code == "signed",
         )
