@@ -40,12 +40,9 @@ def check() -> None:
 
 
 def reason_against(tensors: list[torch.Tensor]) -> str:
-    for tensor in tensors:
-        if tensor.dtype not in DTYPES:
-            return f"{str(tensor.dtype).removeprefix('torch.')} on a CPU"
-        if not tensor.is_contiguous():
-            return "tensors that are not contiguous"
-    return ""
+    for dtype in {tensor.dtype for tensor in tensors} - DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} on a CPU"
+    return "" if all(map(torch.Tensor.is_contiguous, tensors)) else "tensors that are not contiguous"
 
 
 def add_mean_squares(gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
@@ -156,8 +153,9 @@ def _table(schedule: schedules.Schedule, *tensors: Tensors) -> np.ndarray:
         return table
     for place, of_call in enumerate(tensors):
         if numbers[0] in of_call:
-            table[numbers, place] = [of_call[number].data_ptr() for number in numbers]
-            halves = [of_call[number].dtype is torch.bfloat16 for number in numbers]
+            column = [of_call[number] for number in numbers]
+            table[numbers, place] = [tensor.data_ptr() for tensor in column]
+            halves = [tensor.dtype is torch.bfloat16 for tensor in column]
             if any(halves):
                 table[numbers, -1] += np.array(halves, dtype=np.uint64) << np.uint64(place)
     return table
@@ -168,9 +166,12 @@ def _scalars(
 ) -> np.ndarray:
     """`Scalars` by number of tensor."""
     table = np.zeros((schedule.num_tensors, 7), dtype=np.float32)
-    numbers = [number for number in schedule.numbers if number in scalars]
-    if numbers:
-        table[numbers] = [of(scalars[number]) for number in numbers]
+    alike: dict[Any, list[int]] = {}  # tensors of one step: all of a param group, as a rule
+    for number in schedule.numbers:
+        if number in scalars:
+            alike.setdefault(scalars[number], []).append(number)
+    for step, numbers in alike.items():
+        table[numbers] = of(step)
     return table
 
 
