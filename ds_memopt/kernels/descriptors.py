@@ -1,6 +1,6 @@
-"""Which elements of a flat tensor belong to which blocks: integers, built once per layout.
+"""Which elements of a tensor belong to which blocks: integers, built once per layout.
 
-A table lists the pieces of each tensor of an optimizer call, by the tensor's number.
+Elements are counted as they lie in memory, one after another, whatever shape the tensor has. A table lists the pieces of each tensor of an optimizer call, by the tensor's number.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class RowPiece(NamedTuple):
     row_stride: int = 0
     block_stride: int = 0
 
-    def elements(self, flat: torch.Tensor) -> torch.Tensor:
+    def elements(self, tensor: torch.Tensor) -> torch.Tensor:
         """A view of the piece's elements, [rows, count, width]."""
-        return self._view(flat, self.offset)
+        return self._view(tensor, self.offset)
 
     def entries(self, state: torch.Tensor) -> torch.Tensor:
         """A view of their entries in a state of one entry per element, [rows, count, width]."""
@@ -49,9 +49,9 @@ class RowPiece(NamedTuple):
         offset = per_block.storage_offset() + self.block
         return per_block.as_strided((self.rows, self.count), (self.block_stride, 1), offset)
 
-    def _view(self, flat: torch.Tensor, first: int) -> torch.Tensor:
+    def _view(self, tensor: torch.Tensor, first: int) -> torch.Tensor:
         shape, strides = (self.rows, self.count, self.width), (self.row_stride, self.width, 1)
-        return flat.as_strided(shape, strides, flat.storage_offset() + first)
+        return tensor.as_strided(shape, strides, tensor.storage_offset() + first)
 
     def split(self, most: int) -> list[RowPiece]:
         """The piece in parts of about `most` elements, cut between blocks."""
@@ -87,17 +87,20 @@ class ColumnPiece(NamedTuple):
     entry: int
     interval: int
 
-    def elements(self, flat: torch.Tensor) -> torch.Tensor:
+    def elements(self, tensor: torch.Tensor) -> torch.Tensor:
         """A view of the piece's elements, [count, width]."""
-        return flat.narrow(0, self.offset, self.count * self.width).view(self.count, self.width)
+        return self._view(tensor, self.offset)
 
     def entries(self, state: torch.Tensor) -> torch.Tensor:
         """A view of their entries in a state of one entry per element, [count, width]."""
-        return state.narrow(0, self.entry, self.count * self.width).view(self.count, self.width)
+        return self._view(state, self.entry)
 
     def per_element(self, per_block: torch.Tensor) -> torch.Tensor:
         """The value of each element's block, in a shape that broadcasts over `elements`."""
         return per_block[self.block_of]
+
+    def _view(self, tensor: torch.Tensor, first: int) -> torch.Tensor:
+        return tensor.as_strided((self.count, self.width), (self.width, 1), tensor.storage_offset() + first)
 
 
 Piece = RowPiece | ColumnPiece

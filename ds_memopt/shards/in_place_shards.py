@@ -134,11 +134,11 @@ class SplitShards(WholeShards):
     def cut(self, tensor: torch.Tensor, name: str) -> Cut | None:
         return Cut(self.numel(tensor), self._piece(tensor), dist.get_rank(self.process_group), self.process_group)
 
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         name = self.names_by_tensor.get(tensor)
-        return super().local(tensor) if name is None else self._stored(tensor, self.interval(tensor, name))
+        return super().stored(tensor) if name is None else self._piece_of(tensor, self.interval(tensor, name))
 
-    def _stored(self, parameter: torch.Tensor, interval: Interval) -> torch.Tensor:
+    def _piece_of(self, parameter: torch.Tensor, interval: Interval) -> torch.Tensor:
         return parameter.detach().view(-1)[interval.start : interval.start + interval.length]
 
     def new_state(self, tensor: torch.Tensor, lengths: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
@@ -229,7 +229,7 @@ class PartitionedShards(SplitShards):
         super().__init__(model, names_by_tensor, process_group)
         self.offload = offload
 
-    def _stored(self, parameter: torch.Tensor, interval: Interval) -> torch.Tensor:
+    def _piece_of(self, parameter: torch.Tensor, interval: Interval) -> torch.Tensor:
         return parameter.ds_tensor.detach().view(-1)[: interval.length]
 
     def numel(self, parameter: torch.Tensor) -> int:

@@ -57,8 +57,11 @@ class Placement(Protocol):
     def layout(self, tensors: Sequence[torch.Tensor], names: Sequence[str | None]) -> Layout:
         """The layout of the tensors that one optimizer call updates; `names` as `names` gives them."""
 
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        """This rank's elements of an optimizer tensor, its gradient or its state, in the shape that they are kept in."""
+
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's elements of an optimizer tensor, its gradient or its state, as a 1-D view where possible."""
+        """The same, detached, as a 1-D view where possible."""
 
     def new_state(self, tensor: torch.Tensor, lengths: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
         """Zeros to be kept beside an optimizer tensor: one per element (None), or (this rank's, any rank's most)."""
@@ -147,6 +150,9 @@ class FlatPlacement:
     def named_tensors(self, param_groups: Sequence[dict]) -> list[tuple[torch.Tensor, str | None]]:
         # Not from param_groups: ZeRO-3 empties them between its sub-groups' steps.
         return [(flat, None) for flat, _, _ in self.flats]
+
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().view(-1)

@@ -151,13 +151,15 @@ def _table(schedule: schedules.Schedule, *tensors: Tensors) -> np.ndarray:
     numbers = [number for number in schedule.numbers if number in tensors[1]]
     if not numbers:
         return table
+    rows = np.array(numbers)
     for place, of_call in enumerate(tensors):
         if numbers[0] in of_call:
             column = [of_call[number] for number in numbers]
-            table[numbers, place] = [tensor.data_ptr() for tensor in column]
-            halves = [tensor.dtype is torch.bfloat16 for tensor in column]
-            if any(halves):
-                table[numbers, -1] += np.array(halves, dtype=np.uint64) << np.uint64(place)
+            table[rows, place] = list(map(torch.Tensor.data_ptr, column))
+            dtypes = [tensor.dtype for tensor in column]
+            if torch.bfloat16 in dtypes:
+                halves = [dtype is torch.bfloat16 for dtype in dtypes]
+                table[rows, -1] += np.array(halves, dtype=np.uint64) << np.uint64(place)
     return table
 
 

@@ -50,11 +50,10 @@ def check() -> None:
 
 
 def reason_against(tensors: list[torch.Tensor]) -> str:
-    for tensor in tensors:
-        if tensor.dtype not in DTYPES:
-            return f"{str(tensor.dtype).removeprefix('torch.')} on a GPU"
-        if not tensor.is_contiguous():
-            return "tensors that are not contiguous"
+    for dtype in {tensor.dtype for tensor in tensors} - DTYPES.keys():
+        return f"{str(dtype).removeprefix('torch.')} on a GPU"
+    if not all(map(torch.Tensor.is_contiguous, tensors)):
+        return "tensors that are not contiguous"
     return "tensors of several devices in one call" if len({tensor.device for tensor in tensors}) > 1 else ""
 
 
@@ -242,7 +241,7 @@ def _tables(
     numbers: Sequence[int],
     tensors: tuple[Tensors, Tensors, Tensors, Tensors],
     scalars: Mapping[int, Any],
-    of: Callable[[Any], Sequence[float]],
+    of: Callable[[Any], tuple[float, ...]],
     device: torch.device,
 ) -> Tables:
     """Of these tensors; kernels leave runs of others alone."""

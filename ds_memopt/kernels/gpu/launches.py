@@ -129,15 +129,17 @@ def _kept(runs: Runs, key: tuple, build: Callable[[], Any]) -> Any:
 
 
 def tables_of(
-    count: int, tensors: Sequence[Tensors], scalars: Mapping[int, Sequence[float]], device: torch.device
+    count: int, tensors: Sequence[Tensors], scalars: Mapping[int, tuple[float, ...]], device: torch.device
 ) -> Tables:
     """Tables of `count` tensors. tensors: up to four of each; one that is not there has the address 0."""
     addresses, values = np.zeros((count, 4), dtype=np.int64), np.zeros((count, SCALARS), dtype=np.float32)
     for place, of_call in enumerate(tensors):
-        for number, tensor in of_call.items():
-            addresses[number, place] = address(tensor)
+        addresses[list(of_call), place] = list(map(address, of_call.values()))
+    alike: dict[tuple[float, ...], list[int]] = {}  # tensors of one step: all of a param group, as a rule
     for number, of_tensor in scalars.items():
-        values[number, : len(of_tensor)] = of_tensor
+        alike.setdefault(of_tensor, []).append(number)
+    for of_tensor, numbers in alike.items():
+        values[numbers, : len(of_tensor)] = of_tensor
     on_gpu = device.type == "cuda" and torch.cuda.is_initialized()
     stream = torch.cuda.current_stream(device).cuda_stream if on_gpu else 0
     both = _upload(addresses.tobytes() + values.tobytes(), device, stream)
