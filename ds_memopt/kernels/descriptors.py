@@ -1,6 +1,7 @@
 """Which elements of a tensor belong to which blocks: integers, built once per layout.
 
-Elements are counted as they lie in memory, one after another, whatever shape the tensor has. A table lists the pieces of each tensor of an optimizer call, by the tensor's number.
+Elements are counted as they lie in memory, whatever shape a tensor has. A table lists the pieces of each tensor of an
+optimizer call, by the tensor's number.
 """
 
 from __future__ import annotations

@@ -65,5 +65,5 @@ class AdamMini(ShardedOptimizer):
         return {"block": dict(roles)}
 
     def update(self, call: OptimizerCall) -> None:
-        m, v, scalars = call.state("exp_avg"), call.state("block_exp_avg_sq"), call.adam_scalars()
+        m, v, scalars = call.state("exp_avg"), call.state("block_exp_avg_sq"), call.scalars(kernels.AdamScalars.at)
         kernels.adam_mini(call.parameters, call.gradients, m, v, call.indexes["block"], scalars)

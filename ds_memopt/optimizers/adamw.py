@@ -33,5 +33,5 @@ class AdamW(ShardedOptimizer):
         """Nothing: every element is a block of its own."""
 
     def update(self, call: OptimizerCall) -> None:
-        m, v, scalars = call.state("exp_avg"), call.state("exp_avg_sq"), call.adam_scalars()
+        m, v, scalars = call.state("exp_avg"), call.state("exp_avg_sq"), call.scalars(kernels.AdamScalars.at)
         kernels.adam_by_element(call.parameters, call.gradients, m, v, call.indexes["element"], scalars)

@@ -256,8 +256,7 @@ class GWT(ShardedOptimizer):
     def update(self, call: OptimizerCall) -> None:
         states = {key: call.state(key) for key in self.states}
         rule = GWTRule(self.period, self.limiter, self.paper)
-        scalars = {number: self._scalars(step, call.groups[number]) for number, step in call.advance().items()}
-        kernels.gwt(call.parameters, call.gradients, states, call.indexes, rule, scalars)
+        kernels.gwt(call.parameters, call.gradients, states, call.indexes, rule, call.scalars(self._scalars))
 
     def _scalars(self, time: float, group: Mapping[str, Any]) -> GWTScalars:
         beta1, beta2 = group["betas"]

@@ -58,7 +58,7 @@ class Placement(Protocol):
         """The layout of the tensors that one optimizer call updates; `names` as `names` gives them."""
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
-        """This rank's elements of an optimizer tensor, its gradient or its state, in the shape that they are kept in."""
+        """This rank's elements of an optimizer tensor, its gradient or its state, in the shape that it is kept in."""
 
     def local(self, tensor: torch.Tensor) -> torch.Tensor:
         """The same, detached, as a 1-D view where possible."""

@@ -7,7 +7,7 @@ import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from ds_memopt.blocks import (
     format_assignment,
     full_shape,
 )
-from ds_memopt.kernels import AdamScalars, Storage
+from ds_memopt.kernels import Storage
 from ds_memopt.optimizers.base.named_optimizer import NamedOptimizer, asks_for_state, make_log_visible
 from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_meaning
 from ds_memopt.optimizers.base.naming import check_current
@@ -37,6 +37,7 @@ from ds_memopt.optimizers.block_state.storage import (
     groups_of,
     intervals_of,
     is_code,
+    is_packed,
     kept_of,
     packings_of,
     scale_key,
@@ -47,14 +48,17 @@ from ds_memopt.shards import Placement, PlainPlacement, is_first_rank
 
 logger = logging.getLogger("ds_memopt")
 
+Scalars = TypeVar("Scalars")
+
 
 @dataclass(frozen=True)
 class OptimizerCall:
     """What one call of `step` updates, by number of tensor: only those that have a gradient, this rank's part of each.
 
-    parameters, gradients: 1-D. states: by key; 1-D, or [blocks, width] where a state has several numbers per block.
-    groups: each one's param group. indexes: for each structure the blocks of all tensors, of those without a gradient,
-    too.
+    parameters, gradients, and states of one entry per element: contiguous, of one shape, 1-D or an engine's own. Views
+    of hundreds of tensors would take longer than all else in a step but the arithmetic. states: by key; the others are
+    1-D, or [blocks, width] where a state has several numbers per block. groups: each one's param group. indexes: for
+    each structure the blocks of all tensors, of those without a gradient, too.
     """
 
     parameters: dict[int, torch.Tensor]
@@ -71,12 +75,20 @@ class OptimizerCall:
         """Count this step, and tell each tensor's number of it, from 1."""
         steps = self.state("step")
         if steps:
-            torch._foreach_add_(list(steps.values()), 1)
+            # A list of ones is added in a third of the time that a number takes.
+            torch._foreach_add_(list(steps.values()), [torch.ones(())] * len(steps))
         return {number: step.item() for number, step in steps.items()}
 
-    def adam_scalars(self) -> dict[int, AdamScalars]:
-        """Count this step; AdamW's scalars for it."""
-        return {number: AdamScalars.at(step, self.groups[number]) for number, step in self.advance().items()}
+    def scalars(self, at: Callable[[float, dict], Scalars]) -> dict[int, Scalars]:
+        """Count this step; for each tensor at(number of its step, its param group), made once where these agree."""
+        scalars, made = {}, {}
+        for number, step in self.advance().items():
+            group = self.groups[number]
+            key = step, id(group)
+            if key not in made:
+                made[key] = at(step, group)
+            scalars[number] = made[key]
+        return scalars
 
 
 class ShardedOptimizer(NamedOptimizer):
@@ -218,17 +230,18 @@ class ShardedOptimizer(NamedOptimizer):
             return
         tensors, names, groups = zip(*active, strict=True)
         indexes = self._index(tensors, names)
-        gradients = {number: tensor.grad for number, tensor in enumerate(tensors) if tensor.grad is not None}
+        gradients = {n: gradient for n, tensor in enumerate(tensors) if (gradient := tensor.grad) is not None}
+        states = {number: self.state[tensors[number]] for number in gradients}
         for number, gradient in gradients.items():
             if gradient.is_sparse:
                 raise ValueError(
                     f"{names[number]} has a sparse gradient, but {type(self).__name__} needs dense ones. Build the "
                     "embedding with sparse=False."
                 )
-            if not self.state[tensors[number]]:
+            if not states[number]:
                 self._init_state(tensors[number], indexes, number)
         if not only_state:
-            self._update_kept(self._call(tensors, gradients, groups, indexes))
+            self._update_kept(self._call(tensors, gradients, states, groups, indexes))
 
     def release(self) -> None:
         super().release()
@@ -278,33 +291,39 @@ class ShardedOptimizer(NamedOptimizer):
         self,
         tensors: tuple[torch.Tensor, ...],
         gradients: dict[int, torch.Tensor],
+        states: dict[int, dict[str, torch.Tensor]],
         groups: tuple[dict, ...],
         indexes: Mapping[str, BlockIndex],
     ) -> OptimizerCall:
-        local = self.placement.local
+        # What is packed lies at places of a 1-D view.
+        packed = any(is_packed(key, layout, self.kept) for key, layout in self.states.items())
+        packed = packed or any(REMAINDER in state for state in states.values())
+        of_rank = self.placement.local if packed else self.placement.stored
         return OptimizerCall(
-            {number: local(tensors[number]) for number in gradients},
-            {number: local(gradient) for number, gradient in gradients.items()},
-            {number: self._local_state(tensors[number], indexes, number) for number in gradients},
+            {number: of_rank(tensors[number]) for number in gradients},
+            {number: of_rank(gradient).contiguous() for number, gradient in gradients.items()},
+            self._states_of_rank(states, indexes, of_rank),
             {number: groups[number] for number in gradients},
             indexes,
         )
 
-    def _local_state(
-        self, tensor: torch.Tensor, indexes: Mapping[str, BlockIndex], number: int
-    ) -> dict[str, torch.Tensor]:
-        state = self.state[tensor]
-        views = {"step": state["step"]}
-        for key, tensor_kept in self._kept_in(state).items():
-            structure, width, _ = self.kept[key].layout
-            views[key] = self.placement.local(tensor_kept)
-            if structure is not None:
+    def _states_of_rank(
+        self,
+        states: dict[int, dict[str, torch.Tensor]],
+        indexes: Mapping[str, BlockIndex],
+        of_rank: Callable[[torch.Tensor], torch.Tensor],
+    ) -> dict[int, dict[str, torch.Tensor]]:
+        views = {number: {"step": state["step"]} for number, state in states.items()}
+        for key, ((structure, width, _), _) in self.kept.items():
+            num_blocks = None if structure is None else indexes[structure].num_blocks
+            for number, state in states.items():
+                if key not in state:
+                    continue  # a remainder, of fp32 weights
+                view = of_rank(state[key])
                 # A DTensor is padded to the rank that has most.
-                length = indexes[structure].num_blocks[number] * width
-                if views[key].numel() != length:
-                    views[key] = views[key].narrow(0, 0, length)
-            if width > 1:
-                views[key] = views[key].view(-1, width)
+                if num_blocks is not None and view.numel() != num_blocks[number] * width:
+                    view = view.narrow(0, 0, num_blocks[number] * width)
+                views[number][key] = view if width == 1 else view.view(-1, width)
         return views
 
     def update(self, call: OptimizerCall) -> None:
@@ -401,7 +420,7 @@ class ShardedOptimizer(NamedOptimizer):
             if not self.state.get(tensor):
                 continue
             indexes = self._index((tensor,), (name,))
-            kept = self._local_state(tensor, indexes, 0)
+            kept = self._states_of_rank({0: self.state[tensor]}, indexes, self.placement.local)[0]
             packings = packings_of(self.states, self.kept, {0: kept}, indexes, self.structures)
             unpacked = Unpacked.of(packings, kept.get(REMAINDER))
             yield list(self._parts_of(kept | unpacked.values, indexes)), unpacked
@@ -438,7 +457,7 @@ class ShardedOptimizer(NamedOptimizer):
     def _restored(self, tensor: torch.Tensor, key: str, value: torch.Tensor) -> torch.Tensor:
         if key not in self.kept:
             return self.state[tensor][key]
-        return value.detach().to(tensor.device, self.kept[key].dtype or step_dtype(tensor.dtype))
+        return value.detach().to(tensor.device, self.kept[key].dtype or step_dtype(tensor.dtype)).contiguous()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state must be kept as in the run that saved it, or else be taken over by name.

@@ -145,6 +145,11 @@ def is_code(key: str) -> bool:
     return key.endswith("_code")
 
 
+def is_packed(key: str, layout: StateLayout, kept: Mapping[str, Kept]) -> bool:
+    """Whether the step sees a state otherwise than it is kept. Kernels take first moments of each element in bf16."""
+    return code_key(key) in kept or (kept[key].dtype == torch.bfloat16 and layout != MOMENT)
+
+
 def scale_key(key: str) -> str:
     return f"{key}_scale"
 
@@ -173,14 +178,13 @@ def packings_of(
 ) -> dict[str, Packing]:
     """For each state that the step sees otherwise than it is kept, how it is kept.
 
-    tensors: local ones, by number and key; of none, too, maxima are completed. First moments of one entry per element
-    may be in bf16: kernels take them so.
+    tensors: local ones, 1-D, by number and key; of none, too, maxima are completed.
     """
     packings = {}
     for probe, (key, layout) in enumerate(states.items(), REMAINDER_PROBE + 1):
-        coded = code_key(key) in kept
-        if not coded and (kept[key].dtype != torch.bfloat16 or layout == MOMENT):
+        if not is_packed(key, layout, kept):
             continue
+        coded = code_key(key) in kept
         groups = indexes[scale_key(key)] if coded else None
         packings[key] = Packing(
             kept={number: of_tensor[code_key(key) if coded else key] for number, of_tensor in tensors.items()},
