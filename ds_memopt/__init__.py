@@ -7,11 +7,16 @@ from typing import Any
 from ds_memopt.support import SUPPORT
 
 __version__ = "0.1.0"
-__all__ = [*SUPPORT, "register"]
+__all__ = [*SUPPORT, "load", "register", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    """The methods, imported at their first use: torch takes seconds to import, and a command's --help needs none."""
+    """The methods, `save` and `load`, imported at their first use: torch takes seconds, and a command's --help needs
+    none of it."""
+    if name in ("save", "load"):
+        from ds_memopt import checkpoint
+
+        return getattr(checkpoint, name)
     if name not in SUPPORT:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from ds_memopt import optimizers

@@ -136,9 +136,9 @@ def small_steps(stage: int, keep_residual: bool) -> dict[str, dict]:
     starts = held_intervals(optimizer)
     train(engine, data[-1:])
     weights = full_parameters(engine.module)
-    residuals = optimizer.state_dict().get("residuals", {})
+    residuals = {name: values for name, _, _, values in optimizer.state_dict().get("residuals", ())}
     starts |= held_intervals(optimizer)
-    parts = {name: (starts[name], master.clone()) for name, master in optimizer._active_intervals()}
+    parts = {name: (starts[name], master.clone()) for name, _, master in optimizer._active_intervals()}
     for name, residual in residuals.items():
         master = weights[name].flatten()[starts[name] : starts[name] + len(residual)].clone()
         add_residual_(master, residual)

@@ -56,6 +56,7 @@ NAMES: dict[str, dict[str, str]] = {
         "optimizer_params": "its hyper-parameters",
         "scheduler_params": "total_num_steps",
         "zero_offload_optimizer": "offload to NVMe, partial offload",
+        "zero_offload_param": "offload to NVMe",
         "zero_optimization": "whether there is ZeRO",
         "zero_elastic_checkpoint": "a feature",
         "load_universal_checkpoint": "a feature",
@@ -176,7 +177,7 @@ NAMES: dict[str, dict[str, str]] = {
         "destroy": "rotation: takes the hooks off",
         "_grad_acc_post_hooks": "rotation: kept over a switch",
     },
-    FP16: {"fp32_groups_flat": "masters"},
+    FP16: {"fp32_groups_flat": "masters; layout of 16 bits at ZeRO-0", "fp16_groups": "layout: the parameters in it"},
     FP16_UNFUSED: {
         "fp16_groups": "layout of 16 bits at ZeRO-0: the parameters",
         "fp32_groups": "masters; layout: their copies",
@@ -200,6 +201,7 @@ NAMES: dict[str, dict[str, str]] = {
     "deepspeed.runtime.zero.partition_parameters:Init": {
         "ds_tensor": "of a parameter at ZeRO-3: this rank's part",
         "ds_numel": "its elements, and those of the part",
+        "ds_process_group": "the ranks that share it",
         "ds_secondary_tensor": "ZeRO++: a second copy, dropped when the first has changed",
         "all_gather": "gathers it",
     },
@@ -235,6 +237,7 @@ NAMES: dict[str, dict[str, str]] = {
     "torch.nn.parallel:DistributedDataParallel": {"_active_ddp_module": "block guard: refuses it"},
     "torch.nn:Module": {
         "_modules": "blocks/names.py: children by name",
+        "_non_persistent_buffers_set": "checkpoint/run_state.py: buffers that are computed anew",
         "_parameters": "perturb.py: replaced for one forward",
         "_forward_hooks": "block guard: its own are the first",
         "_compiled_call_impl": "perturb.py: whether it is compiled",

@@ -13,12 +13,15 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch.distributed
 from torch.distributed import DistError, PrefixStore, Store, TCPStore, distributed_c10d
+
+Result = TypeVar("Result")
 
 SHARED_MEMORY = Path("/dev/shm")
 PACKAGE = Path(__file__).resolve().parent.parent
@@ -29,6 +32,38 @@ _meetings = 0
 
 class SharedError(ValueError):
     """An error that all ranks raise alike, whichever had it: one of them says it for all."""
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Of this process among all that train together; a lone one is (0, 1)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def of_all_ranks(value: Any) -> list[Any]:
+    """What each rank has, in their order; a lone process has its own. A collective."""
+    _, world_size = rank_and_world_size()
+    if world_size == 1:
+        return [value]
+    values = [None] * world_size
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def on_all_ranks(work: Callable[[], Result]) -> Result:
+    """Run `work` on every rank. If it raises on any, raise one SharedError, a ValueError, on all, so that no rank waits
+    for another."""
+    result, error = None, None
+    try:
+        result = work()
+    except Exception as raised:  # whatever it is, the other ranks must hear of it before this one leaves
+        error = raised
+    message = error and (str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}")
+    for rank, said in enumerate(of_all_ranks(message)):
+        if said is not None:
+            raise SharedError(said if rank == 0 else f"rank {rank}: {said}") from error
+    return result
 
 
 def meet(rank: int, world_size: int, sign: bytes, timeout: timedelta) -> Store:

@@ -101,8 +101,13 @@ class RotationAdapter(BlockStateAdapter):
             check_meaning(self.optimizer, groups)
         except ValueError as error:
             raise ValueError(f"{error} For its weights alone, {AS_WEIGHTS}") from None
+        self.go_to(engine, (groups[0]["visit"], groups[0]["visit_step"]))
+
+    def go_to(self, engine: Any, position: tuple[int, int]) -> None:
+        """Make the block of a position active, between two steps, with its masters taken from the weights. A
+        collective."""
         release(engine)
-        self.optimizer.go_to((groups[0]["visit"], groups[0]["visit_step"]))
+        self.optimizer.go_to(position)
         rebuild(engine)
 
     def _is_wrapped(self, engine: Any) -> bool:

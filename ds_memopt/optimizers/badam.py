@@ -16,7 +16,6 @@ import torch
 from torch import nn
 
 from ds_memopt.blocks import ParamBlocks, bare_parameters, full_shape, partition_into_blocks
-from ds_memopt.kernels.residual import add_residual_, residual_of
 from ds_memopt.optimizers.adam_mini import AdamMini
 from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.optimizers.base.hyper_parameters import (
@@ -36,6 +35,7 @@ from ds_memopt.optimizers.base.named_state import STATE_KEY, StatePart, check_me
 from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
 from ds_memopt.optimizers.block_state.storage import REMAINDER, Kept
 from ds_memopt.optimizers.gwt import GWT
+from ds_memopt.optimizers.rotation.kept_residuals import RESIDUAL, KeptResiduals
 from ds_memopt.optimizers.rotation.visit_order import ORDERS, Rotation
 from ds_memopt.shards import Placement, is_first_rank, numel_of, trainable_parameters_changed
 from ds_memopt.support import refuse
@@ -166,7 +166,7 @@ class BAdam(ShardedOptimizer):
         self.states = self.rule.states
         self.fused = self.rule.fused
         self.keep_residual = hyper.keep_residual
-        self._residuals: dict[str, torch.Tensor] = {}
+        self._residuals = KeptResiduals()
         self._stepped = self._warned = False
         super().__init__(groups, *positional, model=model, **named)
         self._pairs = [
@@ -269,9 +269,8 @@ class BAdam(ShardedOptimizer):
         """As any optimizer's; called again by the engine for every block."""
         super().bind(placement)
         self._check_residual()
-        for name, master in self._active_intervals():
-            if name in self._residuals:
-                add_residual_(master, self._residuals.pop(name))
+        if self.keep_residual:
+            self._residuals.put_back(self._active_intervals(), self.partition.blocks[self.active_block])
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -342,13 +341,13 @@ class BAdam(ShardedOptimizer):
 
     def go_to(self, position: tuple[int, int]) -> None:
         """Make the block of another position active, with nothing kept of where this run was. For an engine."""
-        self._residuals.clear()
+        self._residuals.load(())
         self._activate(Position(*position))
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's; with keep_residual, also the residuals of the inactive blocks."""
-        state_dict = super().state_dict()
-        return state_dict | {"residuals": self._residuals} if self.keep_residual else state_dict
+        residuals = {"residuals": [tuple(part) for part in self._residuals.parts()]} if self.keep_residual else {}
+        return super().state_dict() | residuals
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's. Without an engine the saved block becomes active; an engine has made it so before."""
@@ -360,27 +359,42 @@ class BAdam(ShardedOptimizer):
         assert position.visit == self.position.visit, "the engine has not made the saved block active"
         super().load_state_dict(state_dict)
         self._groups = list(self.param_groups)  # torch has made new ones
-        self._residuals = state_dict.get("residuals", {})
+        self._residuals.load(StatePart(*part) for part in state_dict.get("residuals", ()))
 
     @property
     def progress(self) -> dict[str, Any]:
         """What the state means, and the position: state by name is that of the active block."""
         return super().progress | self.position._asdict()
 
+    taken_whole = frozenset({RESIDUAL})
+    """Which part of a block this rank will hold, it does not know before the block's visit."""
+
+    def named_state(self) -> Iterator[StatePart]:
+        """As any optimizer's, and what is kept of the inactive blocks' rounding."""
+        yield from super().named_state()
+        yield from self._residuals.parts()
+
     def load_named_state(self, parts: Iterable[StatePart], progress: Mapping[str, Any] | None = None) -> None:
         """As any optimizer's, for the block that was active at the position in `progress`, or that is active now.
 
-        Raises ValueError inside DeepSpeed, where nothing could make it so.
+        Raises ValueError inside DeepSpeed where another block is active, which only the engine could change.
         """
-        if self.bound:
+        if self.bound and (progress is None or progress["visit"] != self.position.visit):
             raise ValueError(
                 "State by name does not say at which position BAdam was, and inside DeepSpeed there is no resume_at: "
-                "call engine.load_checkpoint, on the same number of GPUs and at the same stage."
+                "save and load the run by ds_memopt.save and ds_memopt.load."
             )
         if progress is not None:
             check_meaning(self, [progress])
-            self.resume_at((progress["visit"], progress["visit_step"]))
-        super().load_named_state(parts, progress)
+            if not self.bound:
+                self.resume_at((progress["visit"], progress["visit_step"]))
+        parts = list(parts)
+        super().load_named_state([part for part in parts if part.key != RESIDUAL], progress)
+        self._residuals.load(part for part in parts if part.key == RESIDUAL and self.keep_residual)
+        if not self.bound:  # these fp32 weights are their own masters
+            for name, p in self._named().items():
+                interval = self.placement.interval(p, name)
+                self._residuals.put_back([(name, interval.start, self.placement.local(p))], [name])
 
     def _named(self) -> dict[str, nn.Parameter]:
         return dict(pair for group in self._pairs for pair in group)
@@ -443,15 +457,14 @@ class BAdam(ShardedOptimizer):
         if not self.keep_residual or next(iter(self.names_by_tensor())).dtype == torch.float32:
             return  # fp32 weights are their own masters
         # Not of what is always active: with the next block other ranks hold other parts of it.
-        names = {*self.partition.blocks[self.active_block]}
-        self._residuals |= {name: residual_of(master) for name, master in self._active_intervals() if name in names}
+        self._residuals.keep(self._active_intervals(), self.partition.blocks[self.active_block])
 
-    def _active_intervals(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This rank's interval of each active parameter: the same at every visit of a block."""
+    def _active_intervals(self) -> Iterator[tuple[str, int, torch.Tensor]]:
+        """This rank's interval of each active parameter: name, first element, master."""
         tensors, names = zip(*self.placement.named_tensors(self.param_groups), strict=True)
         for interval in self.placement.layout(tensors, names).intervals:
             elements = slice(interval.offset, interval.offset + interval.length)
-            yield interval.name, self.placement.local(tensors[interval.tensor])[elements]
+            yield interval.name, interval.start, self.placement.local(tensors[interval.tensor])[elements]
 
     def _log(self, total_steps: int | None) -> None:
         if not is_first_rank():

@@ -8,11 +8,13 @@ from ds_memopt.shards.layout import (
     Placement,
     RankBorders,
     even_borders,
+    even_part,
     numel_of,
     partition_each_parameter,
     partition_flat_buffer,
 )
 from ds_memopt.shards.plain_placement import (
+    FusedCopyPlacement,
     MasterCopyPlacement,
     PlainPlacement,
     check_contiguous,
@@ -24,6 +26,7 @@ from ds_memopt.shards.zero3 import Zero3Placement
 from ds_memopt.shards.zero12 import Zero12Placement
 
 __all__ = [
+    "FusedCopyPlacement",
     "GradientBuckets",
     "InPlaceShards",
     "Interval",
@@ -42,6 +45,7 @@ __all__ = [
     "Zero3Placement",
     "check_contiguous",
     "even_borders",
+    "even_part",
     "is_first_rank",
     "numel_of",
     "on_first_rank",

@@ -5,6 +5,7 @@ Private names used here are in engines/private_names.py.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,16 @@ from torch.distributed import ProcessGroup
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from ds_memopt.shards.layout import Interval, Layout, RankBorders, even_borders, even_part, numel_of
+from ds_memopt.shards.layout import (
+    FlatPlacement,
+    Interval,
+    Layout,
+    RankBorders,
+    even_borders,
+    even_part,
+    numel_of,
+    partition_flat_buffer,
+)
 
 
 class Cut(NamedTuple):
@@ -118,6 +128,22 @@ class MasterCopyPlacement(PlainPlacement):
 
     def names(self, param_group: dict) -> Sequence[str | None]:
         return [self._names[param] for param in param_group["params"]]
+
+
+class FusedCopyPlacement(FlatPlacement):
+    """Placement of a 16-bit model at stage 0 with DeepSpeed's FusedAdam: each optimizer tensor is the fp32 copy of a
+    whole param group, one parameter after the other.
+
+    wrapper: the FP16_Optimizer that DeepSpeed built. names: the name of every trainable model parameter.
+    """
+
+    def __init__(self, wrapper, names: Mapping[torch.Tensor, str]) -> None:
+        super().__init__()
+        for flat, parameters in zip(wrapper.fp32_groups_flat, wrapper.fp16_groups, strict=True):
+            ends = itertools.accumulate(p.numel() for p in parameters)
+            members = [(names[p], end - p.numel(), p.numel()) for p, end in zip(parameters, ends, strict=True)]
+            intervals, borders = partition_flat_buffer(members, flat.numel(), 0)
+            self.flats.append((flat, intervals, RankBorders(None, borders)))
 
 
 def check_contiguous(tensor: torch.Tensor, name: str) -> None:

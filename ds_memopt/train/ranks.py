@@ -10,14 +10,13 @@ from datetime import timedelta
 from typing import TypeVar
 
 import deepspeed
-import deepspeed.comm as dist
 import torch
 import transformers
 from deepspeed.accelerator import get_accelerator
 
 from ds_memopt.engines.processes import (
-    SharedError,
     leave_group,
+    on_all_ranks,
     remove_abandoned_shared_memory,
     remove_shared_memory,
     set_timeout_of_new_groups,
@@ -114,23 +113,6 @@ def stop_ranks() -> None:
     """Leave the process group, and remove the shared memory that DeepSpeed's CPU all_reduce leaves behind: 66 MiB."""
     leave_group()
     remove_shared_memory(*(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")))
-
-
-def on_all_ranks(work: Callable[[], Result]) -> Result:
-    """Run `work` on every rank. If it raises on any, raise one SharedError, a ValueError, on all, so that no rank waits
-    for another."""
-    result, error = None, None
-    try:
-        result = work()
-    except Exception as raised:  # whatever it is, the other ranks must hear of it before this one leaves
-        error = raised
-    message = error and (str(error) if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: {error}")
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, message)
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise SharedError(message if rank == 0 else f"rank {rank}: {message}") from error
-    return result
 
 
 def first_rank_of_node_first(work: Callable[[], Result], local_rank: int) -> Result:

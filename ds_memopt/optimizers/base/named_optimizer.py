@@ -32,6 +32,8 @@ class NamedOptimizer(Capabilities, torch.optim.Optimizer):
     placement: Placement
     bound = False
     """Whether an engine has told the placement."""
+    taken_whole: frozenset[str] = frozenset()
+    """Keys of states of which `load_named_state` takes all parts there are, not only those that this rank holds now."""
 
     def __init_subclass__(cls, **keywords) -> None:
         super().__init_subclass__(**keywords)

@@ -1,0 +1,130 @@
+"""Worker of test_portable.py: a run that goes on elsewhere after every few steps, by portable checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import (
+    HYPER,
+    bf16_llama,
+    ds_config,
+    full_parameters,
+    initialize,
+    llama,
+    llama_under_zero_init,
+    local,
+    shard_fsdp2,
+    train,
+    train_plain,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+import ds_memopt
+from ds_memopt.optimizers import METHODS
+
+STEPS = 2  # of each leg
+LEGS = {"zero2": 2, "zero3": 3, "alone": 1, "fsdp2": 2, "zero1": 4}
+"""Where a run goes on, one after the other, and on how many ranks."""
+ZO = {"lr": 1e-3, "epsilon": 1e-3, "momentum": 0.5}
+METHOD_HYPER = {
+    "AdamW": HYPER,
+    "AdamMini": HYPER,
+    "GWT": HYPER | {"level": 2},
+    "BAdam": HYPER | {"switch_every": 3, "order": "ascending", "always_active": ["norm"], "keep_residual": True},
+    "MeZO": ZO,
+}
+"""BAdam's block changes inside a leg and is resumed inside a visit."""
+CASES = [
+    *((method, False) for method in METHOD_HYPER), ("AdamMini", True), ("BAdam", True), ("MeZO", True),
+]  # fmt: skip
+"""The runs: method, and whether in bf16."""
+
+
+def build(method: str, leg: str, bf16: bool) -> Any:
+    """An engine, or (model, optimizer)."""
+    hyper = METHOD_HYPER[method]
+    in_place = method == "MeZO"
+    if leg.startswith("zero") or leg == "alone" and bf16:
+        config = ds_config(int(leg[-1]) if leg[-1].isdigit() else 0, method, hyper)
+        if bf16:
+            config["bf16"] = {"enabled": True}
+        model = llama_under_zero_init(config) if leg == "zero3" and not bf16 else llama()
+        return initialize(model, config, model_parameters=model.parameters())
+    model = bf16_llama() if bf16 and in_place else llama()
+    if leg == "fsdp2":
+        policy = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, torch.float32)} if bf16 and not in_place else {}
+        model = shard_fsdp2(model, **policy)
+    if method == "AdamW":
+        return model, torch.optim.AdamW(model.parameters(), **hyper)
+    return model, METHODS[method].from_model(model, list(model.parameters()), **hyper)
+
+
+def train_on(run: Any, data: list[torch.Tensor]) -> None:
+    if not isinstance(run, tuple):
+        train(run, data)
+        return
+    model, optimizer = run
+    if not isinstance(optimizer, METHODS["MeZO"]):
+        train_plain(model, optimizer, data)
+        return
+    for batch in data:
+        optimizer.step(lambda batch=batch: model(input_ids=batch, labels=batch).loss)
+
+
+def module_of(run: Any) -> torch.nn.Module:
+    return run[0] if isinstance(run, tuple) else run.module
+
+
+def run_leg(folder: Path, number: int) -> dict:
+    """Go on where the leg before ended; returns whole weights at this leg's end. Of the first and the last leg also
+    those of the run that never moves; of the first those of a run that is resumed there."""
+    leg, results = list(LEGS)[number], {}
+    for method, bf16 in CASES:
+        place, run = folder / f"{method}{bf16}", build(method, leg, bf16)
+        if number:
+            found = ds_memopt.load(run, place)
+            assert found == {"step": number * STEPS, "extra": {"leg": list(LEGS)[number - 1]}, "settings": {}}
+        data = local(STEPS * len(LEGS))
+        train_on(run, data[number * STEPS : (number + 1) * STEPS])
+        ds_memopt.save(run, place, (number + 1) * STEPS, extra={"leg": leg}, keep=2)
+        results[method, bf16] = {"weights": full_parameters(module_of(run))}
+        if not number:
+            train_on(run, data[STEPS : 2 * STEPS])
+            results[method, bf16]["unbroken"] = full_parameters(module_of(run))
+            train_on(run, data[2 * STEPS :])
+            results[method, bf16]["whole"] = full_parameters(module_of(run))
+        getattr(run, "destroy", lambda: None)()
+        if not number:
+            run = build(method, leg, bf16)
+            ds_memopt.load(run, place)
+            train_on(run, data[STEPS : 2 * STEPS])
+            results[method, bf16]["resumed"] = full_parameters(module_of(run))
+            run.destroy()
+        if number == len(LEGS) - 1:
+            run = build(method, leg, bf16)
+            train_on(run, data)
+            results[method, bf16]["whole"] = full_parameters(module_of(run))
+            run.destroy()
+    return results
+
+
+def save_again_and_again(folder: Path, start: int) -> None:
+    """Until it is killed: every number of checkpoint k is k."""
+    torch.set_num_threads(1)
+    model = torch.nn.Linear(100, 100)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in range(start, 10**9):
+        numbers(model, optimizer, step)
+        ds_memopt.save((model, optimizer), folder, step, keep=2)
+
+
+def numbers(model: torch.nn.Module, optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give weights and states one value."""
+    for p in model.parameters():
+        p.data.fill_(value)
+        optimizer.state[p] = {
+            "step": torch.tensor(float(value)), "exp_avg": torch.full_like(p, value),
+            "exp_avg_sq": torch.full_like(p, value),
+        }  # fmt: skip
