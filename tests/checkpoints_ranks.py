@@ -25,7 +25,7 @@ from ds_memopt.train.options import PretrainOptions
 CONFIGS = Path(__file__).parent.parent / "ds_configs"
 SIZE = dict(
     steps=6, seq_length=16, micro_batch=2, accumulation=1, validation_interval=0, logging_interval=1, save_interval=2,
-    data="synthetic",
+    data="synthetic", checkpoint_format="engine",
 )  # fmt: skip
 STEP = "checkpoints/step{}"
 OPTIMIZER_FILE = "zero_pp_rank_1_mp_rank_00_optim_states.pt"
@@ -123,10 +123,10 @@ def nan_in(find: Callable[[Any], torch.Tensor]):
     """A NaN in one tensor that rank 1 holds, before step 4 is saved: other tensors are whole."""
     save = checkpoint.save
 
-    def poisoned(engine: Any, folder: Path, step: int, *rest: Any) -> None:
+    def poisoned(engine: Any, step: int, *rest: Any) -> None:
         if step == 4 and dist.get_rank() == 1:
             find(engine).detach().view(-1)[-1] = float("nan")
-        save(engine, folder, step, *rest)
+        save(engine, step, *rest)
 
     return mock.patch.object(checkpoint, "save", poisoned)
 

@@ -214,6 +214,7 @@ def options(folder: Path, model: Path, data: Path, stage: int = 2, **changes) ->
         deepspeed_config=str(ROOT / f"ds_configs/zero{stage}_adam_mini.json"), output_dir=str(folder), model=str(model),
         data=str(data / "train.jsonl"), validation_data=str(data / "valid.jsonl"), lr=1e-2, steps=4, micro_batch=3,
         accumulation=2, logging_interval=1, validation_interval=2,
+        checkpoint_format="engine",
     )  # fmt: skip
     return FinetuneOptions(**settings | changes)
 
@@ -251,6 +252,7 @@ def pretrained(place) -> dict[int, Path]:
     """Runs of two steps of the main job at every ZeRO stage, in one process pair; the third is fine-tuned further."""
     llama(max_position_embeddings=16).save_pretrained(place / "config")
     sizes = dict(model=str(place / "config"), steps=2, seq_length=16, micro_batch=2, lr=1e-2, validation_interval=0)
+    sizes |= {"checkpoint_format": "engine"}  # for DeepSpeed's zero_to_fp32
     runs = {
         stage: PretrainOptions(
             deepspeed_config=str(ROOT / f"ds_configs/zero{stage}_adam_mini.json"),

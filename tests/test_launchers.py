@@ -34,7 +34,7 @@ from ds_memopt.train.ranks import start_ranks
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 SIZE = dict(steps=3, seq_length=16, micro_batch=4, accumulation=2, validation_batches=1)
-EVERY = dict(logging_interval=1, validation_interval=2, save_interval=2)
+EVERY = dict(logging_interval=1, validation_interval=2, save_interval=2, checkpoint_format="engine")
 COMPARED = ("step", "tokens", "loss", "validation_loss", "lr", "grad_norm")
 MPIRUN = [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", "2"]
 

@@ -22,7 +22,7 @@ from ds_memopt.train.output_folder import LOCK
 ROOT = Path(__file__).parent.parent
 # Nothing but the sizes differs from the defaults.
 SIZE = dict(steps=6, seq_length=16, micro_batch=4, accumulation=2, validation_batches=1)
-EVERY = dict(logging_interval=1, validation_interval=3, save_interval=2)
+EVERY = dict(logging_interval=1, validation_interval=3, save_interval=2, checkpoint_format="engine")
 SPLIT = ("forward_ms", "backward_ms", "optimizer_ms", "communication_ms", "other_ms")
 COMPARED = ("step", "tokens", "loss", "validation_loss", "lr", "grad_norm")
 

@@ -26,6 +26,13 @@ def sync_folder(folder: Path) -> None:
         os.close(file)
 
 
+def sync_files(folder: Path) -> None:
+    """What others wrote below it is on the disk afterwards."""
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
 def write_synced(path: Path, text: str) -> None:
     """Written aside, synced, renamed: after a power cut there is the old text or the new one, whole."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -69,6 +69,11 @@ def save(
     return folder / f"step{step}"
 
 
+def check_target(target: Any) -> None:
+    """Raise ValueError for what `save` would refuse, before a run has made its steps."""
+    _index(Run.of(target), 0, {}, {})
+
+
 @torch.no_grad()
 def load(target: Any, folder: str | Path, step: int | None = None) -> dict[str, Any]:
     """Let a run go on from the newest whole checkpoint in a folder, or from that of a step. All ranks call.

@@ -1,5 +1,6 @@
-"""What a run saves: checkpoints (DeepSpeed's or torch.distributed's files, and what a resumed run must know of them),
-and at its end the model as a Hugging Face folder. Both are written aside, and get their names when they are whole."""
+"""What a run saves: checkpoints (portable ones, or DeepSpeed's or torch.distributed's files and what a resumed run must
+know of them), and at its end the model as a Hugging Face folder. Both are written aside, and get their names when they
+are whole."""
 
 from __future__ import annotations
 
@@ -15,28 +16,35 @@ import deepspeed
 import deepspeed.comm as dist
 import transformers
 
+from ds_memopt import checkpoint as portable
+from ds_memopt.checkpoint import durable
+from ds_memopt.checkpoint.durable import LATEST
 from ds_memopt.engines.checkpoint_files import errors_after_all_ranks, refuse_code
 from ds_memopt.engines.held_bytes import checkpoint_bytes, first_not_finite, is_finite
 from ds_memopt.engines.processes import SharedError
 from ds_memopt.measure import GIB
 from ds_memopt.results.record import METRICS, write_json, write_text
 from ds_memopt.train.options import RunOptions
+from ds_memopt.train.output_folder import CHECKPOINTS
 from ds_memopt.train.presets import MODEL
 from ds_memopt.train.ranks import Ranks, on_all_ranks
+from ds_memopt.train.resumed_batch import of_any_place
 from ds_memopt.train.settings import Settings
 
-CHECKPOINTS = "checkpoints"
 FACTS = "run.json"
-LATEST = "latest"
 
 
-def save(engine: Any, folder: Path, step: int, facts: dict[str, Any], ranks: Ranks) -> None:
-    """Save the engine's state as folder/step<step>, then point folder/latest to it. All ranks call.
+def save(engine: Any, step: int, settings: Settings, ranks: Ranks) -> None:
+    """Save the engine's state as checkpoints/step<step>, then point `latest` to it. All ranks call.
 
     SharedError if a weight, master or state is no finite number, or if a file cannot be written; earlier checkpoints
     stay as they are.
     """
+    folder, facts = settings.output_dir / CHECKPOINTS, settings.facts
     _refuse_not_finite(engine, folder, step)
+    if settings.checkpoint_format == "portable":
+        portable.save(engine, folder, step, keep=settings.keep_checkpoints, settings=facts)
+        return
     aside, needs = folder / f".step{step}", sum(_of_all_ranks(checkpoint_bytes(engine)))
     try:
         on_all_ranks(lambda: _make_room(aside, needs) if ranks.is_main else None)
@@ -45,7 +53,7 @@ def save(engine: Any, folder: Path, step: int, facts: dict[str, Any], ranks: Ran
         digests = on_all_ranks(lambda: {name: _digest(aside / name) for name in names[ranks.rank :: ranks.world_size]})
         files = {name: digest for some in _of_all_ranks(digests) for name, digest in some.items()}
         known = {**facts, "step": step, "files": dict(sorted(files.items()))}
-        on_all_ranks(lambda: _publish(aside, known) if ranks.is_main else None)
+        on_all_ranks(lambda: _publish(aside, known, settings.keep_checkpoints) if ranks.is_main else None)
     except ValueError as error:
         full = _of_all_ranks(_give_up(aside, needs) if ranks.is_main else None)[0]
         raise SharedError(full or f"the checkpoint of step {step} could not be saved: {error}") from error
@@ -79,7 +87,10 @@ def find(options: RunOptions, settings: Settings, ranks: Ranks) -> int:
 
 def load(engine: Any, folder: Path, step: int, ranks: Ranks) -> None:
     """Restore the engine from folder/step<step>, which `find` has passed, and make it `latest`. All ranks call."""
-    loaded, _ = engine.load_checkpoint(str(folder), tag=f"step{step}")
+    if _is_portable(folder / f"step{step}"):
+        loaded = portable.load_from(engine, folder / f"step{step}")
+    else:
+        loaded, _ = engine.load_checkpoint(str(folder), tag=f"step{step}")
     if loaded is None or engine.global_steps != step:
         raise ValueError(
             f"the engine did not restore step {step} from {folder}: it stands at step {engine.global_steps}"
@@ -185,27 +196,26 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _publish(aside: Path, known: dict[str, Any]) -> None:
+def _publish(aside: Path, known: dict[str, Any], keep: int | None) -> None:
     write_json(aside / FACTS, known)
-    final = aside.with_name(aside.name[1:])
-    shutil.rmtree(final, ignore_errors=True)  # of a run that went on from before it
-    aside.rename(final)
-    write_text(aside.parent / LATEST, final.name)
+    durable.sync_files(aside)
+    durable.publish(aside, keep)
+
+
+def _is_portable(folder: Path) -> bool:
+    return (folder / portable.INDEX).exists()
 
 
 def _steps(folder: Path, resume: bool | int) -> list[int]:
     """Of the checkpoints to try, one after the other."""
-    saved = sorted((int(path.name[4:]) for path in folder.glob("step*") if path.name[4:].isdecimal()), reverse=True)
+    saved = durable.steps(folder)
     if not saved:
         raise ValueError(f"--resume found no checkpoint in {folder}; start afresh in another --output_dir")
     if resume is not True:
         if resume not in saved:
-            raise ValueError(f"--resume {resume} found no checkpoint of that step in {folder}: it has {saved[::-1]}")
+            raise ValueError(f"--resume {resume} found no checkpoint of that step in {folder}: it has {saved}")
         return [resume]
-    latest = folder / LATEST
-    named = re.fullmatch(r"step(\d+)\s*", latest.read_text(errors="replace")) if latest.exists() else None
-    newest = int(named[1]) if named else saved[0]
-    return [newest, *(step for step in saved if step < newest)]
+    return durable.newest_first(folder)
 
 
 def _fault(folder: Path, facts: dict[str, Any], ranks: Ranks) -> str | None:
@@ -213,14 +223,14 @@ def _fault(folder: Path, facts: dict[str, Any], ranks: Ranks) -> str | None:
 
     ValueError if it was made with other settings, which no other checkpoint would mend.
     """
+    if _is_portable(folder):
+        return _fault_of_portable(folder, facts, ranks)
     try:
         saved = json.loads((folder / FACTS).read_text())
         files = saved["files"].items()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return f"checkpoint {folder} is damaged: {FACTS} is missing or has no checksums ({error})"
-    changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in facts.items() if saved.get(key) != value]
-    if changed:
-        raise ValueError(f"--resume needs the settings that checkpoint {folder} was made with: {'; '.join(changed)}")
+    _refuse_changed(folder, saved, facts)
     unlisted = {name for name in _files(folder) if name.endswith((".pt", ".distcp"))} - {*saved["files"]}
     if unlisted:
         return f"checkpoint file {folder / min(unlisted)} is not listed in {FACTS}"
@@ -231,6 +241,21 @@ def _fault(folder: Path, facts: dict[str, Any], ranks: Ranks) -> str | None:
         except OSError as error:
             return f"checkpoint file {folder / name} is missing or damaged ({error.strerror})"
     return None
+
+
+def _fault_of_portable(folder: Path, facts: dict[str, Any], ranks: Ranks) -> str | None:
+    try:
+        index = portable.Index.read(folder)
+    except ValueError as error:
+        return str(error)
+    _refuse_changed(folder, of_any_place(index.settings), of_any_place(facts))
+    return portable.fault(folder, index.files, sorted(index.files)[ranks.rank :: ranks.world_size])
+
+
+def _refuse_changed(folder: Path, saved: dict[str, Any], facts: dict[str, Any]) -> None:
+    changed = [f"{key} was {saved.get(key)}, is {value}" for key, value in facts.items() if saved.get(key) != value]
+    if changed:
+        raise ValueError(f"--resume needs the settings that checkpoint {folder} was made with: {'; '.join(changed)}")
 
 
 def _refuse_code(folder: Path, ranks: Ranks) -> None:

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
 
 import ds_memopt
+from ds_memopt.checkpoint import check_target
 from ds_memopt.engines.checkpoint_files import load_only_data
 from ds_memopt.engines.held_bytes import gradient_bytes, held_bytes
 from ds_memopt.engines.losses import IGNORED_LABEL
@@ -142,6 +143,8 @@ def run(engine: Any, settings: Settings, ranks: Ranks, work: Work, first_step: i
     """
     if first_step:
         checkpoint.load(engine, settings.output_dir / checkpoint.CHECKPOINTS, first_step, ranks)
+    elif settings.save_interval and settings.checkpoint_format == "portable":
+        on_all_ranks(lambda: check_target(engine))
     metrics = None
     flops = model_flops(engine.module, engine.basic_optimizer, work.seq_length)
     peak = peak_flops(ranks.device, settings.facts["dtype"])
@@ -300,7 +303,7 @@ def _train(
                 bar.write(_progress(row, settings.steps))
         if save:
             ranks.enter(f"the checkpoint of step {step}", alone=True)
-            checkpoint.save(engine, settings.output_dir / checkpoint.CHECKPOINTS, step, settings.facts, ranks)
+            checkpoint.save(engine, step, settings, ranks)
         loss_sum, logged_step = torch.zeros_like(loss_sum), step
         meter.reset()
         timer.start()

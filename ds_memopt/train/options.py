@@ -78,6 +78,12 @@ class RunOptions:
         INTERVALS, "checkpoints; default: after the last step (never if synthetic); 0 = never", at_least=0
     )
 
+    checkpoint_format: Literal["portable", "engine"] = option(
+        INTERVALS, "portable (default): resumes on any number of ranks, at any stage; engine: DeepSpeed's or "
+        "torch.distributed's own files", default="portable",
+    )  # fmt: skip
+    keep_checkpoints: int | None = option(INTERVALS, "the newest to keep; default: all", at_least=1)
+
     model: str = option(DATA, "local Hugging Face folder", MISSING)
     data: str = option(DATA, "file", MISSING)
     tokenizer: str | None = option(DATA, "local Hugging Face tokenizer folder")

@@ -13,6 +13,7 @@ from typing import TextIO
 from ds_memopt.train.ranks import Ranks, on_all_ranks
 
 LOCK = ".lock"
+CHECKPOINTS = "checkpoints"
 
 _locks: dict[Path, TextIO] = {}
 

@@ -32,6 +32,7 @@ from ds_memopt.train.config_check import check_config, check_optimizer_type, che
 from ds_memopt.train.options import RunOptions
 from ds_memopt.train.presets import Recipe, find_model, split_batch
 from ds_memopt.train.ranks import Ranks
+from ds_memopt.train.resumed_batch import keep_global_batch, keep_halves, saved_facts
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Settings:
     logging_interval: int
     validation_interval: int
     save_interval: int
+    checkpoint_format: str
+    keep_checkpoints: int | None
     lr_schedule: Callable[[torch.optim.Optimizer], Any] | None
     facts: dict[str, Any]  # what the trajectory depends on: a resumed run must share it
 
@@ -78,11 +81,20 @@ def make_settings(
     model_config, recipe = find(options.model)
 
     method = method_of(raw["optimizer"]["type"])
+    saved = saved_facts(output_dir, options.resume) if options.resume else None
+    if saved and method.splits_batch:
+        keep_halves(saved, raw["optimizer"]["params"], ranks.world_size)
     accumulation = choose(raw, "gradient_accumulation_steps", options.accumulation, None if method.accumulates else 1)
     micro_batch = choose(raw, "train_micro_batch_size_per_gpu", options.micro_batch, None)
     if method.splits_batch:
         micro_batch = _with_halves(method, raw["optimizer"]["params"], micro_batch, recipe, ranks.world_size)
-    micro_batch, accumulation = split_batch(recipe, micro_batch, accumulation, ranks.world_size)
+    if saved:
+        micro_batch, kept = keep_global_batch(saved, micro_batch, ranks.world_size, method.accumulates)
+        if accumulation not in (None, kept) and ranks.is_main:
+            print(f"accumulation is {kept} instead of {accumulation}, to keep the global batch", flush=True)
+        accumulation, raw["gradient_accumulation_steps"] = kept, AUTO
+    else:
+        micro_batch, accumulation = split_batch(recipe, micro_batch, accumulation, ranks.world_size)
     if _lacks_fused_adam(raw, ranks):
         raw["optimizer"]["params"]["torch_adam"] = True
         if ranks.is_main:
@@ -142,6 +154,8 @@ def make_settings(
         logging_interval=setting("logging_interval"),
         validation_interval=setting("validation_interval"),
         save_interval=setting("save_interval"),
+        checkpoint_format=options.checkpoint_format,
+        keep_checkpoints=options.keep_checkpoints,
         lr_schedule=_lr_schedule(config, setting("schedule"), warmup_steps, steps),
         facts=json.loads(json.dumps(facts)),  # as a checkpoint gives them back: tuples are lists
     )

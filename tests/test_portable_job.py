@@ -1,0 +1,118 @@
+"""The main job resumes on other ranks, at another stage, under another engine: the same batches, the same weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from checkpoints_ranks import make_model
+from portable_job_ranks import run_jobs
+from safetensors.torch import load_file
+from spawn import run_ranks
+from test_portable import flip
+
+from ds_memopt.results.record import read_metrics
+from ds_memopt.train.resumed_batch import keep_global_batch, keep_halves, of_any_place
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    place = tmp_path_factory.mktemp("job")
+    make_model(place)
+    config = json.loads((place / "zero2_adam_mini.json").read_text())
+    for name, stage in (("zero3", 3), ("fsdp2", 1)):
+        (place / f"{name}.json").write_text(json.dumps(config | {"zero_optimization": {"stage": stage}}))
+    return place
+
+
+@pytest.fixture(scope="module")
+def outcomes(place) -> dict[str, tuple[str | None, str]]:
+    """One run on 2 ranks, whole; copies of it that lost what follows step 2 or 4 and are resumed elsewhere."""
+    whole = place / "whole"
+    first = run_ranks(run_jobs, 2, place, [(whole, "zero2_adam_mini", {"accumulation": 2, "keep_checkpoints": 2})])[0]
+    for name in ("one", "three", "same", "damaged", "changed"):
+        shutil.copytree(whole, place / name)
+        (place / name / "checkpoints/latest").write_text("step4")
+    flip(place / "damaged/checkpoints/step6/rank00001.safetensors")
+    (place / "damaged/checkpoints/latest").write_text("step6")
+    resume = {"resume": True}
+    one = run_ranks(
+        run_jobs, 1, place, [(place / "one", "zero3", resume), (place / "changed", "zero3", resume | {"seed": 1})]
+    )[0]
+    two = run_ranks(run_jobs, 2, place, [
+        (place / "same", "zero2_adam_mini", resume), (place / "damaged", "fsdp2", resume | {"micro_batch": 4}),
+        (place / "damaged", "fsdp2", resume | {"micro_batch": 3}),
+    ])[0]  # fmt: skip
+    three = run_ranks(run_jobs, 3, place, [(place / "three", "zero3", resume)])[0]
+    names = ("whole", "one", "changed", "same", "damaged", "micro_batch", "three")
+    return dict(zip(names, [*first, *one, *two, *three], strict=True))
+
+
+def weights(folder: Path):
+    return load_file(folder / "model/model.safetensors")
+
+
+def test_the_same_place_goes_on_bit_for_bit(outcomes, place):
+    assert outcomes["whole"][0] is None and outcomes["same"][0] is None
+    assert {path.name for path in (place / "whole/checkpoints").iterdir()} == {"latest", "step4", "step6"}
+    assert (place / "same/model/model.safetensors").read_bytes() == (
+        place / "whole/model/model.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize(("run", "accumulation"), [("one", 4), ("damaged", 1)])
+def test_another_place_sees_the_same_batches(outcomes, place, run, accumulation):
+    """One rank at ZeRO-3; two under FSDP2, with larger micro-batches. Losses differed by at most 5e-7; those of other
+    batches by more than 1e-3."""
+    message, printed = outcomes[run]
+    assert message is None and f"{accumulation} passes" in printed
+    rows, whole = read_metrics(place / run), read_metrics(place / "whole")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    print(run, [abs(a["loss"] - b["loss"]) for a, b in zip(rows, whole, strict=True)], [row["loss"] for row in whole])
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, whole, strict=True)) < 1e-5
+    assert len({round(row["loss"], 3) for row in whole}) == 6
+    ours, theirs = weights(place / run), weights(place / "whole")
+    print(max((ours[name] - theirs[name]).abs().max() for name in theirs))
+    assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-5
+
+
+def test_a_damaged_part_is_told(outcomes, place):
+    file = place / "damaged/checkpoints/step6/rank00001.safetensors"
+    printed = outcomes["damaged"][1]
+    assert f"WARNING: checkpoint file {file} is damaged: its SHA-256 is not the one in index.json" in printed
+    assert f"resuming from {place}/damaged/checkpoints/step4\n" in printed
+
+
+def test_what_cannot_keep_the_batch_is_refused_with_what_would(outcomes):
+    assert (
+        "keeps the global batch of 8 sequences, which 3 ranks do not divide: run on 1, 2, 4 or 8 ranks"
+        in (outcomes["three"][0])
+    )
+    assert (
+        "4 for each of 2 ranks, which micro-batches of 3 do not divide: choose 1, 2 or 4" in outcomes["micro_batch"][0]
+    )
+    assert "--resume needs the settings that checkpoint" in outcomes["changed"][0]
+    assert "seed was 0, is 1" in outcomes["changed"][0]
+
+
+def test_the_batch_is_divided_anew():
+    saved = {"global_batch": 12, "micro_batch": 3}
+    assert keep_global_batch(saved, None, 2, True) == (3, 2)
+    assert keep_global_batch(saved, None, 3, True) == (2, 2)
+    assert keep_global_batch(saved, 1, 4, True) == (1, 3)
+    assert keep_global_batch(saved, None, 4, False) == (3, 1)
+    with pytest.raises(ValueError, match="without accumulation: a micro-batch of 2 must be 3"):
+        keep_global_batch(saved, 2, 4, False)
+
+
+def test_halves_stay_whole():
+    params = {"zo_batch": 4, "fo_batch": 2}
+    saved = {"optimizer": {"type": "Addax", "params": dict(params)}, "world_size": 2, "seed": 0}
+    keep_halves(saved, params, 4)
+    assert params == {"zo_batch": 2, "fo_batch": 1}
+    here = {"optimizer": {"type": "Addax", "params": params}, "world_size": 4, "seed": 0}
+    assert of_any_place(here) == of_any_place(saved)
+    with pytest.raises(ValueError, match="keeps zo_batch at 8 .* which 3 ranks do not divide: run on 1, 2 or 4 ranks"):
+        keep_halves(saved, params, 3)
