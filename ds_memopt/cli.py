@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = commands.add_parser("methods", help="the methods, and what each may be told")
     command.add_argument("method", nargs="?", help="the one whose hyper-parameters to list")
     command.add_argument("--markdown", action="store_true", help="as the table of the documents")
+    _add_checkpoint(commands)
     commands.add_parser("doctor", help="what this machine has for training, and what will not work")
     given = parser.parse_args(arguments)
     try:
@@ -48,6 +49,34 @@ def _add_plan(commands) -> None:
     command.add_argument("--gpu", choices=MEMORY_BANDWIDTH, help="whose memory tells the time of the method's step")
     command.add_argument("--by_kind", action="store_true", help="list each state and all traffic, in bytes")
     command.add_argument("--output", type=Path, help="write the ds_config that is recommended to this file")
+
+
+def _add_checkpoint(commands) -> None:
+    command = commands.add_parser(
+        "checkpoint", help="what is in a portable checkpoint, whether it is whole, its weights"
+    )
+    actions = command.add_subparsers(dest="action", required=True)
+    for name, help in (
+        ("inspect", "what it holds: bytes by kind, step, method, ranks"),
+        ("verify", "read every file of every checkpoint in the folder"),
+        ("export", "write its weights as a Hugging Face folder"),
+    ):
+        action = actions.add_parser(name, help=help)
+        action.add_argument("folder", type=Path, help="a checkpoint, or a folder of them: then the newest whole one")
+    action.add_argument("out", type=Path, help="folder to write")
+    action.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights; default: as they were saved")
+
+
+def _checkpoint(given: argparse.Namespace) -> None:
+    from ds_memopt.checkpoint import inspection
+
+    if given.action == "inspect":
+        print(inspection.describe(given.folder))
+    elif given.action == "verify":
+        for line in inspection.verify(given.folder):
+            print(line)
+    else:
+        print(inspection.export(given.folder, given.out, given.dtype))
 
 
 def _plan(given: argparse.Namespace) -> None:
@@ -91,7 +120,10 @@ def _replay(given: argparse.Namespace) -> None:
     print(f"{given.out}: {steps} steps applied")
 
 
-COMMANDS = {"replay": _replay, "plan": _plan, "report": _report, "methods": _methods, "doctor": _doctor}
+COMMANDS = {
+    "replay": _replay, "plan": _plan, "report": _report, "methods": _methods, "doctor": _doctor,
+    "checkpoint": _checkpoint,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

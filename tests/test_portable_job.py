@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+import transformers
 from checkpoints_ranks import make_model
 from portable_job_ranks import run_jobs
 from safetensors.torch import load_file
 from spawn import run_ranks
 from test_portable import flip
 
+from ds_memopt.cli import main
 from ds_memopt.results.record import read_metrics
 from ds_memopt.train.resumed_batch import keep_global_batch, keep_halves, of_any_place
 
@@ -116,3 +119,31 @@ def test_halves_stay_whole():
     assert of_any_place(here) == of_any_place(saved)
     with pytest.raises(ValueError, match="keeps zo_batch at 8 .* which 3 ranks do not divide: run on 1, 2 or 4 ranks"):
         keep_halves(saved, params, 3)
+
+
+def test_the_command_tells_verifies_and_exports(outcomes, place, tmp_path, capsys):
+    """What is exported are the fp32 weights that the run ended with."""
+    folder = place / "whole/checkpoints"
+    assert main(["checkpoint", "inspect", str(folder)]) == 0
+    told = capsys.readouterr().out
+    assert f"{folder}/step6: AdamMini, step 6, saved by 2 ranks (DeepSpeed, ZeRO-2)" in told
+    assert "weight                    32,416" in told and "block_exp_avg_sq" in told
+
+    assert main(["checkpoint", "export", str(folder), str(tmp_path / "out")]) == 0
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    whole = weights(place / "whole")
+    assert all(torch.equal(exported[name], whole[name]) for name in whole)
+    assert main(["checkpoint", "export", str(folder), str(tmp_path / "out")]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["checkpoint", "export", str(folder / "step4"), str(tmp_path / "bf16"), "--dtype", "bf16"]) == 0
+    assert {tensor.dtype for tensor in load_file(tmp_path / "bf16/model.safetensors").values()} == {torch.bfloat16}
+
+    assert main(["checkpoint", "verify", str(folder)]) == 0
+    assert f"{folder}/step4: whole\n{folder}/step6: whole\n" in capsys.readouterr().out
+    shutil.copytree(folder, tmp_path / "copy")
+    flip(tmp_path / "copy/step6/rank00000.safetensors")
+    assert main(["checkpoint", "verify", str(tmp_path / "copy")]) == 2
+    printed = capsys.readouterr()
+    assert "rank00000.safetensors is damaged: its SHA-256" in printed.out
+    assert "ds-memopt checkpoint: 1 of 2 checkpoints are damaged" in printed.err
+    assert main(["checkpoint", "inspect", str(tmp_path)]) == 2
