@@ -221,7 +221,7 @@ def test_a_state_dict_resumes_bit_for_bit_or_says_what_it_lacks():
         for one, other in ((optimizer, model), (resumed, twin)):
             plain_steps(one, other, range(STEPS, STEPS + 3))
         assert all(map(torch.equal, model.parameters(), twin.parameters()))
-    message = "keeps approximation_code. Set state_dtype and masters as in the run that saved it, or take its state over"
+    message = "keeps approximation_code. Set state_dtype and masters as in the run that saved it, or take its state"
     with pytest.raises(ValueError, match=re.escape(message)):
         build("GWT", "fp32, int8", llama()).load_state_dict(alone("GWT", "fp32", 1)[1].state_dict())
 

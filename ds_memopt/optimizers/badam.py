@@ -36,7 +36,7 @@ from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, Sh
 from ds_memopt.optimizers.block_state.storage import REMAINDER, Kept
 from ds_memopt.optimizers.gwt import GWT
 from ds_memopt.optimizers.rotation.kept_residuals import RESIDUAL, KeptResiduals
-from ds_memopt.optimizers.rotation.visit_order import ORDERS, Rotation
+from ds_memopt.optimizers.rotation.visit_order import ORDERS, USUAL_SWITCH_EVERY, Rotation, automatic_switch_every
 from ds_memopt.shards import Placement, is_first_rank, numel_of, trainable_parameters_changed
 from ds_memopt.support import refuse
 
@@ -46,9 +46,6 @@ logger = logging.getLogger("ds_memopt")
 
 BASES: dict[str, type[ShardedOptimizer]] = {"adamw": AdamW, "adam_mini": AdamMini, "gwt": GWT}
 """The rules that an active block may run."""
-
-USUAL_SWITCH_EVERY, FEWEST_AUTOMATIC = 100, 10
-"""K of the paper's experiments, and what "auto" does not go below: shorter visits are mostly the first step of Adam."""
 
 
 class Position(NamedTuple):
@@ -185,7 +182,9 @@ class BAdam(ShardedOptimizer):
         self._blocks = list(self.partition.blocks)
         self.rotation = Rotation(len(self._blocks), hyper.order, self._first_block(), hyper.seed)
         automatic = hyper.switch_every == "auto"
-        self.switch_every = _automatic(hyper.total_steps, len(self._blocks)) if automatic else hyper.switch_every
+        self.switch_every = (
+            automatic_switch_every(hyper.total_steps, len(self._blocks)) if automatic else hyper.switch_every
+        )
         listed = zlib.crc32(repr((self.partition, self.rotation)).encode())
         for group in self.param_groups:
             group[STATE_KEY] = f"BAdam, switch_every {self.switch_every}, rotation {listed:08x}, {group[STATE_KEY]}"
@@ -496,9 +495,3 @@ class BAdam(ShardedOptimizer):
                 total_steps, len(self._blocks), self.switch_every, ", ".join(untrained),
                 f"Lower switch_every to {enough} or less" if enough else f"Train {len(self._blocks)} steps or more",
             )  # fmt: skip
-
-
-def _automatic(total_steps: int | None, num_blocks: int) -> int:
-    if total_steps is None:
-        return USUAL_SWITCH_EVERY
-    return min(max(total_steps // num_blocks, FEWEST_AUTOMATIC), USUAL_SWITCH_EVERY)

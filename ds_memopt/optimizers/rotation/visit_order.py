@@ -9,6 +9,9 @@ import torch
 
 ORDERS = ("random", "descending", "ascending", "fixed")
 
+USUAL_SWITCH_EVERY, FEWEST_AUTOMATIC = 100, 10
+"""K of the paper's experiments, and what "auto" does not go below: shorter visits are mostly the first step of Adam."""
+
 
 @dataclass(frozen=True)
 class Rotation:
@@ -33,3 +36,10 @@ class Rotation:
         if self.order == "fixed":
             return self.start_block
         return (self.start_block + (position if self.order == "ascending" else -position)) % self.num_blocks
+
+
+def automatic_switch_every(total_steps: int | None, num_blocks: int) -> int:
+    """Steps per visit: one round through the blocks takes the whole run, within the two limits."""
+    if total_steps is None:
+        return USUAL_SWITCH_EVERY
+    return min(max(total_steps // num_blocks, FEWEST_AUTOMATIC), USUAL_SWITCH_EVERY)
