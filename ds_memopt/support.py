@@ -30,7 +30,8 @@ FEATURES: dict[str, str] = {
     "param_offload": "ZeRO-3 with parameter offload to the CPU",
     "trainer": "transformers' Trainer, by JSON",
     "accelerate": "accelerate, by JSON",
-    "resume": "Resume on the same number of GPUs",
+    "resume": "Resume on the same number of GPUs, from the engine's own files",
+    "portable": "Resume on another number of GPUs, stage or engine, from a portable checkpoint",
     "zero_to_fp32": "`zero_to_fp32`",
     "fp16": "fp16 with loss scaling",
     "fp16_autocast": "`torch_autocast` in fp16",
@@ -79,6 +80,7 @@ STATE_COMPRESSING: dict[str, Support] = {
     "trainer": Support("tested"),
     "accelerate": Support("tested"),
     "resume": Support("tested"),
+    "portable": Support("tested"),
     "zero_to_fp32": Support(
         "tested", "Except ZeRO-1 with fp32 accumulation, whose files DeepSpeed's tool reads for no optimizer."
     ),
@@ -131,8 +133,8 @@ STATE_COMPRESSING: dict[str, Support] = {
     ),
     "universal_checkpoint": Support(
         "refused",
-        "DeepSpeed's converter knows Adam's states only and would drop the others. Resume from the checkpoint itself, "
-        "on as many GPUs as wrote it.",
+        "DeepSpeed's converter knows Adam's states only and would drop the others. Save a portable checkpoint, by "
+        "ds_memopt.save, or resume from the checkpoint itself on as many GPUs as wrote it.",
     ),
     "tensor_parallel": Support(
         "refused", "A rank's part of a matrix is not a row-major interval there. Use ZeRO or FSDP2 without it."

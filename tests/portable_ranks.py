@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from deepspeed.runtime import engine as engine_module
+from every_method_ranks import hyper_of
 from tiny import (
     HYPER,
     bf16_llama,
@@ -106,6 +110,61 @@ def run_leg(folder: Path, number: int) -> dict:
             run = build(method, leg, bf16)
             train_on(run, data)
             results[method, bf16]["whole"] = full_parameters(module_of(run))
+            run.destroy()
+    return results
+
+
+BF16, ACCUMULATED = {"bf16": {"enabled": True}}, {"data_types": {"grad_accum_dtype": "fp32"}}
+OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
+FROZEN = "model.layers.0.mlp.up_proj.weight"
+MOVES: dict[str, tuple[str, tuple[int, dict], tuple[int, dict]]] = {
+    "CAME": ("CAME", (2, {}), (3, {})),
+    "IPSGD": ("IPSGD", (3, BF16), (1, BF16)),
+    "Addax": ("Addax", (2, BF16), (3, BF16)),
+    "AdamMini, bf16": ("AdamMini", (1, BF16 | ACCUMULATED), (2, BF16 | OFFLOAD)),
+    "AdamMini, bf16, back": ("AdamMini", (3, BF16 | OFFLOAD), (1, BF16 | ACCUMULATED)),
+    "AdamW, bf16": ("AdamW", (0, BF16), (3, BF16)),
+    "AdamW, bf16, fused": ("AdamW", (0, BF16), (2, BF16)),
+    "AdamW, fp16": (
+        "AdamW",
+        (2, {"fp16": {"enabled": True}}),
+        (1, {"fp16": {"enabled": True, "initial_scale_power": 8}}),
+    ),
+}
+"""Method, and from which stage to which, with what else in the config; fp16 begins at another loss scale there."""
+
+
+def move(folder: Path) -> dict[str, tuple]:
+    """On two ranks, with one parameter frozen: weights at the end of a run, of the same moved to another stage in its
+    middle, and what of its masters was not restored exactly."""
+    results = {}
+    for name, (method, *places) in MOVES.items():
+        runs = []
+        for stage, changes in places:
+            model = llama()
+            model.get_parameter(FROZEN).requires_grad_(name == "IPSGD")
+            hyper = HYPER if method.startswith("Adam") else hyper_of(method)
+            config = ds_config(stage, method, hyper, **changes)
+            config["zero_force_ds_cpu_optimizer"] = False
+            trained = [p for p in model.parameters() if p.requires_grad]
+            # On a GPU AdamW is DeepSpeed's FusedAdam, around which ZeRO-0 has another object.
+            fused = mock.patch.object(engine_module, "FusedAdam", torch.optim.AdamW)
+            with fused if name.endswith("fused") else contextlib.nullcontext():
+                runs.append(initialize(model, config, model_parameters=trained))
+        engine, other = runs
+        assert (type(engine.optimizer).__name__ == "FP16_Optimizer") == name.endswith("fused")
+        data = local(2 * STEPS)
+        train(engine, data[:STEPS])
+        ds_memopt.save(engine, folder / name)
+        saved = full_parameters(engine.module)
+        ds_memopt.load(other, folder / name)
+        restored = full_parameters(other.module)
+        ds_memopt.save(other, folder / f"{name}, again")
+        scales = [getattr(getattr(run.optimizer, "loss_scaler", None), "cur_scale", None) for run in runs]
+        for run in runs:
+            train(run, data[STEPS:])
+        results[name] = saved, restored, *(full_parameters(run.module) for run in runs), scales
+        for run in runs:
             run.destroy()
     return results
 

@@ -124,7 +124,7 @@ REFUSALS = {
     "partial_offload": "Set offload_optimizer.ratio to 1.0 or leave it out.",
     "super_offload": "Remove offload_optimizer.super_offload.",
     "zenflow": "Remove zero_optimization.zenflow.",
-    "universal_checkpoint": "Resume from the checkpoint itself, on as many GPUs as wrote it.",
+    "universal_checkpoint": "resume from the checkpoint itself on as many GPUs as wrote it.",
     "hyper-parameter": "'betta' is no hyper-parameter of AdamMini. Did you mean 'betas'? It takes lr, betas, eps",
     "range": "eps=0 is out of range: it must be a number in [1e-30, 1).",
     "spelling": "optimizer type 'adam_mini' is unknown. Did you mean \"AdamMini\"?",
