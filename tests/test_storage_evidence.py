@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 
@@ -33,6 +34,8 @@ class Here:
 def test_one_command_trains_every_storage_and_keeps_what_has_finished(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*COMMAND, "--validation_rows", "16", "--output_dir", str(tmp_path)])
     monkeypatch.setattr(storage_evidence, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(storage_evidence, "load_corpus", functools.cache(storage_evidence.load_corpus))
+    monkeypatch.setattr(storage_evidence, "LRS", (1e-3,))
     storage_evidence.main()
     assert capsys.readouterr().out.count("seed0: ") == len(list(tmp_path.glob("*.json")))
     text = (tmp_path / "storage.md").read_text()
