@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 
 from ds_memopt.kernels.noise_formulas import NoiseSource
+from ds_memopt.kernels.packed import Storage
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTScalars
 from ds_memopt.kernels.work import Runs, Tensors, Work
@@ -30,7 +31,11 @@ class BackEnd(Protocol):
     Tensors are this rank's elements or entries, 1-D and contiguous, by their number in the call. Scalars say which
     tensors move, or else gradients: runs of others are left alone. Empty runs and empty tensors are welcome.
     slots: [slots, width], what ranks share of cut blocks, see `Runs`.
+    TAKES_STORAGE: whether `adam_mini` and `adam_by_element` take weights and states as a `Storage` keeps them, and
+    there is `measure_shared_groups`.
     """
+
+    TAKES_STORAGE: bool
 
     def check(self) -> None:
         """Make it ready. Raises RuntimeError with the reason where it cannot run here."""
@@ -50,8 +55,12 @@ class BackEnd(Protocol):
         runs: Runs,
         scalars: Mapping[int, AdamScalars],
         mean_squares: torch.Tensor | None,
+        storage: Storage | None = None,
     ) -> None:
-        """Adam with one second moment per block. mean_squares: slots of cut blocks; None: each run is a whole block."""
+        """Adam with one second moment per block. mean_squares: slots of cut blocks; None: each run is a whole block.
+
+        storage: its `new_scales` hold those of shared groups already, and get the others.
+        """
 
     def adam_by_element(
         self,
@@ -61,8 +70,24 @@ class BackEnd(Protocol):
         second_moments: Tensors,
         runs: Runs,
         scalars: Mapping[int, AdamScalars],
+        storage: Storage | None = None,
     ) -> None:
-        """Adam with one second moment per element, at the runs' entries."""
+        """Adam with one second moment per element, at the runs' entries. storage: as in `adam_mini`."""
+
+    def measure_shared_groups(
+        self,
+        parameters: Tensors,
+        gradients: Tensors,
+        moments: Tensors,
+        second_moments: Tensors | None,
+        work: Work,
+        scalars: Mapping[int, AdamScalars],
+        storage: Storage,
+    ) -> None:
+        """Raise `storage.new_scales`, zeros, of groups of codes that do not lie in one part of the step that follows.
+
+        second_moments: of elements; None: that step is `adam_mini`.
+        """
 
     def add_mean_squares_of_blocks(self, gradients: Tensors, runs: Runs, mean_squares: Tensors) -> None:
         """mean_squares[tensor][block] += (sum of a run's squares) / size. runs: of whole and cut blocks."""
@@ -193,11 +218,16 @@ def back_end_for(device: torch.device) -> BackEnd | None:
     return back_end
 
 
-def back_end_of(work: Work | None, *tensors: Tensors, uncovered: str = COLUMNS) -> BackEnd | None:
-    """The fused back end for a call, or None for plain PyTorch. uncovered: why no back end covers it without `work`."""
+def back_end_of(
+    work: Work | None, *tensors: Tensors, uncovered: str = COLUMNS, storage: Storage | None = None
+) -> BackEnd | None:
+    """The fused back end for a call, or None for plain PyTorch. uncovered: why no back end covers it without `work`.
+
+    storage: None, too, where the back end cannot take the tensors as they are kept.
+    """
     every = [tensor for of_call in tensors for tensor in of_call.values()]
     back_end = back_end_for(every[0].device) if every else None
-    if back_end is None:
+    if back_end is None or (storage is not None and not back_end.TAKES_STORAGE):
         return None
     if reason := uncovered if work is None else back_end.reason_against(every):
         tell_of_plain(reason)

@@ -1,6 +1,10 @@
 """What a method calls: each function goes to the back end that computes it fastest where its tensors lie.
 
 A fused back end sums first what ranks share; while these sums travel it does what does not need them.
+
+storage: how the step's weights and states are kept, if some are in fewer bits. Such states are then handed over as they
+are kept, and `storage.states` has their names of `ds_memopt.optimizers`. Where no back end takes them so, they are
+unpacked here.
 """
 
 from __future__ import annotations
@@ -9,6 +13,7 @@ from collections.abc import Mapping
 
 from ds_memopt.kernels import plain, plain_gwt
 from ds_memopt.kernels.back_ends import COLUMNS, BackEnd, back_end_of
+from ds_memopt.kernels.packed import Storage
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTRule, GWTScalars
 from ds_memopt.kernels.work import Blocks, Tensors, Work
@@ -21,9 +26,14 @@ def adam_mini(
     second_moments: Tensors,
     blocks: Blocks,
     scalars: Mapping[int, AdamScalars],
+    storage: Storage | None = None,
 ) -> None:
-    """Adam with one second moment per block. A collective where ranks share blocks."""
-    fused = back_end_of(blocks.work, parameters, gradients, moments, second_moments)
+    """Adam with one second moment per block. A collective where ranks share blocks, or groups of codes."""
+    fused = back_end_of(blocks.work, parameters, gradients, moments, second_moments, storage=storage)
+    if fused is None and storage is not None:
+        with storage.unpacked(parameters, {"exp_avg": moments}) as (masters, states):
+            adam_mini(masters, gradients, states["exp_avg"], second_moments, blocks, scalars)
+        return
     if fused is None:
         mean_squares = blocks.mean_squares(gradients)
         blocks.complete(mean_squares)
@@ -34,10 +44,16 @@ def adam_mini(
     if len(blocks.work.cut):
         fused.add_mean_squares(gradients, blocks.work.cut, slots)
     wait = blocks.begin_sum(slots)
-    fused.adam_mini(*tensors, blocks.work.whole, scalars, None)
+    if storage is not None:
+        fused.measure_shared_groups(parameters, gradients, moments, None, blocks.work, scalars, storage)
+        storage.complete_new_scales()
+    kept = () if storage is None else (storage,)
+    fused.adam_mini(*tensors, blocks.work.whole, scalars, None, *kept)
     wait()
     if len(blocks.work.cut):
-        fused.adam_mini(*tensors, blocks.work.cut, scalars, slots)
+        fused.adam_mini(*tensors, blocks.work.cut, scalars, slots, *kept)
+    if storage is not None:
+        storage.keep_new_scales()
 
 
 def adam_by_element(
@@ -47,13 +63,26 @@ def adam_by_element(
     second_moments: Tensors,
     blocks: Blocks,
     scalars: Mapping[int, AdamScalars],
+    storage: Storage | None = None,
 ) -> None:
-    """Adam as it is: one second moment per element. Each block of `blocks` is one element."""
-    fused = back_end_of(blocks.work, parameters, gradients, moments, second_moments)
-    if fused is None:
-        plain.adam_by_element(parameters, gradients, moments, second_moments, blocks.pieces, scalars)
+    """Adam as it is: one second moment per element. Each block of `blocks` is one element.
+
+    A collective where ranks share groups of codes.
+    """
+    tensors = parameters, gradients, moments, second_moments
+    fused = back_end_of(blocks.work, *tensors, storage=storage)
+    if fused is None and storage is not None:
+        with storage.unpacked(parameters, {"exp_avg": moments, "exp_avg_sq": second_moments}) as (masters, states):
+            adam_by_element(masters, gradients, states["exp_avg"], states["exp_avg_sq"], blocks, scalars)
+    elif fused is None:
+        plain.adam_by_element(*tensors, blocks.pieces, scalars)
+    elif storage is None:
+        fused.adam_by_element(*tensors, blocks.work.whole, scalars)
     else:
-        fused.adam_by_element(parameters, gradients, moments, second_moments, blocks.work.whole, scalars)
+        fused.measure_shared_groups(*tensors, blocks.work, scalars, storage)
+        storage.complete_new_scales()
+        fused.adam_by_element(*tensors, blocks.work.whole, scalars, storage)
+        storage.keep_new_scales()
 
 
 def gwt(
@@ -63,12 +92,17 @@ def gwt(
     blocks: Mapping[str, Blocks],
     rule: GWTRule,
     scalars: Mapping[int, GWTScalars],
+    storage: Storage | None = None,
 ) -> None:
     """A step of GWT. A collective where ranks share groups, blocks, or matrices whose update is limited.
 
     states: those of `ds_memopt.optimizers.GWT` by its names. blocks: "group"; "matrix", whole parameters; "dense",
     elements of what is not transformed; and with one second moment per row or head "block", these, of all parameters.
     """
+    if storage is not None:  # no back end takes them as they are
+        with storage.unpacked(parameters, states) as (masters, unpacked):
+            gwt(masters, gradients, unpacked, blocks, rule, scalars)
+        return
     work = None if rule.paper else _gwt_work(blocks)
     uncovered = 'variant="paper" of GWT' if rule.paper else COLUMNS
     fused = back_end_of(work and work[0], parameters, gradients, *states.values(), uncovered=uncovered)

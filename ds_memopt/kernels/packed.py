@@ -1,13 +1,17 @@
-"""Weights and states of a call that are kept in fewer bits, in plain PyTorch: unpacked to fp32, and packed after it.
+"""Weights and states of a call that are kept in fewer bits.
+
+A fused back end may take them as they are. Else they are unpacked to fp32, and packed after the step, in plain PyTorch.
 
 What is packed where, and how it is rounded, depends on the entries alone, so placement never changes the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -123,15 +127,52 @@ class Packing:
 
 @dataclass(frozen=True, eq=False)
 class Storage:
-    """How the tensors of one call are kept. remainders: of the bf16 weights that have masters, by number of tensor.
+    """How the tensors of one step are kept. remainders: of the bf16 weights that have masters, by number of tensor.
 
     segments: of the weights. states: by key; the others are kept as they are. steps: of each tensor, from 1.
+    derived: what a back end makes of it, by a key of its own.
     """
 
     remainders: Tensors
     segments: Mapping[int, Sequence[Segment]]
     states: Mapping[str, Packing]
     steps: Mapping[int, int]
+    derived: dict[Any, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def unpacked(self, weights: Tensors, states: Mapping[str, Tensors]) -> Iterator[tuple[Tensors, dict[str, Tensors]]]:
+        """Weights and states, by key, as a step sees them that knows nothing of this. They are kept again after it."""
+        unpacked = {key: packing.unpack() for key, packing in self.states.items()}
+        masters = self.masters(weights)
+        yield masters, {**states, **unpacked}
+        for key, packing in self.states.items():
+            packing.pack(unpacked[key], self.steps)
+        self.keep_masters(weights, masters)
+
+    @functools.cached_property
+    def new_scales(self) -> dict[str, dict[int, torch.Tensor]]:
+        """Of states in codes, by key: zeros, for a kernel that finds them. It still needs the old ones."""
+        return {key: packing.groups.new_blocks(packing.kept) for key, packing in self._coded.items()}
+
+    def complete_new_scales(self) -> None:
+        """Make those of shared groups those of all ranks, by the collectives of `Packing.pack`."""
+        for key, packing in self._coded.items():
+            packing.groups.complete_maxima(self.new_scales[key])
+
+    def keep_new_scales(self) -> None:
+        for key, packing in self._coded.items():
+            found = self.new_scales[key]
+            torch._foreach_copy_([packing.scales[number] for number in found], list(found.values()))
+
+    @property
+    def segments_of_elements(self) -> Mapping[int, Sequence[Segment]]:
+        """Where weights, and states of one entry per element, lie, with their scales where there are any."""
+        of_states = [packing.segments for packing in (*self._coded.values(), *self.states.values())]
+        return of_states[0] if of_states else self.segments
+
+    @property
+    def _coded(self) -> dict[str, Packing]:
+        return {key: packing for key, packing in self.states.items() if packing.scales is not None}
 
     def masters(self, weights: Tensors) -> dict[int, torch.Tensor]:
         """fp32 copies of the weights that have remainders, the others themselves."""

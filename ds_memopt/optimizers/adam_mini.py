@@ -66,4 +66,4 @@ class AdamMini(ShardedOptimizer):
 
     def update(self, call: OptimizerCall) -> None:
         m, v, scalars = call.state("exp_avg"), call.state("block_exp_avg_sq"), call.scalars(kernels.AdamScalars.at)
-        kernels.adam_mini(call.parameters, call.gradients, m, v, call.indexes["block"], scalars)
+        kernels.adam_mini(call.parameters, call.gradients, m, v, call.indexes["block"], scalars, call.storage)

@@ -34,4 +34,4 @@ class AdamW(ShardedOptimizer):
 
     def update(self, call: OptimizerCall) -> None:
         m, v, scalars = call.state("exp_avg"), call.state("exp_avg_sq"), call.scalars(kernels.AdamScalars.at)
-        kernels.adam_by_element(call.parameters, call.gradients, m, v, call.indexes["element"], scalars)
+        kernels.adam_by_element(call.parameters, call.gradients, m, v, call.indexes["element"], scalars, call.storage)

@@ -256,7 +256,8 @@ class GWT(ShardedOptimizer):
     def update(self, call: OptimizerCall) -> None:
         states = {key: call.state(key) for key in self.states}
         rule = GWTRule(self.period, self.limiter, self.paper)
-        kernels.gwt(call.parameters, call.gradients, states, call.indexes, rule, call.scalars(self._scalars))
+        scalars = call.scalars(self._scalars)
+        kernels.gwt(call.parameters, call.gradients, states, call.indexes, rule, scalars, call.storage)
 
     def _scalars(self, time: float, group: Mapping[str, Any]) -> GWTScalars:
         beta1, beta2 = group["betas"]

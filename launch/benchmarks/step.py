@@ -6,12 +6,15 @@
 
 Prints the median of each optimizer's step in ms, and of its CPU time, with their ratios to the faster of torch's fused
 AdamW and, on a CPU, DeepSpeedCPUAdam. On a busy machine look at the CPU time, with --threads 1: threads that wait for
-each other spend it, too. Ours stand there twice: by plain PyTorch and by the back end for the device.
+each other spend it, too. Ours stand there twice: by plain PyTorch and by the back end for the device; and again on the
+same model in bf16, without fp32 masters and with states in fewer bits, with the ratio to their own step in fp32.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import itertools
 import os
 import statistics
 import time
@@ -34,6 +37,12 @@ OURS = {
     "GWT": (GWT, {}),
     "GWT over adam_mini": (GWT, {"base": "adam_mini"}),
 }
+STORAGES = [
+    {"state_dtype": states, "masters": masters}
+    for states in ("fp32", "bf16", "int8")
+    for masters in ("remainder16", "remainder8")
+]
+"""Of bf16 weights."""
 
 
 def main() -> None:
@@ -44,6 +53,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden_size", type=int, default=512)
     parser.add_argument("--vocab_size", type=int, default=32000)
+    parser.add_argument(
+        "--kept_in_bf16", nargs="*", default=["AdamMini", "AdamW"], choices=OURS, help="ours on bf16 weights, too"
+    )
     parser.add_argument("--without_plain", action="store_true", help="leave out ours by plain PyTorch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -61,6 +73,17 @@ def main() -> None:
         for word in ("plain", _back_end(arguments.device)):
             if word and not (word == "plain" and arguments.without_plain):
                 steps[f"{name}, {word}"] = _with_kernels(word, rule.from_model(model, **HYPER, **options).step)
+
+    in_bf16 = copy.deepcopy(model).bfloat16()
+    for parameter, master in zip(in_bf16.parameters(), model.parameters(), strict=True):
+        parameter.grad = master.grad.bfloat16()
+    own: dict[str, str] = {}
+    for name, storage in itertools.product(arguments.kept_in_bf16, STORAGES):
+        (rule, options), word = OURS[name], _back_end(arguments.device)
+        if word:
+            packed = f"{name}, {word}, bf16, {storage['state_dtype']}, {storage['masters']}"
+            steps[packed] = _with_kernels(word, rule.from_model(in_bf16, **HYPER, **options, **storage).step)
+            own[packed] = f"{name}, {word}"
 
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for number in range(arguments.steps + 2):
@@ -82,7 +105,13 @@ def main() -> None:
         print(
             f"{name:44} {1e3 * wall:8.1f} ms {wall / fastest[0]:6.2f} x   "
             f"CPU {1e3 * cpu:8.1f} ms {cpu / fastest[1]:6.2f} x"
+            + (f"   of fp32 {_ratio(times[name], times[own[name]]):6.2f} x" if name in own else "")
         )
+
+
+def _ratio(times: list[tuple[float, float]], others: list[tuple[float, float]]) -> float:
+    """The median of the ratios of each round, by wall-clock time."""
+    return statistics.median(time / other for (time, _), (other, _) in zip(times, others, strict=True))
 
 
 def _others(model: LlamaForCausalLM, config: LlamaConfig, device: str) -> dict[str, Callable[[], object]]:

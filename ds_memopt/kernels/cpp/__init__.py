@@ -1,6 +1,7 @@
 """The back end for the CPU: C++ with OpenMP and vectors, compiled at first use. See `BackEnd` for the functions.
 
-It computes in fp32 and covers parameters, gradients and first moments in fp32 and bf16, in any mixture.
+It computes in fp32 and covers parameters, gradients and first moments in fp32 and bf16, in any mixture, and for
+AdamMini and AdamW whatever a `Storage` keeps.
 """
 
 from __future__ import annotations
@@ -12,16 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 
+from ds_memopt.kernels.codes import CODES
 from ds_memopt.kernels.cpp import schedules
 from ds_memopt.kernels.cpp.build import library
 from ds_memopt.kernels.cpp.noise_on_cpu import add_noise, move
+from ds_memopt.kernels.packed import Segment, Storage
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTScalars
-from ds_memopt.kernels.work import Runs, Tensors
+from ds_memopt.kernels.work import Runs, Tensors, Work
 
 __all__ = ["add_noise", "move"]
 
-DTYPES = {torch.float32, torch.bfloat16}
+TAKES_STORAGE = True
+
+DTYPES = {torch.float32, torch.bfloat16, *CODES.values()}
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, CODES["signed"]: 3, CODES["unsigned"]: 4}
+BF16_AT_RANDOM = 2
+"""`Kind` of packed.h."""
 
 
 class _GWTCall(ctypes.Structure):
@@ -63,10 +72,12 @@ def adam_mini(
     runs: Runs,
     scalars: Mapping[int, AdamScalars],
     mean_squares: torch.Tensor | None,
+    storage: Storage | None = None,
 ) -> None:
     schedule = schedules.of_blocks(runs) if mean_squares is None else schedules.of_cut_blocks(runs)
     tensors = _table(schedule, parameters, gradients, moments, second_moments)
-    _run("ds_adam_mini", schedule, tensors, _scalars(schedule, scalars, _adam), mean_squares)
+    packed = None if storage is None else _packed(storage, parameters, moments, None)
+    _run("ds_adam_mini", schedule, tensors, _scalars(schedule, scalars, _adam), mean_squares, packed)
 
 
 def adam_by_element(
@@ -76,10 +87,31 @@ def adam_by_element(
     second_moments: Tensors,
     runs: Runs,
     scalars: Mapping[int, AdamScalars],
+    storage: Storage | None = None,
 ) -> None:
     schedule = schedules.of_elements(runs)
     tensors = _table(schedule, parameters, gradients, moments, second_moments)
-    _run("ds_adam_by_element", schedule, tensors, _scalars(schedule, scalars, _adam))
+    packed = None if storage is None else _packed(storage, parameters, moments, second_moments)
+    _run("ds_adam_by_element", schedule, tensors, _scalars(schedule, scalars, _adam), packed)
+
+
+def measure_shared_groups(
+    parameters: Tensors,
+    gradients: Tensors,
+    moments: Tensors,
+    second_moments: Tensors | None,
+    work: Work,
+    scalars: Mapping[int, AdamScalars],
+    storage: Storage,
+) -> None:
+    if second_moments is None:
+        parts = [schedules.of_blocks(work.whole), schedules.of_cut_blocks(work.cut)]
+    else:
+        parts = [schedules.of_elements(work.whole)]
+    packed = _packed(storage, parameters, moments, second_moments)
+    for schedule in parts if storage.new_scales else ():
+        tensors = _table(schedule, parameters, gradients, moments, {})
+        _run("ds_measure_shared_groups", schedule, tensors, _scalars(schedule, scalars, _adam), packed)
 
 
 def advance_denominators(second_moments: Tensors, mean_squares: Tensors, scalars: Mapping[int, AdamScalars]) -> None:
@@ -161,6 +193,42 @@ def _table(schedule: schedules.Schedule, *tensors: Tensors) -> np.ndarray:
                 halves = [dtype is torch.bfloat16 for dtype in dtypes]
                 table[rows, -1] += np.array(halves, dtype=np.uint64) << np.uint64(place)
     return table
+
+
+def _packed(storage: Storage, parameters: Tensors, moments: Tensors, second_moments: Tensors | None) -> np.ndarray:
+    """`Packed` of packed.h by number of tensor, for all launches of a step. second_moments: those of elements."""
+    if "cpp" not in storage.derived:
+        of_tensors = storage.segments_of_elements
+        first, segments = {}, []
+        for number, parts in of_tensors.items():
+            first[number] = len(segments)
+            segments += [(*part[:-1], part.key if part.key < 2**63 else part.key - 2**64) for part in parts]
+        segments = np.array(segments, dtype=np.int64).reshape(-1, len(Segment._fields))
+        table = np.zeros((max(parameters, default=-1) + 1, 16), dtype=np.int64)
+        for number, weights in parameters.items():
+            remainder = storage.remainders.get(number)
+            table[number] = (
+                weights.data_ptr(),
+                weights.dtype == torch.bfloat16,
+                *((0, 0) if remainder is None else (remainder.data_ptr(), remainder.itemsize)),
+                *_kept_state(storage, "exp_avg", moments, number),
+                *(_kept_state(storage, "exp_avg_sq", second_moments, number) if second_moments else [0] * 5),
+                segments.ctypes.data + first[number] * segments.strides[0] if number in first else 0,
+                storage.steps[number],
+            )
+        storage.derived["cpp"] = table, segments
+    return storage.derived["cpp"][0]
+
+
+def _kept_state(storage: Storage, key: str, tensors: Tensors, number: int) -> tuple[int, ...]:
+    """`KeptState` of packed.h."""
+    packing, kept = storage.states.get(key), tensors[number]
+    if packing is None:
+        return kept.data_ptr(), KINDS[kept.dtype], 0, 0, 0
+    if packing.scales is None:
+        return kept.data_ptr(), BF16_AT_RANDOM, 0, 0, packing.probe
+    scales = packing.scales[number].data_ptr(), storage.new_scales[key][number].data_ptr()
+    return kept.data_ptr(), KINDS[kept.dtype], *scales, packing.probe
 
 
 def _scalars(

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "common.h"
+#include "packed.h"
 
 namespace {
 
@@ -115,6 +116,16 @@ double gradient_squares(const Tensor& tensor, int64_t offset, int64_t length) {
     return sum_of_squares((const float*)tensor.gradient + offset, length);
 }
 
+const void* gradient_at(const Tensor& tensor, int64_t offset) {
+    return (const char*)tensor.gradient + offset * (tensor.halves & 2 ? sizeof(bf16) : sizeof(float));
+}
+
+// The same where what is updated is spread out in fp32, from its entry `at` on. g: from the first one's on.
+void update_spread(Spread& spread, int64_t at, const void* g, const Tensor& tensor, int64_t length, float scale,
+                   const Scalars& step) {
+    UPDATES[tensor.halves & 2](spread.p + at, g, spread.m + at, 0, 0, length, scale, step);
+}
+
 float advance(float& v, float mean_square, const Scalars& step) {
     return v = v * step.beta2 + step.rest2 * mean_square;
 }
@@ -139,17 +150,62 @@ float mean_square(const Schedule& schedule, int64_t i) {
     return sum / schedule.rows[run.row].size;
 }
 
-void update_chunks(const Schedule& schedule, const Tensor* tensors, const Scalars* scalars) {
+// packed: null, or how each tensor is kept.
+void update_chunks(const Schedule& schedule, const Tensor* tensors, const Scalars* scalars, const Packed* packed) {
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < schedule.num_chunks; i++) {
         const Chunk& chunk = schedule.chunks[i];
         const Row& row = schedule.rows[chunk.row];
         const Tensor& tensor = tensors[row.tensor];
-        if (tensor.parameter)
-            UPDATES[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment,
-                                   offset_of(row, chunk.run) + chunk.start, entry_of(row, chunk.run) + chunk.start,
-                                   chunk.length, schedule.scales[chunk.sum], scalars[row.tensor]);
+        if (!tensor.parameter) continue;
+        const int64_t offset = offset_of(row, chunk.run) + chunk.start;
+        const float scale = schedule.scales[chunk.sum];
+        const Scalars& step = scalars[row.tensor];
+        if (packed)
+            step_packed(Range(packed[row.tensor], row.interval, offset, chunk.length),
+                        [&](int64_t begin, int64_t count, Spread& spread) {
+                            update_spread(spread, 0, gradient_at(tensor, offset + begin), tensor, count, scale, step);
+                        });
+        else
+            UPDATES[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, offset,
+                                   entry_of(row, chunk.run) + chunk.start, chunk.length, scale, step);
     }
+}
+
+// Runs of a task, which lie one after the other.
+void step_runs(const Packed& packed, const Tensor& tensor, const Row& row, const Task& task, const Scalars& step) {
+    const int64_t first = offset_of(row, task.first);
+    float* v = tensor.values + block_of(row, task.first);
+    float scale = 0;
+    Range range(packed, row.interval, first, (task.last - task.first) * row.width);
+    step_packed(range, [&](int64_t begin, int64_t count, Spread& spread) {
+        if (row.width == 1) {
+            UPDATES_BY_ELEMENT[tensor.halves & 2](spread.p, gradient_at(tensor, first + begin), spread.m, v + begin, 0, 0,
+                                                  count, step);
+            return;
+        }
+        for (int64_t i = 0, length; i < count; i += length) {
+            const int64_t run = (begin + i) / row.width, within = (begin + i) % row.width, at = first + begin + i;
+            if (within == 0) {
+                float mean = gradient_squares(tensor, at, row.width) / row.size;
+                scale = step.step_size / step.denominator(advance(v[run], mean, step));
+            }
+            length = std::min(count - i, row.width - within);
+            update_spread(spread, i, gradient_at(tensor, at), tensor, length, scale, step);
+        }
+    });
+}
+
+// Of new states in the groups that a range shares with others.
+void measure(const Packed& packed, const Tensor& tensor, const Row& row, int64_t offset, int64_t length,
+             const Scalars& step) {
+    measure_shared(Range(packed, row.interval, offset, length), [&](int64_t begin, int64_t count, Spread& spread) {
+        const void* g = gradient_at(tensor, offset + begin);
+        if (packed.v.entries)
+            UPDATES_BY_ELEMENT[tensor.halves & 2](spread.p, g, spread.m, spread.v, 0, 0, count, step);
+        else
+            update_spread(spread, 0, g, tensor, count, 0, step);
+    });
 }
 
 }  // namespace
@@ -192,9 +248,35 @@ void ds_add_mean_squares_of_blocks(const Schedule* s, const Tensor* tensors, int
     }
 }
 
-// mean_squares: null, or of each slot.
+// new_scales: zeros, raised in groups that runs, or chunks of them, share to the largest magnitude of their new states.
+void ds_measure_shared_groups(const Schedule* s, const Tensor* tensors, const Scalars* scalars, const Packed* packed,
+                              int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic) nowait
+        for (int64_t i = 0; i < s->num_tasks; i++) {
+            const Task& task = s->tasks[i];
+            const Row& row = s->rows[task.row];
+            const Tensor& tensor = tensors[row.tensor];
+            if (tensor.parameter)
+                measure(packed[row.tensor], tensor, row, offset_of(row, task.first), (task.last - task.first) * row.width,
+                        scalars[row.tensor]);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < s->num_chunks; i++) {
+            const Chunk& chunk = s->chunks[i];
+            const Row& row = s->rows[chunk.row];
+            const Tensor& tensor = tensors[row.tensor];
+            if (tensor.parameter)
+                measure(packed[row.tensor], tensor, row, offset_of(row, chunk.run) + chunk.start, chunk.length,
+                        scalars[row.tensor]);
+        }
+    }
+}
+
+// mean_squares: null, or of each slot. packed: null, or how each tensor is kept.
 void ds_adam_mini(const Schedule* s, const Tensor* tensors, const Scalars* scalars, const float* mean_squares,
-                  int threads) {
+                  const Packed* packed, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         if (!mean_squares) sum_chunks(*s, tensors);
@@ -216,6 +298,10 @@ void ds_adam_mini(const Schedule* s, const Tensor* tensors, const Scalars* scala
             const Tensor& tensor = tensors[row.tensor];
             const Scalars& step = scalars[row.tensor];
             if (!tensor.parameter) continue;
+            if (packed) {
+                step_runs(packed[row.tensor], tensor, row, task, step);
+                continue;
+            }
             if (row.width == 1 && row.rows == 1) {
                 UPDATES_BY_ELEMENT[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment,
                                                   tensor.values + block_of(row, task.first),
@@ -230,7 +316,7 @@ void ds_adam_mini(const Schedule* s, const Tensor* tensors, const Scalars* scala
                                        step.step_size / step.denominator(v), step);
             });
         }
-        update_chunks(*s, tensors, scalars);
+        update_chunks(*s, tensors, scalars, packed);
     }
 }
 
@@ -256,22 +342,30 @@ void ds_adam_by_denominator(const Schedule* s, const Tensor* tensors, const Scal
                                        step.step_size / tensor.values[block], step);
             });
         }
-        update_chunks(*s, tensors, scalars);
+        update_chunks(*s, tensors, scalars, nullptr);
     }
 }
 
-// The chunks are parts of whole lines of `count` runs.
-void ds_adam_by_element(const Schedule* s, const Tensor* tensors, const Scalars* scalars, int threads) {
+// The chunks are parts of whole lines of `count` runs. packed: null, or how each tensor is kept.
+void ds_adam_by_element(const Schedule* s, const Tensor* tensors, const Scalars* scalars, const Packed* packed,
+                        int threads) {
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t i = 0; i < s->num_chunks; i++) {
         const Chunk& chunk = s->chunks[i];
         const Row& row = s->rows[chunk.row];
         const Tensor& tensor = tensors[row.tensor];
         if (!tensor.parameter) continue;
-        int64_t entry = entry_of(row, chunk.run) + chunk.start;
-        UPDATES_BY_ELEMENT[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, tensor.values + entry,
-                                          offset_of(row, chunk.run) + chunk.start, entry, chunk.length,
-                                          scalars[row.tensor]);
+        const int64_t offset = offset_of(row, chunk.run) + chunk.start, entry = entry_of(row, chunk.run) + chunk.start;
+        const Scalars& step = scalars[row.tensor];
+        if (packed)
+            step_packed(Range(packed[row.tensor], row.interval, offset, chunk.length),
+                        [&](int64_t begin, int64_t count, Spread& spread) {
+                            UPDATES_BY_ELEMENT[tensor.halves & 2](spread.p, gradient_at(tensor, offset + begin), spread.m,
+                                                                  spread.v, 0, 0, count, step);
+                        });
+        else
+            UPDATES_BY_ELEMENT[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, tensor.values + entry,
+                                              offset, entry, chunk.length, step);
     }
 }
 

@@ -8,9 +8,10 @@
 #include <type_traits>
 #include <vector>
 
+#include "philox.h"
+
 namespace {
 
-constexpr int LANES = 16;               // counters at a time: loops over them become vectors
 constexpr int64_t CHUNK = 2048;         // elements whose noise fits the first cache
 constexpr int64_t PIECE = 16 * CHUNK;   // elements that a thread takes at a time
 constexpr int64_t GAUSSIAN = 4, RADEMACHER = 128;  // elements of a counter
@@ -21,39 +22,6 @@ inline To bits_as(From value) {
     To result;
     std::memcpy(&result, &value, sizeof result);
     return result;
-}
-
-struct Words {
-    uint32_t of[4][LANES];
-};
-
-// As rows of the caller's table. A Gaussian counter gives 4 elements, a Rademacher counter 128.
-struct Noise {
-    int64_t per_counter, key_low, key_high, step, probe;
-};
-
-// Philox 4x32-10 of the counters [first, first + LANES).
-inline void random_words(const Noise& noise, uint64_t first, Words& words) {
-    const uint32_t low = static_cast<uint32_t>(first), high = static_cast<uint32_t>(first >> 32);
-#pragma omp simd
-    for (uint32_t lane = 0; lane < LANES; ++lane) {
-        uint32_t c0 = low + lane, c1 = high + (c0 < low);
-        uint32_t c2 = static_cast<uint32_t>(noise.step), c3 = static_cast<uint32_t>(noise.probe);
-        uint32_t k0 = static_cast<uint32_t>(noise.key_low), k1 = static_cast<uint32_t>(noise.key_high);
-        for (int round = 0; round < 10; ++round) {
-            const uint64_t product0 = uint64_t{0xD2511F53} * c0, product1 = uint64_t{0xCD9E8D57} * c2;
-            c0 = static_cast<uint32_t>(product1 >> 32) ^ c1 ^ k0;
-            c2 = static_cast<uint32_t>(product0 >> 32) ^ c3 ^ k1;
-            c1 = static_cast<uint32_t>(product1);
-            c3 = static_cast<uint32_t>(product0);
-            k0 += 0x9E3779B9;
-            k1 += 0xBB67AE85;
-        }
-        words.of[0][lane] = c0;
-        words.of[1][lane] = c1;
-        words.of[2][lane] = c2;
-        words.of[3][lane] = c3;
-    }
 }
 
 // Each constant of the plain formulas is a double that is rounded to fp32 once.
@@ -91,24 +59,24 @@ inline void box_muller(uint32_t v, uint32_t w, float& first, float& second) {
     second = r * (sine_first ? cosine : sine);
 }
 
-using Buffer = float[CHUNK + LANES * RADEMACHER];
+using Buffer = float[CHUNK + COUNTERS * RADEMACHER];
 
 // Elements [start, start + count) of the noise, at most CHUNK, in `buffer`; returns where in it they begin.
 inline const float* fill(const Noise& noise, int64_t start, int64_t count, Buffer& buffer) {
-    Words words;
-    const int64_t skip = start % noise.per_counter, per_turn = noise.per_counter * LANES;
+    RandomWords words;
+    const int64_t skip = start % noise.per_counter, per_turn = noise.per_counter * COUNTERS;
     uint64_t counter = static_cast<uint64_t>(start / noise.per_counter);
-    for (int64_t done = 0; done < skip + count; done += per_turn, counter += LANES) {
+    for (int64_t done = 0; done < skip + count; done += per_turn, counter += COUNTERS) {
         random_words(noise, counter, words);
         float* z = buffer + done;
         if (noise.per_counter == GAUSSIAN) {
 #pragma omp simd
-            for (int lane = 0; lane < LANES; ++lane) {
+            for (int lane = 0; lane < COUNTERS; ++lane) {
                 box_muller(words.of[0][lane], words.of[1][lane], z[4 * lane], z[4 * lane + 1]);
                 box_muller(words.of[2][lane], words.of[3][lane], z[4 * lane + 2], z[4 * lane + 3]);
             }
         } else {
-            for (int lane = 0; lane < LANES; ++lane)
+            for (int lane = 0; lane < COUNTERS; ++lane)
                 for (int word = 0; word < 4; ++word)
                     for (uint32_t bit = 0; bit < 32; ++bit) {
                         const uint32_t sign = (words.of[word][lane] >> bit) << 31;

@@ -37,6 +37,8 @@ __all__ = ["add_noise", "move"]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+TAKES_STORAGE = False
+
 
 def check() -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":

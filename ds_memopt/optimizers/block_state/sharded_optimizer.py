@@ -58,7 +58,8 @@ class OptimizerCall:
     parameters, gradients, and states of one entry per element: contiguous, of one shape, 1-D or an engine's own. Views
     of hundreds of tensors would take longer than all else in a step but the arithmetic. states: by key; the others are
     1-D, or [blocks, width] where a state has several numbers per block. groups: each one's param group. indexes: for
-    each structure the blocks of all tensors, of those without a gradient, too.
+    each structure the blocks of all tensors, of those without a gradient, too. storage: how parameters and states are
+    kept, if some are in fewer bits.
     """
 
     parameters: dict[int, torch.Tensor]
@@ -66,6 +67,7 @@ class OptimizerCall:
     states: dict[int, dict[str, torch.Tensor]]
     groups: dict[int, dict]
     indexes: Mapping[str, BlockIndex]
+    storage: Storage | None = None
 
     def state(self, key: str) -> dict[int, torch.Tensor]:
         """One state of all tensors."""
@@ -105,8 +107,8 @@ class ShardedOptimizer(NamedOptimizer):
     and `state_meaning()`, keeps the state itself, and hands `update` its own calls, whose param groups have the rule's
     hyper-parameters.
 
-    kept: what is kept of the states and of bf16 weights' masters, by key. `update` sees states and masters in fp32
-    (fp64 for fp64 parameters), but first moments of one entry per element in bf16 where they are kept so.
+    kept: what is kept of the states and of bf16 weights' masters, by key. Kernels compute in fp32 (fp64 for fp64
+    parameters), and keep the results so.
     needs_heads: whether the rule looks at heads, so that without a model `head_dim` must be given.
     fused: whether kernels make the whole step, in one pass over the tensors unless `bytes_moved` says otherwise.
     """
@@ -241,29 +243,23 @@ class ShardedOptimizer(NamedOptimizer):
             if not states[number]:
                 self._init_state(tensors[number], indexes, number)
         if not only_state:
-            self._update_kept(self._call(tensors, gradients, states, groups, indexes))
+            self.update(self._with_storage(self._call(tensors, gradients, states, groups, indexes)))
 
     def release(self) -> None:
         super().release()
         if self._release is not None:
             self._release.remove()
 
-    def _update_kept(self, call: OptimizerCall) -> None:
-        """`update`, with what is kept in fewer bits unpacked before, and packed again after it."""
+    def _with_storage(self, call: OptimizerCall) -> OptimizerCall:
+        """The call, with states under their own keys, whatever they are kept in."""
         storage = self._storage(call)
         if not storage.remainders and not storage.states:
-            self.update(call)
-            return
-        unpacked = {key: packing.unpack() for key, packing in storage.states.items()}
+            return call
         states = {
-            number: kept | {key: of_state[number] for key, of_state in unpacked.items()}
+            number: kept | {key: packing.kept[number] for key, packing in storage.states.items()}
             for number, kept in call.states.items()
         }
-        masters = storage.masters(call.parameters)
-        self.update(replace(call, parameters=masters, states=states))
-        for key, packing in storage.states.items():
-            packing.pack(unpacked[key], storage.steps)
-        storage.keep_masters(call.parameters, masters)
+        return replace(call, states=states, storage=storage)
 
     def _storage(self, call: OptimizerCall) -> Storage:
         packings = packings_of(self.states, self.kept, call.states, call.indexes, self.structures)
