@@ -62,10 +62,27 @@ struct Range {
     }
 };
 
+// The compiler takes 8-bit vectors apart where one instruction converts them.
+#if defined(__AVX512F__)
+inline Ints to_ints(Bytes values) { return (Ints)_mm512_cvtepi8_epi32((__m128i)values); }
+inline Ints to_ints(UnsignedBytes values) { return (Ints)_mm512_cvtepu8_epi32((__m128i)values); }
+inline Bytes to_bytes(Ints values) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)values); }
+#else
+template <class Narrow>
+inline Ints to_ints(Narrow values) {
+    return __builtin_convertvector(values, Ints);
+}
+inline Bytes to_bytes(Ints values) { return __builtin_convertvector(values, Bytes); }
+#endif
+inline Ints to_ints(Shorts values) { return __builtin_convertvector(values, Ints); }
+inline Ints to_ints(Halves values) { return __builtin_convertvector(values, Ints); }
+inline void narrow(Ints values, Bytes& result) { result = to_bytes(values); }
+inline void narrow(Ints values, Shorts& result) { result = __builtin_convertvector(values, Shorts); }
+
 // 8 random bits for each of entries [place, place + count) of a parameter, at most SPAN.
 struct RoundingBits {
     static constexpr int64_t PER_COUNTER = 16;
-    alignas(64) uint8_t bytes[SPAN + PER_COUNTER * (COUNTERS + 1)];
+    alignas(64) uint32_t words[(SPAN + PER_COUNTER * (COUNTERS + 1)) / 4];
     int64_t skip = 0;
 
     void fill(const Range& range, int64_t place, int64_t count, uint32_t probe) {
@@ -73,20 +90,14 @@ struct RoundingBits {
         const Noise noise{PER_COUNTER, key & 0xFFFFFFFF, int64_t(uint64_t(key) >> 32), range.packed.step, probe};
         skip = place % PER_COUNTER;
         uint64_t counter = place / PER_COUNTER;
-        for (int64_t done = 0; done < skip + count; done += PER_COUNTER * COUNTERS, counter += COUNTERS) {
-            RandomWords words;
-            random_words(noise, counter, words);
-            uint32_t by_counter[4 * COUNTERS];
-            for (int lane = 0; lane < COUNTERS; lane++)
-                for (int word = 0; word < 4; word++) by_counter[4 * lane + word] = words.of[word][lane];
-            std::memcpy(bytes + done, by_counter, sizeof by_counter);
-        }
+        for (int64_t done = 0; done < skip + count; done += PER_COUNTER * COUNTERS, counter += COUNTERS)
+            random_words_in_turn(noise, counter, words + done / 4);
     }
 
     Ints operator()(int64_t i) const {
         UnsignedBytes bits;
-        std::memcpy(&bits, bytes + skip + i, sizeof bits);
-        return __builtin_convertvector(bits, Ints);
+        std::memcpy(&bits, (const uint8_t*)words + skip + i, sizeof bits);
+        return to_ints(bits);
     }
 };
 
@@ -114,8 +125,19 @@ inline void store_lanes(T* to, Vector values, int64_t lanes) {
 
 inline Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 inline Ints bits_of(Floats values) { return (Ints)values; }
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
+inline Ints add_where(Ints chosen, Ints a, Ints b) { return a + (chosen & b); }
 inline Ints select(Ints chosen, Ints yes, Ints no) { return (chosen & yes) | (~chosen & no); }
 inline Floats magnitude(Floats values) { return (Floats)(bits_of(values) & 0x7FFFFFFF); }
+
+// In one instruction if there is one: for what is exact, or a guess.
+inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return a * b + c;
+#endif
+}
 
 // Calls take(group, at, count) for what entries [at, at + count) have of each group.
 template <class Take>
@@ -130,19 +152,17 @@ inline void by_group(const Range& range, int64_t at, int64_t count, Take take) {
 
 // To the bit, whatever is divided by `divisor`, without a division for each: the rest of a first guess corrects it.
 struct Divisor {
-    Floats divisor;
-    float inverse;
+    Floats divisor, inverse;
     bool exact;  // neither it nor its inverse is so small that rests are lost
 
     explicit Divisor(float divisor)
-        : divisor(broadcast(divisor)), inverse(1 / divisor), exact(divisor > 0x1p-80f && divisor < 0x1p80f) {}
+        : divisor(broadcast(divisor)), inverse(broadcast(1 / divisor)), exact(divisor > 0x1p-80f && divisor < 0x1p80f) {}
 
     Floats operator()(Floats values) const {
 #if defined(__AVX512F__)
         if (exact) {
             Floats guess = values * inverse;
-            __m512 rest = _mm512_fnmadd_ps((__m512)guess, (__m512)divisor, (__m512)values);
-            return (Floats)_mm512_fmadd_ps(rest, (__m512)broadcast(inverse), (__m512)guess);
+            return multiply_add(multiply_add(-guess, divisor, values), inverse, guess);
         }
 #endif
         return values / divisor;
@@ -158,11 +178,11 @@ inline Ints whole_root(Floats power) {
     Floats inverse = (Floats)_mm512_rsqrt14_ps((__m512)positive), root;
     if constexpr (KIND == SIGNED) {
         root = positive * inverse;
-        root += (positive - root * root) * (0.5f * inverse);
+        root = multiply_add(multiply_add(-root, root, positive), 0.5f * inverse, root);
     } else {
         root = (Floats)_mm512_rsqrt14_ps((__m512)inverse);
         Floats square = root * root;
-        root += (positive - square * square) * (inverse * inverse) * (0.25f * root);
+        root = multiply_add(multiply_add(-square, square, positive) * (inverse * inverse), 0.25f * root, root);
     }
 #else
     Floats root = square_root(power);
@@ -182,16 +202,19 @@ inline Floats decode(Ints codes, float scale) {
 
 template <Kind KIND>
 inline Ints encode(Floats values, const Divisor& scale, Ints random) {
-    Floats size = magnitude(values), share = scale(size);
+    Floats share = scale(magnitude(values));
     Floats power = share * (KIND == SIGNED ? 127.0f * 127.0f : 255.0f * 255.0f * 255.0f * 255.0f);
     Ints whole = whole_root<KIND>(power);
-    Floats code = to_floats(whole), low = code * code, high = (code + 1) * (code + 1);
-    if constexpr (KIND == UNSIGNED) low *= low, high *= high;
-    Floats uniform = (to_floats(random) + 0.5f) * 0x1p-8f;
-    whole -= (Ints)(uniform * (high - low) < power - low);  // true is -1
-    if constexpr (KIND == UNSIGNED) return select((whole == 0) & (share > 0), Ints{} + 1, whole);
-    Ints negative = bits_of(values) >> 31;
-    return (whole ^ negative) - negative;
+    Floats code = to_floats(whole), uniform = multiply_add(to_floats(random), broadcast(0x1p-8f), broadcast(0x1p-9f));
+    if constexpr (KIND == SIGNED) {
+        Floats step = multiply_add(code, broadcast(2), broadcast(1));  // to the next square; all of this is exact
+        whole = add_where(uniform * step < multiply_add(-code, code, power), whole, Ints{} + 1);
+        return bits_of(values) < 0 ? -whole : whole;
+    }
+    Floats low = code * code, high = (code + 1) * (code + 1);
+    low *= low, high *= high;
+    whole = add_where(uniform * (high - low) < power - low, whole, Ints{} + 1);
+    return add_where((whole == 0) & (share > 0), whole, Ints{} + 1);
 }
 
 template <Kind KIND>
@@ -202,7 +225,7 @@ void decode_groups(const KeptState& state, const Range& range, int64_t at, int64
         const float scale = state.scales[range.scale_of(group)];
         by_lanes(entries, [&](int64_t i, auto lanes) {
             Codes kept = load_lanes<Codes>(codes + first + i, lanes);
-            store(values + first + i, decode<KIND>(__builtin_convertvector(kept, Ints), scale));
+            store(values + first + i, decode<KIND>(to_ints(kept), scale));
         });
     });
 }
@@ -212,11 +235,15 @@ inline uint32_t largest(const float* values, int64_t count) {
     Ints most{};
     by_lanes(count, [&](int64_t i, auto lanes) {
         Ints size = load_lanes<Ints>(values + i, lanes) & 0x7FFFFFFF;
-        most = select(size > most, size, most);
+        most = larger(size, most);
     });
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_epi32((__m512i)most);
+#else
     int32_t result = 0;
     for (int lane = 0; lane < LANES; lane++) result = std::max(result, most[lane]);
     return result;
+#endif
 }
 
 template <Kind KIND>
@@ -236,7 +263,7 @@ void encode_groups(const KeptState& state, const Range& range, int64_t at, int64
         const Divisor divisor(scale);
         by_lanes(entries, [&](int64_t i, auto lanes) {
             Ints found = encode<KIND>(load(values + first + i), divisor, bits(first + i));
-            store_lanes(codes + first + i, __builtin_convertvector(found, Bytes), lanes);
+            store_lanes(codes + first + i, to_bytes(found), lanes);
         });
     });
 }
@@ -257,7 +284,6 @@ inline void pack(const KeptState& state, const Range& range, int64_t at, int64_t
     if (state.kind == UNSIGNED) return encode_groups<UNSIGNED>(state, range, at, count, values, bits);
     by_lanes(count, [&](int64_t i, auto lanes) {
         Floats value = load(values + i);
-        if (state.kind == FP32) return store_lanes((float*)state.entries + at + i, value, lanes);
         bf16* entries = (bf16*)state.entries + at + i;
         if (state.kind == BF16) return store_some(entries, value, lanes);
         Ints finite = (Ints)(magnitude(value) < __builtin_inff());
@@ -272,9 +298,9 @@ void join(const Packed& packed, int64_t at, int64_t count, float* masters) {
     const Remainder* remainders = (const Remainder*)packed.remainders + at;
     const bf16* weights = (const bf16*)packed.weights + at;
     by_lanes(count, [&](int64_t i, auto lanes) {
-        Ints rest = __builtin_convertvector(load_lanes<Remainders>(remainders + i, lanes), Ints);
+        Ints rest = to_ints(load_lanes<Remainders>(remainders + i, lanes));
         if constexpr (std::is_same_v<Remainder, int8_t>) rest <<= 8;
-        Ints weight = __builtin_convertvector(load_lanes<Halves>((const uint16_t*)weights + i, lanes), Ints) << 16;
+        Ints weight = to_ints(load_lanes<Halves>((const uint16_t*)weights + i, lanes)) << 16;
         store_lanes(masters + i, (Floats)(weight + rest), LANES);
     });
 }
@@ -286,27 +312,26 @@ void split(const Packed& packed, int64_t at, int64_t count, const float* masters
     int16_t* weights = (int16_t*)packed.weights + at;
     by_lanes(count, [&](int64_t i, auto lanes) {
         Ints master = load_lanes<Ints>(masters + i, LANES);
-        Ints rounded = (master + 0x7FFF + ((master >> 16) & 1)) >> 16;
-        Ints no_number = (Ints)((master & 0x7FFFFFFF) > 0x7F800000);
-        rounded = select(no_number, Ints{} + 0x7FC0, rounded);
-        Ints rest = master - (rounded << 16), tied = (Ints)(rest == 0x8000);
-        rounded -= tied;
-        rest = select(tied, Ints{} - 0x8000, rest);
+        // The nearest; of two the one above, as a remainder of 2^15 does not fit. Then remainders are the low halves.
+        Ints rounded = (master + 0x8000) >> 16, rest = master << 16 >> 16;
+        rounded = select((master & 0x7FFFFFFF) > 0x7F800000, Ints{} + 0x7FC0, rounded);
         if constexpr (std::is_same_v<Remainder, int8_t>) {
             rest = (rest + bits(i)) >> 8;
-            rest = select(rest > 127, Ints{} + 127, rest);
+            rest = rest < 127 ? rest : 127;
         }
+        Remainders kept;
+        narrow(rest, kept);
         store_lanes(weights + i, __builtin_convertvector(rounded, Shorts), lanes);
-        store_lanes(remainders + i, __builtin_convertvector(rest, Remainders), lanes);
+        store_lanes(remainders + i, kept, lanes);
     });
 }
 
+// Of 16 bits.
 inline void unpack_weights(const Packed& packed, int64_t at, int64_t count, float* values) {
     if (packed.remainder_bytes == 2) return join<int16_t>(packed, at, count, values);
     if (packed.remainder_bytes == 1) return join<int8_t>(packed, at, count, values);
     by_lanes(count, [&](int64_t i, auto lanes) {
-        store(values + i, packed.weights_16 ? load_some((const bf16*)packed.weights + at + i, lanes)
-                                            : load_lanes<Floats>((const float*)packed.weights + at + i, lanes));
+        store(values + i, load_some((const bf16*)packed.weights + at + i, lanes));
     });
 }
 
@@ -318,14 +343,20 @@ inline void pack_weights(const Packed& packed, const Range& range, int64_t at, i
         return split<int8_t>(packed, at, count, values, bits);
     }
     by_lanes(count, [&](int64_t i, auto lanes) {
-        if (packed.weights_16) return store_some((bf16*)packed.weights + at + i, load(values + i), lanes);
-        store_lanes((float*)packed.weights + at + i, load(values + i), lanes);
+        store_some((bf16*)packed.weights + at + i, load(values + i), lanes);
     });
 }
 
-// Entries on the stack, with room for a last vector.
+// Entries in fp32: as they lie, or else here, with room for a last vector.
 struct Spread {
-    alignas(64) float p[SPAN + LANES], m[SPAN + LANES], v[SPAN + LANES];
+    float *p = room[0], *m = room[1], *v = room[2];
+    alignas(64) float room[3][SPAN + LANES];
+
+    void refer_to(const Packed& packed, int64_t at) {
+        if (!packed.weights_16) p = (float*)packed.weights + at;
+        if (packed.m.kind == FP32) m = (float*)packed.m.entries + at;
+        if (packed.v.kind == FP32) v = (float*)packed.v.entries + at;
+    }
 };
 
 // Elements [offset, offset + length) in parts: update(begin, count, spread) makes the step of those from `begin` on. The
@@ -337,13 +368,14 @@ void step_packed(const Range& range, Update update) {
     RoundingBits bits;
     for (int64_t at = range.offset, stop = at + range.length, count; at < stop; at += count) {
         count = std::min(stop - at, SPAN - range.place(at) % SPAN);
-        unpack_weights(packed, at, count, spread.p);
-        unpack(packed.m, range, at, count, spread.m);
-        if (packed.v.entries) unpack(packed.v, range, at, count, spread.v);
+        spread.refer_to(packed, at);
+        if (packed.weights_16) unpack_weights(packed, at, count, spread.p);
+        if (packed.m.kind != FP32) unpack(packed.m, range, at, count, spread.m);
+        if (packed.v.kind != FP32) unpack(packed.v, range, at, count, spread.v);
         update(at - range.offset, count, spread);
-        pack_weights(packed, range, at, count, spread.p, bits);
-        pack(packed.m, range, at, count, spread.m, bits);
-        if (packed.v.entries) pack(packed.v, range, at, count, spread.v, bits);
+        if (packed.weights_16) pack_weights(packed, range, at, count, spread.p, bits);
+        if (packed.m.kind != FP32) pack(packed.m, range, at, count, spread.m, bits);
+        if (packed.v.kind != FP32) pack(packed.v, range, at, count, spread.v, bits);
     }
 }
 
@@ -364,7 +396,8 @@ void measure_shared(const Range& range, Update update) {
         if (range.has_all(groups[i])) continue;
         const int64_t first = std::max(begin, groups[i] * GROUP), last = std::min(end, (groups[i] + 1) * GROUP);
         const int64_t at = range.offset + first - begin, count = last - first, scale = range.scale_of(groups[i]);
-        Spread spread{};
+        Spread spread;
+        std::memset(spread.p, 0, count * sizeof(float));
         unpack(packed.m, range, at, count, spread.m);
         if (packed.v.entries) unpack(packed.v, range, at, count, spread.v);
         update(first - begin, count, spread);
