@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ds_memopt.optimizers import GWT, AdamMini
+from ds_memopt.optimizers import GWT, METHODS, AdamMini
 from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.optimizers.block_state.block_index import BlockIndex
 from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
@@ -25,6 +26,8 @@ from ds_memopt.shards import (
     Layout,
     RankBorders,
     Seams,
+    SplitShards,
+    in_place_shards,
     numel_of,
     partition_each_parameter,
     partition_flat_buffer,
@@ -34,7 +37,7 @@ from ds_memopt.shards.layout import even_borders, even_part
 pytest.importorskip("triton", reason="Triton is not installed: it is for Linux, with torch's builds for GPUs")
 
 from ds_memopt.kernels import back_ends, gpu  # noqa: E402
-from ds_memopt.kernels.gpu import launches  # noqa: E402
+from ds_memopt.kernels.gpu import launches, noise_on_gpu  # noqa: E402
 
 HIDDEN, MLP, LAYERS, VOCABULARY, HEAD = 4096, 11_008, 32, 32_000, 128
 OF_LAYER = {
@@ -144,6 +147,7 @@ def on_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(gpu, "check", lambda: None)
     monkeypatch.setattr(launches, "start", lambda *launch: None)
     monkeypatch.setattr(launches, "address", lambda tensor: 256)
+    monkeypatch.setattr(noise_on_gpu, "address", lambda tensor: 256 + tensor.storage_offset() * tensor.itemsize)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     # Steps are counted on the CPU, where a fake tensor has no value either.
     time = itertools.count(1.0)
@@ -219,6 +223,82 @@ def test_a_step_of_llama_2_7b(name, place, ranks, rank):
             formula += interval.length * (rule.bytes if interval.name in transformed else rule.dense)
     print(f"{name}, {place}, {rank} of {ranks}: {moved / formula:.3f} x the formula's bytes")
     assert 1 <= moved / formula <= 1.1
+
+
+class InPlace(NamedTuple):
+    """Of a step of bf16 weights with residuals, as in `Rule`, for each combination of dtypes and alignment."""
+
+    options: dict
+    launches: int
+    copies: int
+    bytes: int
+
+
+# Launches: the kernel, the sum over its programs, and two that add what moved to what other launches did.
+IN_PLACE = {
+    "MeZO": InPlace({}, 4, 4, 8),
+    "Addax": InPlace({"length_threshold": None}, 4, 4, 10),
+    "IPSGD": InPlace({}, 4, 2, 10),
+}
+
+
+def in_place(name: str, layers: int):
+    """A method on the weights of a Llama of so many layers, in one process."""
+    model = torch.nn.Module()
+    for parameter, shape in SHAPES.items():
+        number = parameter.split(".")[1]
+        if not number.isdigit() or int(number) < layers:
+            weight = torch.empty(shape, dtype=torch.bfloat16, device="cuda")
+            model.register_parameter(parameter.replace(".", "_"), torch.nn.Parameter(weight))
+    return METHODS[name].from_model(model, lr=1e-6, weight_decay=0.1, **IN_PLACE[name].options)
+
+
+# On 6 ranks no part is aligned, on 512 ranks those of matrices are and those of norms, 8 elements each, are not.
+@pytest.mark.parametrize(
+    "layers, ranks, rank, combinations", [(2, 1, 0, 1), (32, 1, 0, 1), (32, 6, 3, 1), (32, 512, 100, 2)]
+)
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_a_step_of_stored_weights_of_llama_2_7b(name, layers, ranks, rank, combinations, monkeypatch):
+    """Of all parameters, and of a bucket of them whose gradients are there. Measured: 13 MB of temporary memory."""
+    rule, optimizer = IN_PLACE[name], in_place(name, layers)
+    monkeypatch.setattr(in_place_shards, "world_size", lambda process_group: ranks)
+    monkeypatch.setattr(dist, "get_rank", lambda process_group: rank)
+    monkeypatch.setattr(SplitShards, "publish", lambda shards: None)
+    optimizer.bind(SplitShards(optimizer.the_model(), optimizer.names_by_tensor()))
+    parts = list(optimizer.placement.parts())
+    if name == "MeZO":
+        step = functools.partial(optimizer.apply, [0.5])
+    else:
+        optimizer._terms = [(0, 0, 0.5)]
+        bucket = [(part, torch.empty_like(part.elements)) for part in parts]
+        step = functools.partial(optimizer.update_bucket, bucket)
+    step()  # which makes what is kept beside the weights
+    with torch.no_grad(), launches.recorded() as books, Operations() as operations:
+        step()
+    made = [launch.kernel for launch in books] + operations.launches
+    print(f"{name}, {layers} layers, {rank} of {ranks}: {made}, copies {len(operations.copies)}, {operations.largest}")
+    assert [launch.kernel for launch in books] == ["move"] * combinations
+    assert len(made) <= rule.launches * combinations + 2  # and the sum over buckets
+    assert len(operations.copies) == rule.copies * combinations
+    assert operations.largest <= 32 * 2**20
+    moved = sum(launch.read + launch.written for launch in books)
+    assert moved == rule.bytes * sum(part.length for part in parts)
+
+
+@pytest.mark.parametrize("name", ["MeZO", "Addax"])
+def test_a_perturbed_copy_of_llama_2_7b(name):
+    """One launch for each parameter, which reads it and writes the copy, and nothing besides."""
+    optimizer, numel = in_place(name, LAYERS), sum(NUMELS.values())
+    weights = {
+        name: (p.detach().view(-1), torch.empty(p.numel(), dtype=p.dtype, device="cuda"))
+        for p, name in optimizer.names_by_tensor().items()
+    }
+    with launches.recorded() as books, Operations() as operations:
+        for parameter, (weight, copy) in weights.items():
+            optimizer.probe.directions.perturb(copy, weight, parameter, 0, 0, 1e-3)
+    assert [launch.kernel for launch in books] == ["add_noise"] * len(SHAPES)
+    assert not operations.launches and not operations.copies and operations.largest == 0
+    assert sum(launch.read + launch.written for launch in books) == 4 * numel
 
 
 @pytest.mark.parametrize("waits", [torch.Tensor.item, torch.nonzero, torch.Tensor.cpu], ids=lambda f: f.__name__)

@@ -139,7 +139,7 @@ class SplitShards(WholeShards):
         return super().stored(tensor) if name is None else self._piece_of(tensor, self.interval(tensor, name))
 
     def _piece_of(self, parameter: torch.Tensor, interval: Interval) -> torch.Tensor:
-        return parameter.detach().view(-1)[interval.start : interval.start + interval.length]
+        return parameter.detach().view(-1).narrow(0, interval.start, interval.length)
 
     def new_state(self, tensor: torch.Tensor, lengths: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
         return super().new_state(self.local(tensor), lengths, dtype)
