@@ -121,6 +121,8 @@ def of_rank(method, rank, edges, ranks, dtypes, steps) -> torch.Tensor:
     indexes = {}
     for structure, blocks in optimizer.structures.items():
         index = indexes[structure] = BlockIndex(layout, blocks, names, tensors)
+        for make in (index.new_slots, index.new_places):  # memory that a function must set
+            setattr(index, make.__name__, lambda *width, make=make: make(*width).fill_(torch.nan))
         if index.num_slots:
             index.seams.begin_sum = lambda slots, n=index.num_slots: ranks.begin_sum(rank, slots[:n])
     wide = torch.promote_types(dtypes[0], torch.float32)

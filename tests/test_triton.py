@@ -99,9 +99,10 @@ def test_triton_makes_the_same_step_as_plain_in_fp64(method, cuts):
 
 
 @in_interpreter
-def test_the_limiter_acts_on_what_it_left():
+@pytest.mark.parametrize("cuts", CUTS)
+def test_the_limiter_acts_on_what_it_left(cuts):
     """The third step's limit follows from the second's limited update. Measured: 3e-7; from the unlimited one 7e-3."""
-    assert error_of("GWT", [], steps=3) < 1e-6
+    assert error_of("GWT", CUTS[cuts], steps=3) < 1e-6
 
 
 @in_interpreter
@@ -197,20 +198,23 @@ def test_triton_that_cannot_start_kernels_is_said(monkeypatch):
 
 
 TYPES = {
-    "rows": "*i64", "programs": "*i32", "addresses": "*i64", "scalars": "*fp32", "slots": "*fp32", "sums": "*fp32",
-    "sums_width": "i32", "norms": "*fp32", "shares": "*fp32",
+    "rows": "*i64", "programs": "*i32", "dense_rows": "*i64", "dense_programs": "*i32", "num_dense": "i32",
+    "addresses": "*i64", "scalars": "*fp32", "slots": "*fp32", "sums": "*fp32", "sums_width": "i32", "norms": "*fp32",
+    "previous": "*fp32", "shares": "*fp32", "limiter": "fp32",
 }  # fmt: skip
+GWT_CONSTANTS = {"K": 4, "BY_BLOCK": False}
 
 
 @compiled
 @pytest.mark.parametrize("kernel, constants", [
-    (adam_kernels.adam_by_block, {"M": triton.language.float32, "SUMS": "own"}),
-    (gwt_kernels.gwt, {"K": 4, "BY_BLOCK": False, "LIMITED": False, "ADVANCE": True, "APPLY": True}),
+    (adam_kernels.adam_by_block, {"SUMS": "own", "MOVE": True}),
+    (gwt_kernels.gwt, GWT_CONSTANTS | {"LIMITED": False, "ADVANCE": True, "APPLY": True, "DENSE": True}),
+    (gwt_kernels.gwt, GWT_CONSTANTS | {"LIMITED": True, "ADVANCE": False, "APPLY": True, "DENSE": False}),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
 def test_kernels_compile_for_a_gpu_and_load_four_words_at_once(kernel, constants, tmp_path, monkeypatch):
     """Compiled for compute capability 9.0, which takes no GPU. Nothing is contracted to fused multiply-adds."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    constants |= {"P": triton.language.float32, "G": triton.language.float32, "ALIGNED": True}
+    constants |= dict.fromkeys("PGM", triton.language.float32) | {"ALIGNED": True}
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in kernel.arg_names}
     source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constants)
     target = triton.backends.compiler.GPUTarget("cuda", 90, 32)

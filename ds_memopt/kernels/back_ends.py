@@ -7,14 +7,15 @@ import importlib
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 
 from ds_memopt.kernels.noise_formulas import NoiseSource
 from ds_memopt.kernels.packed import Storage
 from ds_memopt.kernels.plain import AdamScalars
-from ds_memopt.kernels.plain_gwt import GWTScalars
+from ds_memopt.kernels.plain_gwt import GWTRule, GWTScalars
 from ds_memopt.kernels.work import Runs, Tensors, Work
 
 if TYPE_CHECKING:
@@ -23,6 +24,47 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ds_memopt")
 
 VARIABLE = "DS_MEMOPT_KERNELS"
+
+
+@dataclass(frozen=True, eq=False)
+class GWTCall:
+    """A step of the groups x of a wavelet transform; see `ds_memopt.optimizers.gwt`. Its halves are
+
+        advance:  M <- M + (1 - beta1) * (mean(x) - M)
+                  v <- v + (1 - beta2) * (mean(x^2) - v), where it is not that of a block
+        with      u  = (x - mean(x) + M / correction) / (sqrt(v) / root + eps)
+        advance:  norms[matrix] = sum(u^2) / numel, with a limiter
+        apply:    p <- p * decay - step_size * u / growth
+        with      growth = max(sqrt(norms[matrix]) / max(n, 1), limiter) / limiter, or 1 without a limiter
+
+    mean(x) = sum(x) / period. Of a run with a slot mean(x) and mean(x^2) are sums[slot] (the latter only where it is
+    needed), and sum(u^2) is its share by elements: with d = sqrt(v) / root + eps, width / size of
+
+        size * (mean(x^2) + shift^2) / d^2 + 2 * shift * sum(x) / d^2,    shift = M / correction - mean(x)
+
+    states: by the names of `ds_memopt.optimizers.GWT`; v is "second_moment", or "block_exp_avg_sq" at a run's `outer`,
+    and n is "update_norm", one for each interval. groups: their runs. dense: runs of what is not transformed.
+    sums: [slots, 1 or 2]; norms: [places], if there is a limiter; memory until a function sets them.
+    kept: what a back end derives for the functions that follow.
+
+    Between the halves a back end may leave in p what it likes.
+    """
+
+    parameters: Tensors
+    gradients: Tensors
+    states: Mapping[str, Tensors]
+    groups: Work
+    dense: Runs
+    rule: GWTRule
+    scalars: Mapping[int, GWTScalars]
+    sums: torch.Tensor
+    norms: torch.Tensor | None
+    kept: dict[Any, Any] = field(default_factory=dict)
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the second moments are those of blocks, which have advanced before."""
+        return "block_exp_avg_sq" in self.states
 
 
 class BackEnd(Protocol):
@@ -43,8 +85,8 @@ class BackEnd(Protocol):
     def reason_against(self, tensors: list[torch.Tensor]) -> str:
         """What it lacks for a call on these tensors; "" if nothing."""
 
-    def add_mean_squares(self, gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
-        """slots[slot, 0] += (sum of a run's squares) / size. runs: of cut blocks."""
+    def sum_cut_squares(self, gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
+        """slots[slot, 0] <- (sum of a cut run's squares) / size; 0 where this rank has none with a gradient."""
 
     def adam_mini(
         self,
@@ -89,67 +131,27 @@ class BackEnd(Protocol):
         second_moments: of elements; None: that step is `adam_mini`.
         """
 
-    def add_mean_squares_of_blocks(self, gradients: Tensors, runs: Runs, mean_squares: Tensors) -> None:
-        """mean_squares[tensor][block] += (sum of a run's squares) / size. runs: of whole and cut blocks."""
-
-    def advance_denominators(
-        self, second_moments: Tensors, mean_squares: Tensors, scalars: Mapping[int, AdamScalars]
-    ) -> None:
-        """v <- v + (1 - beta2) * (mean square - v), and mean_squares <- sqrt(v) / root + eps, for each block."""
-
-    def adam_by_denominator(
+    def advance_second_moments(
         self,
-        parameters: Tensors,
         gradients: Tensors,
-        moments: Tensors,
-        denominators: Tensors,
+        second_moments: Tensors,
         runs: Runs,
         scalars: Mapping[int, AdamScalars],
+        mean_squares: torch.Tensor | None,
     ) -> None:
-        """Adam with the denominators given, one per block; moments at the runs' entries."""
+        """v <- v + (1 - beta2) * (mean square - v) of each block. mean_squares: as in `adam_mini`."""
 
-    def add_group_sums(self, gradients: Tensors, runs: Runs, period: int, slots: torch.Tensor) -> None:
-        """slots[slot, 0] += (sum of a run) / period, and slots[slot, 1], if it is there, as in `add_mean_squares`."""
+    def sum_cut_groups(self, call: GWTCall) -> None:
+        """sums[slot] <- a cut run's (sum of x) / period, and (sum of x^2) / size where there is room, or zeros."""
 
-    def gwt(
-        self,
-        parameters: Tensors,
-        gradients: Tensors,
-        approximations: Tensors,
-        second_moments: Tensors | None,
-        denominators: Tensors | None,
-        runs: Runs,
-        period: int,
-        scalars: Mapping[int, GWTScalars],
-        sums: torch.Tensor,
-        norms: torch.Tensor | None,
-        *,
-        advance: bool,
-        apply: bool,
-    ) -> None:
-        """A step of the groups x of a wavelet transform, or half of one; see `ds_memopt.optimizers.gwt`.
+    def step_whole_groups(self, call: GWTCall) -> None:
+        """Whole groups, with a limiter `advance` and else both halves; and Adam on what is not transformed."""
 
-            advance:  M <- M + (1 - beta1) * (mean(x) - M)
-                      v <- v + (1 - beta2) * (mean(x^2) - v), where there are no denominators
-            with      u  = (x - mean(x) + M / correction) / d,     d = sqrt(v) / root + eps, or denominators[outer]
-            advance:  norms[matrix] += sum(u^2) / numel, if norms are given
-            apply:    p <- p * decay - step_size * u / norms[matrix], or / 1 without norms
+    def step_cut_groups(self, call: GWTCall) -> None:
+        """The same of cut groups, once `sums` are complete. With a limiter norms <- this rank's part, or zeros."""
 
-        mean(x) = sum(x) / period. Of a run with a slot mean(x) and mean(x^2) are sums[slot] (the latter only where it
-        is needed), and sum(u^2) is its share by elements: with u as above, width / size of
-
-            size * (mean(x^2) + shift^2) / d^2 + 2 * shift * sum(x) / d^2,    shift = M / correction - mean(x)
-
-        second_moments, denominators: one of them is None. Between the halves a back end may leave in p what it likes.
-        norms: [places], at `advance` zeros, at `apply` what `turn_into_growths` leaves.
-        """
-
-    def turn_into_growths(self, norms: torch.Tensor, update_norms: Tensors, runs: Runs, limiter: float) -> None:
-        """With r = sqrt(norm), n = update_norm: growth = max(r / max(n, 1), limiter) / limiter, n <- r / growth.
-
-        norms: [places], mean squares; overwritten with growths. update_norms: n at a run's `block`.
-        runs: whole parameters, each a block; its place in norms is `matrix`. Those of other tensors are left alone.
-        """
+    def apply_limited(self, call: GWTCall) -> None:
+        """`apply` of all groups, and n <- |u| / growth, once `norms` are complete."""
 
     def add_noise(
         self,

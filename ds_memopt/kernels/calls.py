@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ds_memopt.kernels import plain, plain_gwt
-from ds_memopt.kernels.back_ends import COLUMNS, BackEnd, back_end_of
+from ds_memopt.kernels.back_ends import COLUMNS, BackEnd, GWTCall, back_end_of
 from ds_memopt.kernels.packed import Storage
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTRule, GWTScalars
@@ -41,8 +41,8 @@ def adam_mini(
         return
     tensors = parameters, gradients, moments, second_moments
     slots = blocks.new_slots(1)
-    if len(blocks.work.cut):
-        fused.add_mean_squares(gradients, blocks.work.cut, slots)
+    if blocks.num_slots:
+        fused.sum_cut_squares(gradients, blocks.work.cut, slots)
     wait = blocks.begin_sum(slots)
     if storage is not None:
         fused.measure_shared_groups(parameters, gradients, moments, None, blocks.work, scalars, storage)
@@ -134,25 +134,31 @@ def _fused_gwt(
     groups, matrices, outer = blocks["group"], blocks["matrix"], blocks.get("block")
     limited = rule.limiter is not None
     sums = groups.new_slots(1 if outer is not None and not limited else 2)
-    if len(work.cut):
-        fused.add_group_sums(gradients, work.cut, rule.period, sums)
-    wait = groups.begin_sum(sums)
-    dense, m = {number: step.dense for number, step in scalars.items()}, states["exp_avg"]
-    denominators = None
-    if outer is None:
-        fused.adam_by_element(parameters, gradients, m, states["exp_avg_sq"], dense_work.all, dense)
-    else:
-        denominators = outer.new_blocks(gradients)
-        fused.add_mean_squares_of_blocks(gradients, outer.work.all, denominators)
-        outer.complete(denominators)
-        fused.advance_denominators(states["block_exp_avg_sq"], denominators, dense)
-        fused.adam_by_denominator(parameters, gradients, m, denominators, dense_work.all, dense)
-    wait()
     norms = matrices.new_places() if limited else None
-    tensors = parameters, gradients, states["approximation"], states.get("second_moment"), denominators
-    step = *tensors, work.all, rule.period, scalars, sums, norms
-    fused.gwt(*step, advance=True, apply=not limited)
+    call = GWTCall(parameters, gradients, states, work, dense_work.all, rule, scalars, sums, norms)
+    if groups.num_slots:
+        fused.sum_cut_groups(call)
+    wait = groups.begin_sum(sums)
+    if outer is not None:
+        dense = {number: step.dense for number, step in scalars.items()}
+        _advance_second_moments(fused, gradients, states["block_exp_avg_sq"], outer, dense)
+    fused.step_whole_groups(call)
+    wait()
+    if limited or len(work.cut):
+        fused.step_cut_groups(call)
     if limited:
         matrices.begin_sum(norms.narrow(0, 0, matrices.num_slots))()
-        fused.turn_into_growths(norms, states["update_norm"], matrices.work_within(matrices, None).all, rule.limiter)
-        fused.gwt(*step, advance=False, apply=True)
+        fused.apply_limited(call)
+
+
+def _advance_second_moments(
+    fused: BackEnd, gradients: Tensors, second_moments: Tensors, blocks: Blocks, scalars: Mapping[int, AdamScalars]
+) -> None:
+    slots = blocks.new_slots(1)
+    if blocks.num_slots:
+        fused.sum_cut_squares(gradients, blocks.work.cut, slots)
+    wait = blocks.begin_sum(slots)
+    fused.advance_second_moments(gradients, second_moments, blocks.work.whole, scalars, None)
+    wait()
+    if len(blocks.work.cut):
+        fused.advance_second_moments(gradients, second_moments, blocks.work.cut, scalars, slots)

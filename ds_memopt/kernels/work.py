@@ -98,10 +98,10 @@ class Blocks(Protocol):
         """Add to the values of shared blocks what other ranks hold of them."""
 
     def new_slots(self, width: int) -> torch.Tensor:
-        """Zeros, `width` for each shared block."""
+        """Memory for `width` numbers of each shared block."""
 
     def new_places(self) -> torch.Tensor:
-        """Zeros, one for each shared block, in the order of slots, and then one for each of the others."""
+        """Memory: a number for each shared block, in the order of slots, and then one for each of the others."""
 
     def begin_sum(self, slots: torch.Tensor) -> Callable[[], None]:
         """Begin to sum slots over the ranks, in place; returns what waits."""

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ds_memopt.kernels.back_ends import GWTCall
 from ds_memopt.kernels.codes import CODES
 from ds_memopt.kernels.cpp import schedules
 from ds_memopt.kernels.cpp.build import library
@@ -31,6 +32,8 @@ DTYPES = {torch.float32, torch.bfloat16, *CODES.values()}
 KINDS = {torch.float32: 0, torch.bfloat16: 1, CODES["signed"]: 3, CODES["unsigned"]: 4}
 BF16_AT_RANDOM = 2
 """`Kind` of packed.h."""
+GROUP_STATES = "approximation", "second_moment", "block_exp_avg_sq", "update_norm"
+"""As `Tensor` of gwt.cpp has them."""
 
 
 class _GWTCall(ctypes.Structure):
@@ -39,7 +42,7 @@ class _GWTCall(ctypes.Structure):
     _fields_ = [
         ("rows", ctypes.c_void_p), ("tasks", ctypes.c_void_p), ("num_tasks", ctypes.c_int64),
         ("shares", ctypes.c_void_p), ("tensors", ctypes.c_void_p), ("scalars", ctypes.c_void_p),
-        ("sums", ctypes.c_void_p), ("width", ctypes.c_int64), ("norms", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p), ("width", ctypes.c_int64), ("norms", ctypes.c_void_p), ("limiter", ctypes.c_float),
         ("advance", ctypes.c_int64), ("apply", ctypes.c_int64),
     ]  # fmt: skip
 
@@ -54,14 +57,9 @@ def reason_against(tensors: list[torch.Tensor]) -> str:
     return "" if all(map(torch.Tensor.is_contiguous, tensors)) else "tensors that are not contiguous"
 
 
-def add_mean_squares(gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
+def sum_cut_squares(gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
     schedule = schedules.of_cut_blocks(runs)
-    _run("ds_add_mean_squares", schedule, _table(schedule, {}, gradients, {}, {}), slots, slots.shape[1])
-
-
-def add_mean_squares_of_blocks(gradients: Tensors, runs: Runs, mean_squares: Tensors) -> None:
-    schedule = schedules.of_blocks(runs)
-    _run("ds_add_mean_squares_of_blocks", schedule, _table(schedule, {}, gradients, {}, mean_squares))
+    _run("ds_sum_cut_squares", schedule, _table(schedule, {}, gradients, {}, {}), slots.zero_())
 
 
 def adam_mini(
@@ -114,64 +112,69 @@ def measure_shared_groups(
         _run("ds_measure_shared_groups", schedule, tensors, _scalars(schedule, scalars, _adam), packed)
 
 
-def advance_denominators(second_moments: Tensors, mean_squares: Tensors, scalars: Mapping[int, AdamScalars]) -> None:
-    numbers = list(scalars)
-    tensors = [[0, 0, second_moments[n].data_ptr(), mean_squares[n].data_ptr(), 0] for n in numbers]
-    lengths = np.array([mean_squares[n].numel() for n in numbers], dtype=np.int64)
-    steps = np.array([_adam(scalars[n]) for n in numbers], dtype=np.float32)
-    _run("ds_advance_denominators", np.array(tensors, dtype=np.uint64), lengths, len(numbers), steps)
-
-
-def adam_by_denominator(
-    parameters: Tensors,
+def advance_second_moments(
     gradients: Tensors,
-    moments: Tensors,
-    denominators: Tensors,
+    second_moments: Tensors,
     runs: Runs,
     scalars: Mapping[int, AdamScalars],
+    mean_squares: torch.Tensor | None,
 ) -> None:
-    schedule = schedules.of_blocks(runs)
-    tensors = _table(schedule, parameters, gradients, moments, denominators)
-    _run("ds_adam_by_denominator", schedule, tensors, _scalars(schedule, scalars, _adam))
+    schedule = schedules.of_blocks(runs) if mean_squares is None else schedules.of_cut_blocks(runs)
+    tensors = _table(schedule, {}, gradients, {}, second_moments)
+    _run("ds_advance_second_moments", schedule, tensors, _scalars(schedule, scalars, _adam), mean_squares)
 
 
-def add_group_sums(gradients: Tensors, runs: Runs, period: int, slots: torch.Tensor) -> None:
-    tensors = _table(schedules.of_groups(runs), {}, gradients, {}, {}, {})
-    _run("ds_add_group_sums", runs.rows, len(runs.rows), tensors, period, slots, slots.shape[1], threads=False)
+def sum_cut_groups(call: GWTCall) -> None:
+    runs, sums = call.groups.cut, call.sums.zero_()
+    tensors, _ = _tables_of_groups(call)
+    _run("ds_sum_cut_groups", runs.rows, len(runs.rows), tensors, call.rule.period, sums, sums.shape[1], threads=False)
 
 
-def gwt(
-    parameters: Tensors,
-    gradients: Tensors,
-    approximations: Tensors,
-    second_moments: Tensors | None,
-    denominators: Tensors | None,
-    runs: Runs,
-    period: int,
-    scalars: Mapping[int, GWTScalars],
-    sums: torch.Tensor,
-    norms: torch.Tensor | None,
-    *,
-    advance: bool,
-    apply: bool,
-) -> None:
-    schedule = schedules.of_groups(runs)
-    tensors = _table(schedule, parameters, gradients, approximations, second_moments or {}, denominators or {})
-    steps = _scalars(schedule, scalars, _gwt)
-    call = _GWTCall(
+def step_whole_groups(call: GWTCall) -> None:
+    _step_dense(call)
+    if call.norms is not None:
+        call.norms.zero_()
+    _step_groups(call, call.groups.whole, advance=True, apply=call.norms is None)
+
+
+def step_cut_groups(call: GWTCall) -> None:
+    _step_groups(call, call.groups.cut, advance=True, apply=call.norms is None)
+
+
+def apply_limited(call: GWTCall) -> None:
+    _step_groups(call, call.groups.all, advance=False, apply=True)
+
+
+def _step_dense(call: GWTCall) -> None:
+    scalars = {number: step.dense for number, step in call.scalars.items()}
+    of_elements = call.parameters, call.gradients, call.states["exp_avg"]
+    if call.by_block:
+        schedule = schedules.of_blocks(call.dense)
+        tensors = _table(schedule, *of_elements, call.states["block_exp_avg_sq"])
+        _run("ds_adam_by_second_moment", schedule, tensors, _scalars(schedule, scalars, _adam))
+    else:
+        adam_by_element(*of_elements, call.states["exp_avg_sq"], call.dense, scalars)
+
+
+def _step_groups(call: GWTCall, runs: Runs, *, advance: bool, apply: bool) -> None:
+    schedule, limited = schedules.of_groups(runs), call.norms is not None
+    tensors, steps = _tables_of_groups(call)
+    of_call = _GWTCall(
         schedule.rows, schedule.tasks, schedule.num_tasks, schedule.sums, tensors.ctypes.data, steps.ctypes.data,
-        sums.data_ptr(), sums.shape[1], norms.data_ptr() if norms is not None else None, advance, apply,
+        call.sums.data_ptr(), call.sums.shape[1], call.norms.data_ptr() if limited else None, call.rule.limiter or 0,
+        advance, apply,
     )  # fmt: skip
-    _run("ds_gwt", call, period)
+    _run("ds_gwt", of_call, call.rule.period)
 
 
-def turn_into_growths(norms: torch.Tensor, update_norms: Tensors, runs: Runs, limiter: float) -> None:
-    pointers = np.zeros(int(runs.column("tensor").max(initial=-1)) + 1, dtype=np.uint64)
-    for number, norm in update_norms.items():
-        if number < len(pointers):
-            pointers[number] = norm.data_ptr()
-    limit = ctypes.c_float(limiter)
-    _run("ds_turn_into_growths", runs.rows, len(runs.rows), norms, pointers, limit, threads=False)
+def _tables_of_groups(call: GWTCall) -> tuple[np.ndarray, np.ndarray]:
+    """`Tensor` and `Scalars` of gwt.cpp, for all functions of a call."""
+    if not call.kept:
+        schedule = schedules.of_groups(call.groups.all)
+        states = (call.states.get(key, {}) for key in GROUP_STATES)
+        call.kept["tensors"] = _table(schedule, call.parameters, call.gradients, *states)
+        call.kept["scalars"] = _scalars(schedule, call.scalars, _gwt)
+    return call.kept["tensors"], call.kept["scalars"]
 
 
 def _table(schedule: schedules.Schedule, *tensors: Tensors) -> np.ndarray:

@@ -18,7 +18,7 @@ struct Scalars {
 
 struct Tensor {
     void *parameter, *gradient, *moment;
-    float* values;    // second moments, denominators or mean squares
+    float* values;    // second moments
     uint64_t halves;  // bits 0 to 2: whether parameter, gradient and moment are bf16
 };
 
@@ -150,6 +150,22 @@ float mean_square(const Schedule& schedule, int64_t i) {
     return sum / schedule.rows[run.row].size;
 }
 
+// Large runs, and what their updates are divided by. mean_squares: null, or of each slot.
+void advance_large(const Schedule& schedule, const Tensor* tensors, const Scalars* scalars, const float* mean_squares) {
+    if (!mean_squares) sum_chunks(schedule, tensors);
+#pragma omp for
+    for (int64_t i = 0; i < schedule.num_large; i++) {
+        const Chunk& run = schedule.large[i];
+        const Row& row = schedule.rows[run.row];
+        const Tensor& tensor = tensors[row.tensor];
+        const Scalars& step = scalars[row.tensor];
+        if (!tensor.gradient) continue;
+        float mean = mean_squares ? mean_squares[row.slot] : mean_square(schedule, i);
+        float v = advance(tensor.values[block_of(row, run.run)], mean, step);
+        schedule.scales[i] = step.step_size / step.denominator(v);
+    }
+}
+
 // packed: null, or how each tensor is kept.
 void update_chunks(const Schedule& schedule, const Tensor* tensors, const Scalars* scalars, const Packed* packed) {
 #pragma omp for schedule(dynamic)
@@ -212,38 +228,15 @@ void measure(const Packed& packed, const Tensor& tensor, const Row& row, int64_t
 
 extern "C" {
 
-void ds_add_mean_squares(const Schedule* s, const Tensor* tensors, float* slots, int64_t width, int threads) {
+// slots: zeros.
+void ds_sum_cut_squares(const Schedule* s, const Tensor* tensors, float* slots, int threads) {
 #pragma omp parallel num_threads(threads)
     {
         sum_chunks(*s, tensors);
 #pragma omp single
         for (int64_t i = 0; i < s->num_large; i++) {
             const Row& row = s->rows[s->large[i].row];
-            if (tensors[row.tensor].gradient) slots[row.slot * width + width - 1] += mean_square(*s, i);
-        }
-    }
-}
-
-void ds_add_mean_squares_of_blocks(const Schedule* s, const Tensor* tensors, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        sum_chunks(*s, tensors);
-#pragma omp single nowait
-        for (int64_t i = 0; i < s->num_large; i++) {
-            const Chunk& run = s->large[i];
-            const Row& row = s->rows[run.row];
-            const Tensor& tensor = tensors[row.tensor];
-            if (tensor.gradient) tensor.values[block_of(row, run.run)] += mean_square(*s, i);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < s->num_tasks; i++) {
-            const Task& task = s->tasks[i];
-            const Row& row = s->rows[task.row];
-            const Tensor& tensor = tensors[row.tensor];
-            if (!tensor.gradient) continue;
-            for_runs(row, task.first, task.last, [&](int64_t offset, int64_t, int64_t block) {
-                tensor.values[block] += float(gradient_squares(tensor, offset, row.width) / row.size);
-            });
+            if (tensors[row.tensor].gradient) slots[row.slot] = mean_square(*s, i);
         }
     }
 }
@@ -279,18 +272,7 @@ void ds_adam_mini(const Schedule* s, const Tensor* tensors, const Scalars* scala
                   const Packed* packed, int threads) {
 #pragma omp parallel num_threads(threads)
     {
-        if (!mean_squares) sum_chunks(*s, tensors);
-#pragma omp for
-        for (int64_t i = 0; i < s->num_large; i++) {
-            const Chunk& run = s->large[i];
-            const Row& row = s->rows[run.row];
-            const Tensor& tensor = tensors[row.tensor];
-            const Scalars& step = scalars[row.tensor];
-            if (!tensor.parameter) continue;
-            float mean = mean_squares ? mean_squares[row.slot] : mean_square(*s, i);
-            float v = advance(tensor.values[block_of(row, run.run)], mean, step);
-            s->scales[i] = step.step_size / step.denominator(v);
-        }
+        advance_large(*s, tensors, scalars, mean_squares);
 #pragma omp for schedule(dynamic) nowait
         for (int64_t i = 0; i < s->num_tasks; i++) {
             const Task& task = s->tasks[i];
@@ -320,7 +302,27 @@ void ds_adam_mini(const Schedule* s, const Tensor* tensors, const Scalars* scala
     }
 }
 
-void ds_adam_by_denominator(const Schedule* s, const Tensor* tensors, const Scalars* scalars, int threads) {
+void ds_advance_second_moments(const Schedule* s, const Tensor* tensors, const Scalars* scalars,
+                               const float* mean_squares, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        advance_large(*s, tensors, scalars, mean_squares);
+#pragma omp for schedule(dynamic)
+        for (int64_t i = 0; i < s->num_tasks; i++) {
+            const Task& task = s->tasks[i];
+            const Row& row = s->rows[task.row];
+            const Tensor& tensor = tensors[row.tensor];
+            const Scalars& step = scalars[row.tensor];
+            if (!tensor.gradient) continue;
+            for_runs(row, task.first, task.last, [&](int64_t offset, int64_t, int64_t block) {
+                advance(tensor.values[block], gradient_squares(tensor, offset, row.width) / row.size, step);
+            });
+        }
+    }
+}
+
+// Second moments have advanced.
+void ds_adam_by_second_moment(const Schedule* s, const Tensor* tensors, const Scalars* scalars, int threads) {
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
@@ -328,7 +330,8 @@ void ds_adam_by_denominator(const Schedule* s, const Tensor* tensors, const Scal
             const Row& row = s->rows[s->large[i].row];
             const Tensor& tensor = tensors[row.tensor];
             if (tensor.parameter)
-                s->scales[i] = scalars[row.tensor].step_size / tensor.values[block_of(row, s->large[i].run)];
+                s->scales[i] = scalars[row.tensor].step_size /
+                               scalars[row.tensor].denominator(tensor.values[block_of(row, s->large[i].run)]);
         }
 #pragma omp for schedule(dynamic) nowait
         for (int64_t i = 0; i < s->num_tasks; i++) {
@@ -339,7 +342,7 @@ void ds_adam_by_denominator(const Schedule* s, const Tensor* tensors, const Scal
             if (!tensor.parameter) continue;
             for_runs(row, task.first, task.last, [&](int64_t offset, int64_t entry, int64_t block) {
                 UPDATES[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, offset, entry, row.width,
-                                       step.step_size / tensor.values[block], step);
+                                       step.step_size / step.denominator(tensor.values[block]), step);
             });
         }
         update_chunks(*s, tensors, scalars, nullptr);
@@ -366,17 +369,6 @@ void ds_adam_by_element(const Schedule* s, const Tensor* tensors, const Scalars*
         else
             UPDATES_BY_ELEMENT[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, tensor.values + entry,
                                               offset, entry, chunk.length, step);
-    }
-}
-
-// values: mean squares of a tensor's `lengths` blocks; moment: their second moments.
-void ds_advance_denominators(const Tensor* tensors, const int64_t* lengths, int64_t num_tensors, const Scalars* scalars,
-                             int threads) {
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
-    for (int64_t number = 0; number < num_tensors; number++) {
-        const Scalars& step = scalars[number];
-        float *values = tensors[number].values, *v = (float*)tensors[number].moment;
-        for (int64_t i = 0; i < lengths[number]; i++) values[i] = step.denominator(advance(v[i], values[i], step));
     }
 }
 

@@ -1,4 +1,4 @@
-// Groups of 2, 4, 8, 16 or 32 elements of a wavelet transform; see `BackEnd.gwt` in ../back_ends.py for the formulas.
+// Groups of 2, 4, 8, 16 or 32 elements of a wavelet transform; see `GWTCall` in ../back_ends.py for the formulas.
 //
 // LANES groups are computed at once: K vectors of elements become one vector of their sums, by halves, and what is
 // computed per group is spread over the elements again.
@@ -20,20 +20,22 @@ struct Scalars {
 
 struct Tensor {
     void *parameter, *gradient;
-    float *approximations, *second_moments, *denominators;  // one of the last two is null
-    uint64_t halves;                                        // bits 0 and 1: whether parameter and gradient are bf16
+    float *approximations, *second_moments, *block_second_moments;  // one of the last two is null
+    float* update_norms;
+    uint64_t halves;  // bits 0 and 1: whether parameter and gradient are bf16
 };
 
 struct Call {
     const Row* rows;
     const Task* tasks;
     int64_t num_tasks;
-    double* shares;  // of each task in its matrix's sum
+    double* shares;  // of each task in its matrix's sum; at `apply` its matrix's growth
     const Tensor* tensors;
     const Scalars* scalars;
     const float* sums;  // [slots, width]
     int64_t width;
     float* norms;  // or null
+    float limiter;
     int64_t advance, apply;
 };
 
@@ -107,6 +109,15 @@ inline Floats step_groups(P* p, const G* g, Groups& groups, const Mode& mode, co
     return squares / (denominator * denominator) * mode.width;
 }
 
+// Of the block of second moments that a run lies in.
+inline float denominator_of(const Call& call, const Row& row, int64_t run) {
+    const Scalars& step = call.scalars[row.tensor];
+    float v = call.tensors[row.tensor].block_second_moments[row.outer + run / row.count * row.outer_stride];
+    return std::sqrt(v) * step.inverse_root + step.eps;
+}
+
+float norm_of(const Call& call, const Row& row) { return std::sqrt(std::max(call.norms[row.matrix], 0.0f)); }
+
 // Runs [first, first + count) of a row, up to LANES, wherever they lie: through a copy.
 template <int K, class P, class G>
 double step_some(const Call& call, const Row& row, int64_t first, int64_t count, const Mode& mode) {
@@ -120,7 +131,7 @@ double step_some(const Call& call, const Row& row, int64_t first, int64_t count,
         if (mode.apply) std::memcpy(p + i * K, (const P*)tensor.parameter + offset, row.width * sizeof(P));
         groups.m[i] = tensor.approximations[block];
         if (mode.by_block)
-            groups.denominator[i] = tensor.denominators[row.outer + run / row.count * row.outer_stride];
+            groups.denominator[i] = denominator_of(call, row, run);
         else
             groups.v[i] = tensor.second_moments[block];
     }
@@ -144,20 +155,23 @@ double step_some(const Call& call, const Row& row, int64_t first, int64_t count,
     return share;
 }
 
-// Returns what the task adds to its matrix's sum of squares.
+// Returns what the task adds to its matrix's sum of squares, or at `apply` alone the matrix's growth.
 template <int K, class P, class G>
 double step_task(const Call& call, const Task& task) {
     const Row& row = call.rows[task.row];
     const Tensor& tensor = call.tensors[row.tensor];
     const Scalars& step = call.scalars[row.tensor];
-    Mode mode = {row.slot >= 0, call.advance != 0, call.apply != 0, tensor.denominators != nullptr,
+    Mode mode = {row.slot >= 0, call.advance != 0, call.apply != 0, tensor.block_second_moments != nullptr,
                  call.norms != nullptr, float(row.width), 1.0f / row.size, step.decay, 1.0f};
     bool at_once = mode.limited && sizeof(P) == sizeof(float);
     if (at_once && mode.advance) mode.apply = true;
+    float growth = 1;
     if (mode.limited && !mode.advance) {
-        mode.inverse_growth = 1 / call.norms[row.matrix];
+        growth = norm_of(call, row) / std::max(tensor.update_norms[row.interval], 1.0f);
+        growth = std::max(growth, call.limiter) / call.limiter;
+        mode.inverse_growth = 1 / growth;
         if (at_once) {
-            if (mode.inverse_growth == 1) return 0;
+            if (mode.inverse_growth == 1) return growth;
             mode.decay = 1;
             mode.inverse_growth -= 1;
         }
@@ -173,7 +187,7 @@ double step_task(const Call& call, const Task& task) {
             float* v = mode.by_block ? nullptr : tensor.second_moments + block_of(row, run);
             Groups groups = {};
             if (mode.by_block)
-                groups.denominator = broadcast(tensor.denominators[row.outer + run / row.count * row.outer_stride]);
+                groups.denominator = broadcast(denominator_of(call, row, run));
             for (; run + LANES <= stop; run += LANES, p += K * LANES, g += K * LANES, m += LANES) {
                 groups.m = load(m);
                 if (v) groups.v = load(v);
@@ -188,7 +202,7 @@ double step_task(const Call& call, const Task& task) {
             run += count;
         }
     }
-    return share + sum_of_lanes(norm);
+    return mode.advance ? share + sum_of_lanes(norm) : growth;
 }
 
 template <int K>
@@ -223,7 +237,15 @@ void ds_gwt(const Call* call, int64_t period, int threads) {
         case 16: step_all<16>(*call, threads); break;
         case 32: step_all<32>(*call, threads); break;
     }
-    if (!call->norms || !call->advance) return;
+    if (!call->norms) return;
+    if (!call->advance) {
+        for (int64_t i = 0; i < call->num_tasks; i++) {
+            const Row& row = call->rows[call->tasks[i].row];
+            const Tensor& tensor = call->tensors[row.tensor];
+            if (tensor.parameter) tensor.update_norms[row.interval] = norm_of(*call, row) / float(call->shares[i]);
+        }
+        return;
+    }
     double share = 0;
     for (int64_t i = 0; i < call->num_tasks; i++) {
         share += call->shares[i];
@@ -235,8 +257,8 @@ void ds_gwt(const Call* call, int64_t period, int threads) {
     }
 }
 
-// rows: of one run each, on this rank.
-void ds_add_group_sums(const Row* rows, int64_t num_rows, const Tensor* tensors, int64_t period, float* slots,
+// rows: of one run each, on this rank. slots: zeros.
+void ds_sum_cut_groups(const Row* rows, int64_t num_rows, const Tensor* tensors, int64_t period, float* slots,
                        int64_t width) {
     for (int64_t i = 0; i < num_rows; i++) {
         const Row& row = rows[i];
@@ -249,20 +271,8 @@ void ds_add_group_sums(const Row* rows, int64_t num_rows, const Tensor* tensors,
             sum += x;
             squares += double(x) * x;
         }
-        slots[row.slot * width] += sum / period;
-        if (width > 1) slots[row.slot * width + 1] += squares / row.size;
-    }
-}
-
-// update_norms: of each tensor, or null.
-void ds_turn_into_growths(const Row* rows, int64_t num_rows, float* norms, float* const* update_norms, float limiter) {
-    for (int64_t i = 0; i < num_rows; i++) {
-        const Row& row = rows[i];
-        if (!update_norms[row.tensor]) continue;
-        float norm = std::sqrt(std::max(norms[row.matrix], 0.0f)), &previous = update_norms[row.tensor][row.block];
-        float growth = std::max(norm / std::max(previous, 1.0f), limiter) / limiter;
-        previous = norm / growth;
-        norms[row.matrix] = growth;
+        slots[row.slot * width] = sum / period;
+        if (width > 1) slots[row.slot * width + 1] = squares / row.size;
     }
 }
 

@@ -15,17 +15,20 @@ import torch
 import triton
 import triton.language as tl
 
+from ds_memopt.kernels.back_ends import GWTCall
 from ds_memopt.kernels.gpu import adam_kernels, gwt_kernels
 from ds_memopt.kernels.gpu.launches import (
     HELD,
+    TILE,
+    Matrices,
     Tables,
     blocks_of,
     elements_of,
+    holders_of,
     launch,
+    matrices_of,
     num_tensors,
-    of_layout,
     schedule_of,
-    shares_of,
     tables_of,
 )
 from ds_memopt.kernels.gpu.noise_on_gpu import add_noise, move
@@ -36,6 +39,8 @@ from ds_memopt.kernels.work import Runs, Tensors
 __all__ = ["add_noise", "move"]
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+GROUP_STATES = "approximation", "second_moment", "update_norm"
+"""Their addresses follow those of Adam on what is not transformed, as gwt_kernels.py has them."""
 
 TAKES_STORAGE = False
 
@@ -59,25 +64,26 @@ def reason_against(tensors: list[torch.Tensor]) -> str:
     return "tensors of several devices in one call" if len({tensor.device for tensor in tensors}) > 1 else ""
 
 
-def add_mean_squares(gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
-    _mean_squares(gradients, runs, {}, slots)
-
-
-def add_mean_squares_of_blocks(gradients: Tensors, runs: Runs, mean_squares: Tensors) -> None:
-    _mean_squares(gradients, runs, mean_squares, None)
-
-
-def _mean_squares(gradients: Tensors, runs: Runs, values: Tensors, slots: torch.Tensor | None) -> None:
-    for numbers, (g,), device in _launches(runs, gradients):
-        schedule = schedule_of(runs, "blocks", device)
-        tables = _tables(runs, numbers, ({}, gradients, {}, values), {}, _adam, device)
-        to_slots = slots is not None
+def sum_cut_squares(gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
+    for first, (numbers, (g,), device) in _launches_that_fill(slots, [runs], gradients):
+        schedule, holders = schedule_of(runs, "blocks", device), holders_of(runs, len(slots), device)
+        tables = _tables([runs], numbers, ({}, gradients), {}, _adam, device)
+        tiles = first * -(-len(slots) // TILE)
         launch(
-            adam_kernels.mean_squares, len(schedule.programs), schedule.rows, schedule.programs, tables.addresses,
-            slots if to_slots else tables.scalars, slots.shape[1] if to_slots else 0,
-            G=DTYPES[g], TO_SLOTS=to_slots,
-            moved=_moved(runs, numbers, g.itemsize, 0, 4, 4),
+            adam_kernels.cut_squares, len(runs) + tiles, schedule.rows, len(runs), tables.addresses, holders, slots,
+            len(slots), G=DTYPES[g], FIRST=first,
+            moved=_moved(runs, numbers, g.itemsize, 0, 0, 4, fixed=first * slots.nbytes),
         )  # fmt: skip
+
+
+def advance_second_moments(
+    gradients: Tensors,
+    second_moments: Tensors,
+    runs: Runs,
+    scalars: Mapping[int, AdamScalars],
+    mean_squares: torch.Tensor | None,
+) -> None:
+    _adam_by_block({}, gradients, {}, second_moments, runs, scalars, mean_squares)
 
 
 def adam_mini(
@@ -89,44 +95,32 @@ def adam_mini(
     scalars: Mapping[int, AdamScalars],
     mean_squares: torch.Tensor | None,
 ) -> None:
-    sums = "own" if mean_squares is None else "slots"
-    _adam_by_block(parameters, gradients, moments, second_moments, runs, scalars, mean_squares, sums)
-
-
-def adam_by_denominator(
-    parameters: Tensors,
-    gradients: Tensors,
-    moments: Tensors,
-    denominators: Tensors,
-    runs: Runs,
-    scalars: Mapping[int, AdamScalars],
-) -> None:
-    _adam_by_block(parameters, gradients, moments, denominators, runs, scalars, None, "none")
+    _adam_by_block(parameters, gradients, moments, second_moments, runs, scalars, mean_squares)
 
 
 def _adam_by_block(
     parameters: Tensors,
     gradients: Tensors,
     moments: Tensors,
-    values: Tensors,
+    second_moments: Tensors,
     runs: Runs,
     scalars: Mapping[int, AdamScalars],
     slots: torch.Tensor | None,
-    sums: str,
 ) -> None:
-    tensors = parameters, gradients, moments, values
-    for numbers, (p, g, m), device in _launches(runs, *tensors[:3], moving=scalars):
+    """Without parameters and moments the second moments alone advance."""
+    own, move = slots is None, bool(parameters)
+    moving = parameters, gradients, moments
+    for numbers, dtypes, device in _launches([runs], *(moving if move else [gradients]), moving=scalars):
+        p, g, m = dtypes if move else (*dtypes,) * 3
         schedule = schedule_of(runs, "blocks", device)
-        tables = _tables(runs, numbers, tensors, scalars, _adam, device)
-        written = 0 if sums == "none" else 4
+        tables = _tables([runs], numbers, (*moving, second_moments), scalars, _adam, device)
+        written = move * (p.itemsize + m.itemsize)
+        read = written + (own or move) * g.itemsize
         launch(
             adam_kernels.adam_by_block, len(schedule.programs), schedule.rows, schedule.programs, tables.addresses,
-            tables.scalars, tables.scalars if slots is None else slots,
-            P=DTYPES[p], G=DTYPES[g], M=DTYPES[m], SUMS=sums, ALIGNED=tables.aligned,
-            moved=_moved(
-                runs, numbers, p.itemsize + g.itemsize + m.itemsize, p.itemsize + m.itemsize, 4, written,
-                again=g.itemsize if sums == "own" else 0,
-            ),
+            tables.scalars, tables.scalars if own else slots,
+            P=DTYPES[p], G=DTYPES[g], M=DTYPES[m], SUMS="own" if own else "slots", MOVE=move, ALIGNED=tables.aligned,
+            moved=_moved(runs, numbers, read, written, 4, 4, again=g.itemsize if own and move else 0),
         )  # fmt: skip
 
 
@@ -139,9 +133,9 @@ def adam_by_element(
     scalars: Mapping[int, AdamScalars],
 ) -> None:
     tensors = parameters, gradients, moments, second_moments
-    for numbers, (p, g, m), device in _launches(runs, *tensors[:3], moving=scalars):
+    for numbers, (p, g, m), device in _launches([runs], *tensors[:3], moving=scalars):
         schedule = schedule_of(runs, "elements", device)
-        tables = _tables(runs, numbers, tensors, scalars, _adam, device)
+        tables = _tables([runs], numbers, tensors, scalars, _adam, device)
         launch(
             adam_kernels.adam_by_element, len(schedule.programs), schedule.rows, schedule.programs, tables.addresses,
             tables.scalars, P=DTYPES[p], G=DTYPES[g], M=DTYPES[m], ALIGNED=tables.aligned,
@@ -149,105 +143,140 @@ def adam_by_element(
         )  # fmt: skip
 
 
-def advance_denominators(second_moments: Tensors, mean_squares: Tensors, scalars: Mapping[int, AdamScalars]) -> None:
-    lengths = {number: mean_squares[number].numel() for number in scalars}
-    if not any(lengths.values()):
-        return
-    device, total = mean_squares[next(iter(lengths))].device, sum(lengths.values())
-    programs = of_layout(tuple(lengths.items()), device)
-    steps = {number: _adam(step) for number, step in scalars.items()}
-    tables = tables_of(max(lengths) + 1, ({}, {}, second_moments, mean_squares), steps, device)
-    launch(
-        adam_kernels.advance_denominators, len(programs), programs, tables.addresses, tables.scalars,
-        moved=lambda: (8 * total, 8 * total),
-    )  # fmt: skip
-
-
-def add_group_sums(gradients: Tensors, runs: Runs, period: int, slots: torch.Tensor) -> None:
-    for numbers, (g,), device in _launches(runs, gradients):
-        schedule = schedule_of(runs, "groups", device, period)
-        tables = _tables(runs, numbers, ({}, gradients, {}, {}), {}, _gwt, device)
-        width = slots.shape[1]
+def sum_cut_groups(call: GWTCall) -> None:
+    runs, slots, period = call.groups.cut, call.sums, call.rule.period
+    for first, (numbers, (_, g, _), device) in _launches_that_fill(slots, [runs], *_typed(call), moving=call.scalars):
+        schedule, holders = schedule_of(runs, "groups", device, period), holders_of(runs, len(slots), device)
+        programs = -(-len(slots) // gwt_kernels.LANES.value)
         launch(
-            gwt_kernels.group_sums, _programs_of_rows(runs), schedule.rows, len(runs.rows), tables.addresses, slots,
-            width, period, G=DTYPES[g], SQUARES=width > 1,
-            moved=_moved(runs, numbers, g.itemsize, 0, 4 * width, 4 * width),
+            gwt_kernels.cut_groups, programs, schedule.rows, _tables_of(call, numbers, device).addresses, holders,
+            slots, *slots.shape, period, G=DTYPES[g], SQUARES=slots.shape[1] > 1, FIRST=first,
+            moved=_moved(runs, numbers, g.itemsize, 0, 0, 4 * slots.shape[1], fixed=first * slots.nbytes),
         )  # fmt: skip
 
 
-def gwt(
-    parameters: Tensors,
-    gradients: Tensors,
-    approximations: Tensors,
-    second_moments: Tensors | None,
-    denominators: Tensors | None,
+def step_whole_groups(call: GWTCall) -> None:
+    _step(call, call.groups.whole, call.dense, advance=True, apply=call.norms is None)
+
+
+def step_cut_groups(call: GWTCall) -> None:
+    if call.norms is None:
+        _step(call, call.groups.cut, None, advance=True, apply=True)
+        return
+    runs = [call.groups.all]
+    for first, (numbers, (_, g, _), device) in _launches_that_fill(
+        call.norms, runs, *_typed(call), moving=call.scalars
+    ):
+        tables, matrices = _tables_of(call, numbers, device), _matrices_of(call, device)
+        of_groups = 4 if call.by_block else 8
+        launch(
+            gwt_kernels.matrix_norms, len(call.norms), matrices.table, matrices.cut, tables.addresses, tables.scalars,
+            call.sums, call.sums.shape[1], call.norms, matrices.previous, matrices.shares,
+            G=DTYPES[g], K=call.rule.period, BY_BLOCK=call.by_block, FIRST=first,
+            moved=_moved(
+                call.groups.cut, numbers, g.itemsize, 0, of_groups, of_groups,
+                fixed=matrices.shares.nbytes + matrices.table.nbytes + call.norms.nbytes,
+            ),
+        )  # fmt: skip
+
+
+def apply_limited(call: GWTCall) -> None:
+    _step(call, call.groups.all, None, advance=False, apply=True)
+
+
+def _step(call: GWTCall, runs: Runs, dense: Runs | None, *, advance: bool, apply: bool) -> None:
+    """A launch of groups, and of what is not transformed; `dense` None: of groups alone."""
+    period, limited, by_block = call.rule.period, call.norms is not None, call.by_block
+    together = [runs] if dense is None else [runs, dense]
+    for numbers, (p, g, m), device in _launches(together, *_typed(call), moving=call.scalars):
+        schedule, tables = schedule_of(runs, "groups", device, period), _tables_of(call, numbers, device)
+        of_dense = schedule if dense is None else schedule_of(dense, "blocks" if by_block else "elements", device)
+        num_dense = 0 if dense is None else len(of_dense.programs)
+        matrices = _matrices_of(call, device) if limited else None
+        launch(
+            gwt_kernels.gwt, num_dense + len(schedule.programs), schedule.rows, schedule.programs, of_dense.rows,
+            of_dense.programs, num_dense, tables.addresses, tables.scalars, call.sums, call.sums.shape[1],
+            call.norms if limited else call.sums, matrices.previous if limited else call.sums,
+            matrices.shares if limited else call.sums, call.rule.limiter or 0.0,
+            P=DTYPES[p], G=DTYPES[g], M=DTYPES[m], K=period, BY_BLOCK=by_block, LIMITED=limited, ADVANCE=advance,
+            APPLY=apply, DENSE=dense is not None, ALIGNED=tables.aligned,
+            moved=_moved_by_step(call, runs, dense, numbers, (p, g, m), advance=advance, apply=apply),
+        )  # fmt: skip
+
+
+def _moved_by_step(
+    call: GWTCall,
     runs: Runs,
-    period: int,
-    scalars: Mapping[int, GWTScalars],
-    sums: torch.Tensor,
-    norms: torch.Tensor | None,
+    dense: Runs | None,
+    numbers: Sequence[int],
+    dtypes: Sequence[torch.dtype],
     *,
     advance: bool,
     apply: bool,
-) -> None:
-    by_block, limited = denominators is not None, norms is not None
-    tensors = parameters, gradients, approximations, denominators if by_block else second_moments
-    for numbers, (p, g), device in _launches(runs, *tensors[:2], moving=scalars):
-        schedule = schedule_of(runs, "groups", device, period)
-        tables = _tables(runs, numbers, tensors, scalars, _gwt, device)
-        shares = shares_of(runs, device, period) if limited and advance else None
-        of_groups = 4 if by_block else 8
-        launch(
-            gwt_kernels.gwt, len(schedule.programs), schedule.rows, schedule.programs, tables.addresses, tables.scalars,
-            sums, sums.shape[1], norms if limited else sums, shares.values if shares else sums,
-            P=DTYPES[p], G=DTYPES[g], K=period, BY_BLOCK=by_block, LIMITED=limited, ADVANCE=advance, APPLY=apply,
-            ALIGNED=tables.aligned,
-            moved=_moved(
-                runs, numbers, g.itemsize + apply * p.itemsize, apply * p.itemsize, of_groups, advance * of_groups
-            ),
-        )  # fmt: skip
-        if shares:
-            launch(
-                gwt_kernels.add_shares, len(shares.matrices), shares.matrices, shares.values, norms,
-                moved=lambda shares=shares: (shares.values.nbytes + shares.matrices.nbytes, 4 * len(shares.matrices)),
-            )  # fmt: skip
+) -> Callable[[], tuple[int, int]]:
+    p, g, m = (dtype.itemsize for dtype in dtypes)
+    of_group, of_element = (4, 0) if call.by_block else (8, 4)
+    of_groups = _moved(runs, numbers, g + apply * p, apply * p, of_group, advance * of_group)
+    if dense is None:
+        return of_groups
+    of_dense = _moved(dense, numbers, p + g + m + of_element, p + m + of_element, 4 * call.by_block)
+    return lambda: tuple(map(sum, zip(of_groups(), of_dense(), strict=True)))
 
 
-def turn_into_growths(norms: torch.Tensor, update_norms: Tensors, runs: Runs, limiter: float) -> None:
-    for numbers, _, device in _launches(runs, update_norms):
-        schedule = schedule_of(runs, "blocks", device)
-        tables = _tables(runs, numbers, (update_norms, {}, {}, {}), {}, _gwt, device)
-        launch(
-            gwt_kernels.growths, _programs_of_rows(runs), schedule.rows, len(runs.rows), tables.addresses, norms,
-            limiter, moved=_moved(runs, numbers, 0, 0, 8, 8),
-        )  # fmt: skip
+def _typed(call: GWTCall) -> tuple[Tensors, Tensors, Tensors]:
+    """The tensors whose dtypes a launch has in common."""
+    return call.parameters, call.gradients, call.states["exp_avg"]
+
+
+def _tables_of(call: GWTCall, numbers: Sequence[int], device: torch.device) -> Tables:
+    """The same for all launches of a call."""
+    key = tuple(numbers), device
+    if key not in call.kept:
+        states = (call.states.get(name, {}) for name in GROUP_STATES)
+        second = call.states["block_exp_avg_sq" if call.by_block else "exp_avg_sq"]
+        tensors = *_typed(call), second, *states
+        call.kept[key] = _tables([call.groups.all, call.dense], numbers, tensors, call.scalars, _gwt, device)
+    return call.kept[key]
+
+
+def _matrices_of(call: GWTCall, device: torch.device) -> Matrices:
+    return matrices_of(call.groups, len(call.norms), device, call.rule.period)
 
 
 def _launches(
-    runs: Runs, *tensors: Tensors, moving: Iterable[int] | None = None
+    runs: Sequence[Runs], *tensors: Tensors, moving: Iterable[int] | None = None
 ) -> Iterator[tuple[list[int], tuple[torch.dtype, ...], torch.device]]:
     """What has runs and moves, by dtypes: numbers of tensors, dtypes of one of `tensors` each, and the device."""
     combinations: dict[tuple, list[int]] = {}
     for number in tensors[0] if moving is None else moving:
         key = tuple(of_call[number].dtype for of_call in tensors), tensors[0][number].device
         combinations.setdefault(key, []).append(number)
-    of_runs = set(runs.column("tensor").tolist())
+    of_runs = {number for some in runs for number in some.column("tensor").tolist()}
     for (dtypes, device), numbers in combinations.items():
         # All of them, so that the tables of whole and of cut blocks are the same, and are copied once.
         if not of_runs.isdisjoint(numbers):
             yield numbers, dtypes, device
 
 
+def _launches_that_fill(
+    memory: torch.Tensor, runs: Sequence[Runs], *tensors: Tensors, moving: Iterable[int] | None = None
+) -> Iterator[tuple[bool, tuple]]:
+    """At least one, and whether it is the first, which fills what no run of this rank does."""
+    nothing = [], (torch.float32,) * len(tensors), memory.device
+    for number, of_launch in enumerate([*_launches(runs, *tensors, moving=moving)] or [nothing]):
+        yield number == 0, of_launch
+
+
 def _tables(
-    runs: Runs,
+    runs: Sequence[Runs],
     numbers: Sequence[int],
-    tensors: tuple[Tensors, Tensors, Tensors, Tensors],
+    tensors: Sequence[Tensors],
     scalars: Mapping[int, Any],
     of: Callable[[Any], tuple[float, ...]],
     device: torch.device,
 ) -> Tables:
     """Of these tensors; kernels leave runs of others alone."""
-    count = max(num_tensors(runs), *(number + 1 for number in numbers))
+    count = max([1, *map(num_tensors, runs), *(number + 1 for number in numbers)])
     of_launch = [{number: of_call[number] for number in numbers if number in of_call} for of_call in tensors]
     steps = {number: of(scalars[number]) for number in numbers if number in scalars}
     return tables_of(count, of_launch, steps, device)
@@ -261,22 +290,22 @@ def _moved(
     read_of_blocks: int = 0,
     written_of_blocks: int = 0,
     again: int = 0,
+    fixed: int = 0,
 ) -> Callable[[], tuple[int, int]]:
-    """Bytes of a launch from those of an element and of a block. again: of elements that a program reads anew."""
+    """Bytes of a launch from those of an element and of a block.
+
+    again: of elements that a program reads anew. fixed: what is read or written whatever the runs are.
+    """
 
     def moved() -> tuple[int, int]:
         elements, blocks = elements_of(runs, numbers), blocks_of(runs, numbers)
         once_more = elements_of(runs, numbers, longer_than=HELD) * again
         return (
-            elements * read + once_more + blocks * read_of_blocks,
+            elements * read + once_more + blocks * read_of_blocks + fixed,
             elements * written + blocks * written_of_blocks,
         )
 
     return moved
-
-
-def _programs_of_rows(runs: Runs) -> int:
-    return -(-len(runs.rows) // gwt_kernels.LANES.value)
 
 
 def _adam(step: AdamScalars) -> tuple[float, ...]:
@@ -285,7 +314,5 @@ def _adam(step: AdamScalars) -> tuple[float, ...]:
 
 
 def _gwt(step: GWTScalars) -> tuple[float, ...]:
-    """In the order of gwt_kernels.py."""
-    dense = step.dense
-    rests = 1 - dense.beta1, 1 - dense.beta2
-    return *rests, dense.eps, dense.decay, step.step_size, 1 / dense.root, 1 / step.correction
+    """In the order of adam_kernels.py."""
+    return *_adam(step.dense), 1 / step.correction, step.step_size

@@ -1,7 +1,7 @@
 """Triton kernels of Adam with one second moment per block or per element.
 
 `rows` and `programs` are those of `Schedule`, `addresses` and `scalars` those of `Tables`: addresses of a tensor's
-parameters, gradients, first moments, and values per block or element; scalars as `adam_scalars` puts them.
+parameters, gradients, first moments, and second moments per block or element; scalars as `_adam` puts them.
 
 Sums have one order, which depends on the block alone: they are loaded without regard to alignment, for the compiler
 shares elements out among threads by it.
@@ -15,6 +15,7 @@ from ds_memopt.kernels.work import FIELDS
 
 PROGRAM = tl.constexpr(launches.PROGRAM)
 TILE = tl.constexpr(launches.TILE)
+ADDRESSES = tl.constexpr(launches.ADDRESSES)
 SCALARS = tl.constexpr(launches.SCALARS)
 NUM_FIELDS = tl.constexpr(len(FIELDS))
 TENSOR = tl.constexpr(FIELDS.index("tensor"))
@@ -35,6 +36,8 @@ EPS = tl.constexpr(2)
 DECAY = tl.constexpr(3)
 STEP_SIZE = tl.constexpr(4)
 INVERSE_ROOT = tl.constexpr(5)
+INVERSE_CORRECTION = tl.constexpr(6)  # this and the next one: of GWT's groups
+STEP_SIZE_OF_GROUPS = tl.constexpr(7)
 
 SHORT = tl.constexpr(16)  # up to so many elements a run is one thread's, so that those of a program fit in its cache
 VECTOR = tl.constexpr(8)  # elements, of which 16 bytes or more are loaded at once
@@ -43,7 +46,7 @@ VECTOR = tl.constexpr(8)  # elements, of which 16 bytes or more are loaded at on
 @triton.jit
 def pointer(addresses, tensor, place: tl.constexpr, dtype: tl.constexpr, MULTIPLE: tl.constexpr = 1):
     """MULTIPLE > 1: the address is a multiple of 16."""
-    base = tl.cast(tl.load(addresses + tensor * 4 + place), tl.pointer_type(dtype))
+    base = tl.cast(tl.load(addresses + tensor * ADDRESSES + place), tl.pointer_type(dtype))
     if MULTIPLE > 1:
         base = tl.multiple_of(base, 16)  # here, where it is made: the compiler forgets hints on arguments of functions
     return base
@@ -92,33 +95,25 @@ def _squares_of_short(values, first, width, alive):
 
 
 @triton.jit
-def mean_squares(rows, programs, addresses, slots, slots_width, G: tl.constexpr, TO_SLOTS: tl.constexpr):
-    """Add each run's share in its block's mean square to its slot, or to its block's value."""
+def cut_squares(rows, num_rows, addresses, holders, slots, num_slots, G: tl.constexpr, FIRST: tl.constexpr):
+    """Each row's one run's share in its block's mean square, to its slot. FIRST: zeros to all other slots."""
     program = tl.program_id(0).to(tl.int64)
-    row = rows + tl.load(programs + 2 * program).to(tl.int64) * NUM_FIELDS
-    first, last = _own_runs(row, tl.load(programs + 2 * program + 1).to(tl.int64))
-    tensor, width, size = tl.load(row + TENSOR), tl.load(row + WIDTH), tl.load(row + SIZE).to(tl.float32)
-    if tl.load(addresses + tensor * 4 + 1) != 0:
-        g = pointer(addresses, tensor, 1, G)
-        target = slots + tl.load(row + SLOT) * slots_width
-        if width <= SHORT:
-            for start in range(first, last, TILE):
-                run = start + tl.arange(0, TILE)
-                element, block = _place(row, run)
-                share = _squares_of_short(g, element, width, run < last) / size
-                of_blocks = pointer(addresses, tensor, 3, tl.float32) + block
-                places = target + tl.zeros_like(run) if TO_SLOTS else of_blocks
-                tl.store(places, tl.load(places, mask=run < last) + share, mask=run < last)
-        else:
-            for run in range(first, last):
-                element, block = _place(row, run)
-                share = _squares_of_long(g, element, width) / size
-                place = target if TO_SLOTS else pointer(addresses, tensor, 3, tl.float32) + block
-                tl.store(place, tl.load(place) + share)
+    if program < num_rows:
+        row = rows + program * NUM_FIELDS
+        tensor, width, slot = tl.load(row + TENSOR), tl.load(row + WIDTH), tl.load(row + SLOT)
+        if tl.load(addresses + tensor * ADDRESSES + 1) != 0:
+            squares = _squares_of_long(pointer(addresses, tensor, 1, G), tl.load(row + OFFSET), width)
+            tl.store(slots + slot, squares / tl.load(row + SIZE).to(tl.float32))
+        elif FIRST:
+            tl.store(slots + slot, 0.0)
+    else:
+        slot = (program - num_rows) * TILE + tl.arange(0, TILE)
+        holder = tl.load(holders + slot, mask=slot < num_slots, other=0)
+        tl.store(slots + slot, tl.zeros([TILE], tl.float32), mask=holder < 0)
 
 
 @triton.jit
-def _denominator(v, scalars, tensor):
+def denominator_of(v, scalars, tensor):
     return tl.sqrt_rn(v) * scalar(scalars, tensor, INVERSE_ROOT) + scalar(scalars, tensor, EPS)
 
 
@@ -154,24 +149,27 @@ def _move_long(
 
 @triton.jit
 def adam_by_block(
-    rows,
-    programs,
-    addresses,
-    scalars,
-    slots,
-    P: tl.constexpr,
-    G: tl.constexpr,
-    M: tl.constexpr,
-    SUMS: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """SUMS: "own", each run is a block; "slots", mean squares are there; "none", denominators are given."""
+    rows, programs, addresses, scalars, slots,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, SUMS: tl.constexpr, MOVE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
+    by_block(program, rows, programs, addresses, scalars, slots, P, G, M, SUMS, MOVE, ALIGNED)
+
+
+@triton.jit
+def by_block(
+    program, rows, programs, addresses, scalars, slots,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, SUMS: tl.constexpr, MOVE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """SUMS: "own", each run is a block; "slots", mean squares are there; "none", second moments have advanced.
+
+    MOVE: whether parameters and first moments move, too.
+    """
     row = rows + tl.load(programs + 2 * program).to(tl.int64) * NUM_FIELDS
     first, last = _own_runs(row, tl.load(programs + 2 * program + 1).to(tl.int64))
     tensor, width, size = tl.load(row + TENSOR), tl.load(row + WIDTH), tl.load(row + SIZE).to(tl.float32)
     to_entry = tl.load(row + ENTRY) - tl.load(row + OFFSET)
-    if tl.load(addresses + tensor * 4) != 0:
+    if tl.load(addresses + tensor * ADDRESSES + 1) != 0:
         p, g, m = pointer(addresses, tensor, 0, P), pointer(addresses, tensor, 1, G), pointer(addresses, tensor, 2, M)
         values = pointer(addresses, tensor, 3, tl.float32)
         slot = slots + tl.load(row + SLOT)
@@ -182,34 +180,31 @@ def adam_by_block(
                 alive = run < last
                 element, block = _place(row, run)
                 v = tl.load(values + block, mask=alive, other=1.0)
-                if SUMS == "none":
-                    denominator = v
-                else:
+                if SUMS != "none":
                     total = _squares_of_short(g, element, width, alive) if SUMS == "own" else 0.0
                     mean_square = total / size if SUMS == "own" else tl.load(slot)
                     v += rest2 * (mean_square - v)
                     tl.store(values + block, v, mask=alive)
-                    denominator = _denominator(v, scalars, tensor)
-                for i in range(0, width):
-                    _move(p, g, m, element + i, element + i + to_entry, alive, denominator, scalars, tensor)
+                if MOVE:
+                    denominator = denominator_of(v, scalars, tensor)
+                    for i in range(0, width):
+                        _move(p, g, m, element + i, element + i + to_entry, alive, denominator, scalars, tensor)
         else:
             bits = tl.load(row + OFFSET) | tl.load(row + ENTRY) | width | tl.load(row + ROW_STRIDE)
             for run in range(first, last):
                 element, block = _place(row, run)
                 v = tl.load(values + block)
-                if SUMS == "none":
-                    denominator = v
-                else:
+                if SUMS != "none":
                     total = _squares_of_long(g, element, width) if SUMS == "own" else 0.0
                     mean_square = total / size if SUMS == "own" else tl.load(slot)
                     v += rest2 * (mean_square - v)
                     tl.store(values + block, v)
-                    denominator = _denominator(v, scalars, tensor)
-                entry = element + to_entry
-                if ALIGNED and bits % VECTOR == 0:
-                    _move_long(addresses, tensor, element, entry, width, denominator, scalars, P, G, M, VECTOR)
-                else:
-                    _move_long(addresses, tensor, element, entry, width, denominator, scalars, P, G, M, 1)
+                if MOVE:
+                    denominator, entry = denominator_of(v, scalars, tensor), element + to_entry
+                    if ALIGNED and bits % VECTOR == 0:
+                        _move_long(addresses, tensor, element, entry, width, denominator, scalars, P, G, M, VECTOR)
+                    else:
+                        _move_long(addresses, tensor, element, entry, width, denominator, scalars, P, G, M, 1)
 
 
 @triton.jit
@@ -230,17 +225,24 @@ def _move_elements(
         v = tl.load(values + entry, mask=mask, other=0.0)
         v += rest2 * (x * x - v)
         tl.store(values + entry, v, mask=mask)
-        _move(p, g, m, element, entry, mask, _denominator(v, scalars, tensor), scalars, tensor)
+        _move(p, g, m, element, entry, mask, denominator_of(v, scalars, tensor), scalars, tensor)
 
 
 @triton.jit
 def adam_by_element(
     rows, programs, addresses, scalars, P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    program = tl.program_id(0).to(tl.int64)
+    by_element(tl.program_id(0).to(tl.int64), rows, programs, addresses, scalars, P, G, M, ALIGNED)
+
+
+@triton.jit
+def by_element(
+    program, rows, programs, addresses, scalars,
+    P: tl.constexpr, G: tl.constexpr, M: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
     row = rows + tl.load(programs + 2 * program).to(tl.int64) * NUM_FIELDS
     number, tensor = tl.load(programs + 2 * program + 1).to(tl.int64), tl.load(row + TENSOR)
-    if tl.load(addresses + tensor * 4) != 0:
+    if tl.load(addresses + tensor * ADDRESSES + 1) != 0:
         line_length, stride = tl.load(row + COUNT) * tl.load(row + WIDTH), tl.load(row + ROW_STRIDE)
         each = tl.cdiv(line_length, PROGRAM)
         line = number // each
@@ -252,18 +254,3 @@ def adam_by_element(
             _move_elements(addresses, tensor, element, entry, length, scalars, P, G, M, VECTOR)
         else:
             _move_elements(addresses, tensor, element, entry, length, scalars, P, G, M, 1)
-
-
-@triton.jit
-def advance_denominators(programs, addresses, scalars):
-    """Third address of a tensor: v; fourth: mean squares, overwritten with denominators. programs: `of_layout`'s."""
-    program = programs + 3 * tl.program_id(0).to(tl.int64)
-    tensor = tl.load(program)
-    at = tl.load(program + 1) + tl.arange(0, TILE)
-    mask = at < tl.load(program + 2)
-    second = pointer(addresses, tensor, 2, tl.float32) + at
-    means = pointer(addresses, tensor, 3, tl.float32) + at
-    v = tl.load(second, mask=mask, other=0.0)
-    v += scalar(scalars, tensor, REST2) * (tl.load(means, mask=mask, other=0.0) - v)
-    tl.store(second, v, mask=mask)
-    tl.store(means, _denominator(v, scalars, tensor), mask=mask)

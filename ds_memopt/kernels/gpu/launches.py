@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ds_memopt.kernels.work import Runs, Tensors
+from ds_memopt.kernels.work import FIELDS, Runs, Tensors, Work
 
 PROGRAM = 2**14
 """Elements that a program takes, unless one run has more: few enough to share out evenly, many enough to keep the map
@@ -25,6 +25,9 @@ TILE = 2**11
 
 HELD = 2**16
 """Elements of a run up to which its second read in a program is taken to come from a cache."""
+
+ADDRESSES = 7
+"""Places for the addresses of a tensor."""
 
 SCALARS = 8
 """Places for the scalars of a tensor."""
@@ -57,16 +60,26 @@ class Schedule(NamedTuple):
     programs: torch.Tensor
 
 
-class Shares(NamedTuple):
-    """Where programs leave what they add to their matrix's sum: values, [programs]; programs of one matrix follow each
-    other, those of matrix `matrices[i, 0]` at [`matrices[i, 1]`, `matrices[i, 2]`); `matrices[i, 3]` is its numel."""
+MATRIX_FIELDS = "tensor", "interval", "numel", "first_share", "last_share", "first_cut", "last_cut"
 
-    values: torch.Tensor
-    matrices: torch.Tensor
+
+class Matrices(NamedTuple):
+    """How the norms of matrices are found, by their places among the norms.
+
+    table: [places, MATRIX_FIELDS], int64; of a place of which this rank has nothing the tensor is -1.
+    shares: [programs], what each program of whole groups adds to its matrix's sum: of one matrix [first, last).
+    cut: rows of cut groups, of one matrix [first, last).
+    previous: [places], the update norms of the step before.
+    """
+
+    table: torch.Tensor
+    shares: torch.Tensor
+    cut: torch.Tensor
+    previous: torch.Tensor
 
 
 class Tables(NamedTuple):
-    """Of the tensors of a launch, by number: addresses, int64 [tensors, 4]; scalars, fp32 [tensors, SCALARS]."""
+    """Of a launch's tensors, by number: addresses, int64 [tensors, ADDRESSES]; scalars, fp32 [tensors, SCALARS]."""
 
     addresses: torch.Tensor
     scalars: torch.Tensor
@@ -107,19 +120,33 @@ def _order(runs: Runs, kind: str) -> np.ndarray:
     return np.argsort(-np.maximum(runs.column("width"), PROGRAM), kind="stable")
 
 
-def shares_of(runs: Runs, device: torch.device, period: int) -> Shares:
-    return _kept(runs, ("shares", device, period), lambda: _shares(runs, device, period))
+def holders_of(runs: Runs, slots: int, device: torch.device) -> torch.Tensor:
+    """For each slot which of these rows is of its block; -1 where none is on this rank."""
+    return _kept(runs, ("holders", device, slots), lambda: _holders(runs, slots, device))
 
 
-def _shares(runs: Runs, device: torch.device, period: int) -> Shares:
-    order = _order(runs, "groups")
-    ends = np.cumsum(SPANS["groups"](runs, period)[order])
-    matrix, numel = runs.column("matrix")[order], runs.column("numel")[order]
-    last = np.flatnonzero(np.append(np.diff(matrix), 1)) if len(matrix) else order
-    stops = ends[last]
-    table = np.stack([matrix[last], np.append(0, stops[:-1])[: len(last)], stops, numel[last]], axis=1)
-    values = torch.empty(int(ends[-1]) if len(ends) else 0, dtype=torch.float32, device=device)
-    return Shares(values, torch.from_numpy(table).to(device))
+def _holders(runs: Runs, slots: int, device: torch.device) -> torch.Tensor:
+    holders = np.full(slots, -1, dtype=np.int64)
+    holders[runs.column("slot")] = np.arange(len(runs))
+    return torch.from_numpy(holders).to(device)
+
+
+def matrices_of(work: Work, places: int, device: torch.device, period: int) -> Matrices:
+    return _kept(work.whole, ("matrices", device, places, period), lambda: _matrices(work, places, device, period))
+
+
+def _matrices(work: Work, places: int, device: torch.device, period: int) -> Matrices:
+    table = np.zeros((places, len(MATRIX_FIELDS)), dtype=np.int64)
+    table[:, 0] = -1
+    table[work.all.column("matrix"), :3] = np.stack([work.all.column(name) for name in MATRIX_FIELDS[:3]], axis=1)
+    order = _order(work.whole, "groups")
+    of_program = np.repeat(work.whole.column("matrix")[order], SPANS["groups"](work.whole, period)[order])
+    cut = work.cut.rows[_order(work.cut, "groups")]
+    for first, of_matrix in ((3, of_program), (5, cut[:, FIELDS.index("matrix")])):
+        table[:, first] = np.searchsorted(of_matrix, np.arange(places))
+        table[:, first + 1] = np.searchsorted(of_matrix, np.arange(places), "right")
+    floats = [torch.empty(count, dtype=torch.float32, device=device) for count in (len(of_program), places)]
+    return Matrices(torch.from_numpy(table).to(device), floats[0], torch.from_numpy(cut).to(device), floats[1])
 
 
 def _kept(runs: Runs, key: tuple, build: Callable[[], Any]) -> Any:
@@ -131,8 +158,8 @@ def _kept(runs: Runs, key: tuple, build: Callable[[], Any]) -> Any:
 def tables_of(
     count: int, tensors: Sequence[Tensors], scalars: Mapping[int, tuple[float, ...]], device: torch.device
 ) -> Tables:
-    """Tables of `count` tensors. tensors: up to four of each; one that is not there has the address 0."""
-    addresses, values = np.zeros((count, 4), dtype=np.int64), np.zeros((count, SCALARS), dtype=np.float32)
+    """Tables of `count` tensors. tensors: up to ADDRESSES of each; one that is not there has the address 0."""
+    addresses, values = np.zeros((count, ADDRESSES), dtype=np.int64), np.zeros((count, SCALARS), dtype=np.float32)
     for place, of_call in enumerate(tensors):
         addresses[list(of_call), place] = list(map(address, of_call.values()))
     alike: dict[tuple[float, ...], list[int]] = {}  # tensors of one step: all of a param group, as a rule
@@ -155,13 +182,6 @@ def _upload(data: bytes, device: torch.device, stream: int) -> torch.Tensor:
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)
-
-
-@functools.lru_cache(maxsize=32)
-def of_layout(lengths: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
-    """Programs for tensors of these (number, length), tile by tile: [programs, 3], number, first element and length."""
-    rows = [(number, first, length) for number, length in lengths for first in range(0, length, TILE)]
-    return torch.tensor(rows, dtype=torch.int64).to(device)
 
 
 def address(tensor: torch.Tensor) -> int:

@@ -223,7 +223,7 @@ class BlockIndex:
         """
         if self.num_slots == 0:
             return
-        slots = self.new_slots(len(quantities) * width).view(-1, len(quantities), width)
+        slots = self.new_slots(len(quantities) * width).zero_().view(-1, len(quantities), width)
         for column, quantity in enumerate(quantities):
             for number, values in quantity.items():
                 cut = values.view(-1, width)[self._seam_blocks[number]]
@@ -312,14 +312,14 @@ class BlockIndex:
         return self.seams.num_slots
 
     def new_slots(self, width: int) -> torch.Tensor:
-        """Zeros, `width` for each block that ranks share: [slots, width]."""
+        """Memory for `width` numbers of each block that ranks share: [slots, width]."""
         device, dtype = self._tensors[0]
-        return torch.zeros(self.num_slots, width, dtype=dtype, device=device)
+        return torch.empty(self.num_slots, width, dtype=dtype, device=device)
 
     def new_places(self) -> torch.Tensor:
-        """Zeros, one for each block that ranks share, in the order of slots, and then one for each block of all."""
+        """Memory: a number for each block that ranks share, in the order of slots, and then one for each of all."""
         device, dtype = self._tensors[0]
-        return torch.zeros(self.num_slots + sum(self.num_blocks), dtype=dtype, device=device)
+        return torch.empty(self.num_slots + sum(self.num_blocks), dtype=dtype, device=device)
 
     def begin_sum(self, slots: torch.Tensor) -> Callable[[], None]:
         """Begin to sum slots over the ranks, in place; returns what waits. A collective where there are any."""
