@@ -242,7 +242,7 @@ class BlockIndex:
         """
         if self.num_slots == 0:
             return
-        slots = self.new_slots(1).view(-1)
+        slots = self.new_slots(1).zero_().view(-1)
         for number, values in maxima.items():
             slots.index_copy_(0, self._seam_slots[number], values[self._seam_blocks[number]])
         self.seams.begin_max(slots)()
