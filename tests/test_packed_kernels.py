@@ -1,4 +1,4 @@
-"""Steps of the fused back end for the CPU on weights and states in fewer bits, against unpacking them in plain PyTorch."""
+"""The fused back end for the CPU on weights and states in fewer bits, against plain PyTorch, which unpacks them."""
 
 from __future__ import annotations
 
