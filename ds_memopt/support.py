@@ -36,7 +36,9 @@ FEATURES: dict[str, str] = {
     "fp16": "fp16 with loss scaling",
     "fp16_autocast": "`torch_autocast` in fp16",
     "bf16_autocast": "`torch_autocast`, `torch.autocast` in bf16",
-    "low_precision_masters": "`bf16_master_weights_and_grads`, `fp16_master_weights_and_grads`",
+    "bf16_masters": "`bf16_master_weights_and_grads` with `bf16_optimizer_states`",
+    "bf16_masters_on_cpu": "`bf16_master_weights_and_grads` with optimizer offload, or without `bf16_optimizer_states`",
+    "fp16_masters": "`fp16_master_weights_and_grads`",
     "round_robin_gradients": "`round_robin_gradients`",
     "two_engines": "Two engines in one process, such as actor and critic",
     "one_cycle": "OneCycle, torch's OneCycleLR",
@@ -91,11 +93,18 @@ STATE_COMPRESSING: dict[str, Support] = {
         "Use bf16.",
     ),
     "bf16_autocast": Support("tested"),
-    "low_precision_masters": Support(
+    "bf16_masters": Support(
+        "tested", "At ZeRO-1 to 3. What bf16 weights lack is kept beside them, by `masters`; gradients stay in bf16."
+    ),
+    "bf16_masters_on_cpu": Support(
         "refused",
-        "Updates below 16 bits' precision would be lost: in 20 steps at lr 1e-5 AdamMini left 85 % of weights unmoved, "
-        "and 51 % with fp32 masters. Remove bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states, or "
-        "fp16.fp16_master_weights_and_grads.",
+        "DeepSpeed lets only its own DeepSpeedCPUAdam step there. Remove zero_optimization.offload_optimizer and set "
+        "bf16.bf16_optimizer_states to true, with AdamMini or GWT; or remove bf16.bf16_master_weights_and_grads and "
+        "bf16.bf16_optimizer_states.",
+    ),
+    "fp16_masters": Support(
+        "refused",
+        "Updates below fp16's precision would be lost. Use bf16, or remove fp16.fp16_master_weights_and_grads.",
     ),
     "round_robin_gradients": Support("tested"),
     "two_engines": Support("tested"),
@@ -144,7 +153,15 @@ STATE_COMPRESSING: dict[str, Support] = {
 
 NO_SET = Support("refused", "It never holds gradients of the whole model. Leave release_gradients out.")
 
+NO_REMAINDERS = Support(
+    "refused",
+    "It does not keep what bf16 weights lack, and updates below 16 bits' precision would be lost: in 20 steps at lr "
+    "1e-5 AdamMini left 85 % of bf16 weights unmoved, and 51 % with fp32 masters. Use AdamMini or GWT, or remove "
+    "bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states.",
+)
+
 ROTATING = STATE_COMPRESSING | {
+    "bf16_masters": NO_REMAINDERS,
     "release_gradients": NO_SET,
     "release_gradients_under_zero": NO_SET,
     "quantized_frozen": Support(
@@ -171,6 +188,8 @@ EXPERTS = Support(
     "transformers' layers of experts without AutoEP, whose experts all ranks hold.",
 )
 
+NO_MASTERS = Support("tested", "It has no masters, and the keys change nothing.")
+
 ZEROTH_ORDER = STATE_COMPRESSING | {
     "release_gradients": NO_SET,
     "release_gradients_under_zero": NO_SET,
@@ -184,7 +203,9 @@ ZEROTH_ORDER = STATE_COMPRESSING | {
         "bf16 activations round the two losses of which g is the difference: measured, g was off by 0.05 of its size "
         "on an untrained model and by 0.8 on a trained one. Remove torch_autocast, or torch.autocast around forwards.",
     ),
-    "low_precision_masters": Support("tested", "It has no masters, and the keys change nothing."),
+    "bf16_masters": NO_MASTERS,
+    "bf16_masters_on_cpu": NO_MASTERS,
+    "fp16_masters": NO_MASTERS,
     "round_robin_gradients": Support("untested", "It has no gradients."),
     "quantized_gradients": Support("untested", "It has no gradients."),
     "one_cycle": Support("tested", "It has no momentum to be cycled: OneCycleLR needs cycle_momentum=False."),
@@ -217,7 +238,10 @@ IN_BACKWARD = ZEROTH_ORDER | {
 
 SAME_CODE = Support("untested", "The code is that of AdamMini, with which it is tested.")
 
-FACTORED = STATE_COMPRESSING | {"zero0": Support("tested", "In fp32; bf16 is tested with AdamMini, by the same code.")}
+FACTORED = STATE_COMPRESSING | {
+    "zero0": Support("tested", "In fp32; bf16 is tested with AdamMini, by the same code."),
+    "bf16_masters": NO_REMAINDERS,
+}
 FACTORED |= dict.fromkeys(
     (
         "ddp", "zero1_fp32_accumulation", "zero2_offload", "zero3_offload", "param_offload", "trainer", "zero_to_fp32",

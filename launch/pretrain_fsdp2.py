@@ -5,7 +5,8 @@ Another method:                     torchrun --nproc_per_node 8 launch/pretrain_
                                         --deepspeed_config ds_configs/zero3_gwt.json --data FILE --tokenizer DIR
 
 Method, batch, clipping and bf16 of the DeepSpeed config apply. Parameters, gradients and states are sharded as by
-ZeRO-3.
+ZeRO-3. With "masters": "remainder16" or "remainder8" the model stays in bf16: no fp32 copy of a weight is held, and
+gradients are reduced in bf16.
 """
 
 from arguments import parse_options, run_job

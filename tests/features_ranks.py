@@ -133,7 +133,7 @@ def schedules() -> dict[tuple, tuple]:
     return results
 
 
-def low_precision_masters() -> dict[tuple, tuple]:
+def keys_for_masters() -> dict[tuple, tuple]:
     """Weights of the methods that have no masters, with the keys for these and without."""
     results, offload = {}, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
     for method in ("MeZO", "IPSGD", "Addax"):
@@ -293,11 +293,12 @@ def refusals() -> dict[tuple, str]:
     cpu, deepcompile = {"offload_optimizer": {"device": "cpu"}}, {"compile": {"deepcompile": True}}
     quantized = {"zero_optimization": {"zero_quantized_gradients": True}}
     both = BF16_MASTERS | {"bf16_optimizer_states": True}
+    fp16 = {"enabled": True, "fp16_master_weights_and_grads": True}
     cases = {
-        **{("low_precision_masters", m, 1 + n % 3): {"bf16": both} for n, m in enumerate(FIRST_ORDER)},
-        ("low_precision_masters", "AdamMini", 3): {"bf16": BF16_MASTERS},
-        ("low_precision_masters", "GWT", 1): {"bf16": both, "zero_optimization": cpu},
-        ("low_precision_masters", "BAdam", 1): {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
+        **{("bf16_masters", m, 2): {"bf16": both} for m in ("CAME", "BAdam")},
+        **{("bf16_masters_on_cpu", m, n): {"bf16": BF16_MASTERS} for n, m in enumerate(FIRST_ORDER) if n},
+        ("bf16_masters_on_cpu", "AdamMini", 3): {"bf16": both, "zero_optimization": cpu},
+        **{("fp16_masters", m, 1): {"fp16": fp16} for m in FIRST_ORDER},
         **{("bf16_autocast", m, stage): AUTOCAST for m, stage in (("MeZO", 0), ("MeZO", 3), ("Addax", 2))},
         **{("quantized_gradients", m, 3): quantized for m in ("IPSGD", "Addax")},
         **{("deepcompile", m, 2): deepcompile for m in ("BAdam", "MeZO", "IPSGD", "Addax")},
@@ -334,7 +335,7 @@ def on_one_rank(folder: Path) -> dict:
     return {
         "profiled": {(case, stage): profiled(case, stage, folder) for stage in (3, 2, 0) for case in PROFILED},
         "schedules": schedules(),
-        "low_precision_masters": low_precision_masters(),
+        "keys_for_masters": keys_for_masters(),
         "refusals": refusals(),
         "alive": {(m, stage): alive_after_destroy(m, stage) for m in OPTIONS for stage in (0, 2, 3)},
     }

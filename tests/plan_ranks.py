@@ -18,9 +18,11 @@ METHODS = {
     "AdamW": {},
     "AdamMini": {},
     "AdamMini, release": {"release_gradients": True},
+    "AdamMini, compact": {"state_dtype": "int8", "masters": "remainder16"},
     "GWT": {},
     "GWT, release": {"release_gradients": True},
     "GWT, adam_mini": {"base": "adam_mini"},
+    "GWT, compact": {"base": "adam_mini", "state_dtype": "int8", "masters": "remainder8"},
     "BAdam": {"order": "ascending", "start_block": 1},
     "BAdam, adam_mini": {"base": "adam_mini", "order": "descending"},
     "MeZO": {"compiled": False},
@@ -44,7 +46,7 @@ PLACEMENTS = {
     "zero3, all": {"stage": 3, **SMALL},
     "fsdp2": {"stage": "FSDP2"},
 }
-UNDER_FSDP2 = ("AdamW", "AdamMini", "AdamMini, release", "GWT", "GWT, release")
+UNDER_FSDP2 = ("AdamW", "AdamMini", "AdamMini, release", "AdamMini, compact", "GWT", "GWT, release", "GWT, compact")
 FP32 = [("AdamW", "zero2"), ("AdamMini", "zero3"), ("GWT", "zero0"), ("IPSGD", "zero1")]
 """Tried in fp32 as well."""
 FEW = ("zero1", "zero3, a layer")
@@ -86,7 +88,8 @@ def halves(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def under_fsdp2(method: str) -> dict:
     model = llama(**SIZES)
-    shard(model, bf16=True)
+    compact = "masters" in METHODS[method]
+    shard(model.bfloat16() if compact else model, bf16=not compact)
     alive = GradientsAlive(model)
     if method == "AdamW":
         optimizer = torch.optim.AdamW(param_groups(model), lr=1e-4)
@@ -101,6 +104,8 @@ def measured(method: str, placement: str, dtype: str) -> dict:
         return under_fsdp2(method)
     model, zero = llama(**SIZES), PLACEMENTS[placement]
     bf16 = {"bf16": {"enabled": dtype == "bf16"}}
+    if "masters" in METHODS[method]:
+        bf16["bf16"] |= {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
     config = ds_config(zero["stage"], type_of(method), {"lr": 1e-4} | METHODS[method], **bf16)
     config["zero_optimization"] = zero
     engine = initialize(model, config, model_parameters=param_groups(model))

@@ -20,6 +20,10 @@ BADAM = {
     "optimizer": "BAdam",
     "hyper": HYPER | {"switch_every": 2, "include_embedding": True, "include_lm_head": True, "keep_residual": True},
 }
+COMPACT = {
+    "bf16": {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True},
+    "hyper": HYPER | {"state_dtype": "int8", "masters": "remainder16"},
+}
 STAGES = {
     "zero0, bf16": {"stage": 0, "bf16": {"enabled": True}},
     "zero1": {"stage": 1},
@@ -28,6 +32,8 @@ STAGES = {
     },
     "zero2": {"stage": 2},
     "zero3": {"stage": 3},
+    "zero2, compact": {"stage": 2, **COMPACT},
+    "zero3, compact": {"stage": 3, **COMPACT},
     "zero2, offload": {"stage": 2, "zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
     "zero2, GWT": {"stage": 2, **GWT},
     "zero3, GWT": {"stage": 3, **GWT},
@@ -75,7 +81,7 @@ def save_and_go_on(folder: Path) -> dict:
         saved = full_parameters(engine.module)
         parts = [part._replace(values=part.values.clone()) for part in engine.basic_optimizer.named_state()]
         head = dict(engine.module.named_parameters())["lm_head.weight"]
-        linked = not any(word in name for word in ("GWT", "BAdam", "zero0"))
+        linked = not any(word in name for word in ("GWT", "BAdam", "zero0", "compact"))
         momentum = safe_get_full_optimizer_state(head, "exp_avg") if linked else None
         train(engine, data[BEFORE:])
         results[name] = {

@@ -6,10 +6,12 @@ import types
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from tiny import HYPER, ds_config, full_parameters, initialize, llama, shard_fsdp2
 from torch import nn
 from torch.distributed.tensor import distribute_tensor
 
+from ds_memopt.engines.held_bytes import held_bytes
 from ds_memopt.optimizers import METHODS
 from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.shards import Seams
@@ -28,16 +30,27 @@ STORAGES = {
     "bf16, int8, remainder16": {"state_dtype": "int8", "masters": "remainder16"},
     "bf16, int8, remainder8": {"state_dtype": "int8", "masters": "remainder8"},
 }
-"""By the weights' dtype and what is kept in fewer bits. Under ZeRO only those with fp32 weights are tried here."""
+"""By the weights' dtype and what is kept in fewer bits."""
+WITHOUT_MASTERS = {
+    ("AdamMini", "bf16, int8, remainder16"): (1, 2, 3),
+    ("GWT", "bf16, remainder16"): (2,),
+    ("GWT, adam_mini", "bf16, int8, remainder8"): (3,),
+}
+"""The stages of ZeRO at which bf16 weights are tried without fp32 masters."""
+BF16 = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
 
 
 def gradients(step: int) -> dict[str, torch.Tensor]:
-    """Of each parameter, with few digits: what ranks average of equal ones is the same to the bit."""
+    """Of each parameter, with 6 digits: three times as much is a number of bf16, too."""
     generator = torch.Generator().manual_seed(step)
     return {
-        name: (torch.randn(p.shape, generator=generator) * torch.rand(p.shape, generator=generator) ** 3).bfloat16()
+        name: few_digits(torch.randn(p.shape, generator=generator) * torch.rand(p.shape, generator=generator) ** 3)
         for name, p in llama().named_parameters()
     }
+
+
+def few_digits(values: torch.Tensor) -> torch.Tensor:
+    return (values.bfloat16().view(torch.int16) & ~3).view(torch.bfloat16)
 
 
 def build(rule: str, storage: str, model: nn.Module):
@@ -69,10 +82,11 @@ def alone(rule: str, storage: str, steps: int = STEPS):
 
 
 def results_of(optimizer, model: nn.Module) -> dict:
-    """What a rank knows after its steps: its parts of the state, whole weights, and the groups of 128 that are cut."""
+    """What a rank knows after its steps: its parts of the state, whole weights, and the blocks and groups of 128 that
+    are cut, by structure."""
     tensors, names = zip(*optimizer.placement.named_tensors(optimizer.param_groups), strict=True)
     indexes = optimizer._index(tensors, names)
-    cut = {key: index.num_slots for key, index in indexes.items() if key.endswith("_scale")}
+    cut = {key: index.num_slots for key, index in indexes.items()}
     parts = [part._replace(values=part.values.clone()) for part in optimizer.named_state()]
     return {"parts": parts, "weights": full_parameters(model), "cut": cut}
 
@@ -95,11 +109,15 @@ def under_zero(rule: str, storage: str, stage: int) -> dict:
     for name, module in leaves.items():
         module.forward = types.MethodType(lambda self, found, prefix=f"{name}.": _linear(self, found, prefix), module)
     model.forward = lambda found: sum(module(found) for module in leaves.values())
-    engine = initialize(model, ds_config(stage, rule.split(",")[0], HYPER | RULES[rule] | STORAGES[storage]))
+    config = ds_config(stage, rule.split(",")[0], HYPER | RULES[rule] | STORAGES[storage])
+    engine = initialize(model, config | ({"bf16": BF16} if storage.startswith("bf16") else {}))
+    # One rank has all, so that the average is the same to the bit.
+    share = dist.get_world_size() * (dist.get_rank() == 0)
     for step in range(STEPS):
-        engine.backward(engine(gradients(step)))
+        engine.backward(engine(gradients(step)) * share)
         engine.step()
-    result = results_of(engine.basic_optimizer, engine.module)
+    held = held_bytes(engine, engine.device)
+    result = results_of(engine.basic_optimizer, engine.module) | {"masters": held["masters"]}
     engine.destroy()
     return result
 
@@ -110,7 +128,8 @@ def everywhere() -> dict[tuple[str, str, str], dict]:
     for storage in STORAGES:
         for rule in RULES:
             results[rule, storage, "fsdp2"] = under_fsdp2(rule, storage)
-            for stage in (2, 3) if storage.startswith("fp32") and rule != "AdamW" else ():
+            fp32 = storage.startswith("fp32") and rule != "AdamW" and dist.get_world_size() == 2
+            for stage in (2, 3) if fp32 else WITHOUT_MASTERS.get((rule, storage), ()):
                 results[rule, storage, f"zero{stage}"] = under_zero(rule, storage, stage)
     with mock.patch.object(Seams, "begin_max", lambda seams, slots: lambda: None):
         results["AdamMini", "fp32, int8", "open maxima"] = under_fsdp2("AdamMini", "fp32, int8")

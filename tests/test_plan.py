@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem
 from plan_ranks import FEW, METHODS, PLACEMENTS, SIZES, everything, param_groups, type_of
 from spawn import run_ranks
 from tiny import llama
-from transformers import GPT2Config, LlamaForCausalLM
+from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import ds_memopt.plan
 from ds_memopt.cli import main
@@ -322,6 +322,36 @@ def test_estimators_have_deepspeeds_names_and_first_arguments(capsys):
     assert capsys.readouterr().out.count("ZeRO-") == 3
     theirs = inspect.signature(estimate_zero2_model_states_mem_needs_all_live)
     assert list(inspect.signature(ours).parameters)[:3] == list(theirs.parameters)[:3]
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "least", "most"),
+    [
+        ("AdamMini", {"masters": "remainder16"}, 7, 7.05),
+        ("AdamMini", {"masters": "remainder8"}, 6, 6.05),
+        ("GWT", {"masters": "remainder8", "level": 2, "base": "adam_mini"}, 5.25, 5.6),
+    ],
+)
+def test_bytes_of_a_parameter_without_fp32_masters(method, options, least, most):
+    """Of a Llama's layers: weights 2, gradients 2, remainders 2 or 1, codes 1, or 1/4 of them, and scales, 4 / 128 of
+    codes. GWT codes the moments of approximations alone. On 8 ranks what is divided is an eighth, to 1 %; a rank of
+    ZeRO-1 and 2 has besides the gradients of parameters that a border cuts."""
+    sizes = dict(hidden_size=1024, intermediate_size=2816, num_attention_heads=8, vocab_size=128)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes))
+    count = sum(p.numel() for p in model.parameters())
+    given = (model, method, options | {"state_dtype": "int8"})
+    alone = {stage: predict(*given, stage=stage, ranks=1) for stage in (1, 2, 3, "FSDP2")}
+    for stage, plan in alone.items():
+        print(stage, plan.held / count)
+        assert least <= plan.held / count <= most and plan.masters == 0
+    states = sum(alone[2].states.values()) / 8
+    for stage in (1, 2, 3):
+        plan = predict(*given, stage=stage, ranks=8)
+        weights = count * 2 if stage < 3 else count * 2 / 8
+        assert plan.held - plan.gradients == pytest.approx(weights + states, rel=0.01)
+        cut = 0 if stage == 3 else 2 * 1024 * 2816 * 2
+        assert count * 2 / 8 <= plan.gradients * 1.0001 <= 1.001 * count * 2 / 8 + cut
 
 
 def fp32_bytes(method: str, options: dict | None = None) -> float:

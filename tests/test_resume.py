@@ -32,7 +32,8 @@ def test_new_processes_continue_bit_for_bit(saved):
 def test_zero_to_fp32_gives_the_weights_at_the_checkpoint(saved):
     """Not for ZeRO-1 with fp32 accumulation, whose files DeepSpeed's tool reads for no optimizer."""
     folder, ranks = saved
-    for name in ("zero1", "zero2", "zero3", "zero3, GWT", "zero1, BAdam", "zero2, BAdam", "zero3, BAdam"):
+    fp32 = ("zero1", "zero2", "zero3", "zero3, GWT", "zero1, BAdam", "zero2, BAdam", "zero3, BAdam")
+    for name in (*fp32, "zero2, compact", "zero3, compact"):
         weights = get_fp32_state_dict_from_zero_checkpoint(folder / name)
         for parameter, value in ranks[0][name]["saved"].items():
             assert torch.equal(weights[parameter], value), (name, parameter)

@@ -26,12 +26,14 @@ _MASTERS = (
 def held_bytes(engine: Any, device: torch.device) -> dict[str, int]:
     """Bytes that this rank holds on its device from step to step, without gradients.
 
-    engine: of DeepSpeed, with any optimizer. Returns "weights" (buffers included), "masters", and the optimizer's
-    states under their keys, such as "exp_avg". What is offloaded lies on another device and does not count.
+    engine: of DeepSpeed, with any optimizer. Returns "weights" (buffers included), "masters" apart from them, and the
+    optimizer's states under their keys, such as "exp_avg". What is offloaded lies on another device and does not count.
     """
+    stored = [*_stored(engine).values(), *engine.module.buffers()]
+    weights = bytes_of(stored, device)
     return {
-        "weights": bytes_of([*_stored(engine).values(), *engine.module.buffers()], device),
-        "masters": bytes_of(_masters(engine), device),
+        "weights": weights,
+        "masters": bytes_of([*stored, *_masters(engine)], device) - weights,
         **state_bytes(engine.optimizer, device),
     }
 

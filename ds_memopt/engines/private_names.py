@@ -140,6 +140,8 @@ NAMES: dict[str, dict[str, str]] = {
     },
     ZERO12: {
         "single_partition_of_fp32_groups": "masters; layout of ZeRO-1 and 2",
+        "parallel_partitioned_bit16_groups": "block_state_adapter.py: the weights that they shall be",
+        "_link_all_hp_params": "block_state_adapter.py: then hands out parts of these",
         "round_robin_bit16_groups": "layout: parameters in the order of the buffer",
         "round_robin_bit16_offsets": "layout: where each begins",
         "real_dp_process_group": "layout: the ranks that share a buffer",
@@ -156,6 +158,7 @@ NAMES: dict[str, dict[str, str]] = {
     ZERO3: {
         "fp16_groups": "layout: the parameters of a sub-group",
         "fp32_partitioned_groups_flat": "masters; layout of ZeRO-3",
+        "fp16_partitioned_groups_flat": "block_state_adapter.py: the weights that they shall be",
         "sub_group_process_groups": "layout: the ranks that share a buffer",
         "averaged_gradients": "held_bytes.py",
         "initialize_ds_offload": "rotation: returns the offload that is there",

@@ -122,6 +122,8 @@ def requested_features(engine) -> list[str]:
     """Which of the features that some method refuses the config asks for."""
     offload = engine.zero_offload_optimizer()
     autocast = engine.torch_autocast_dtype() if engine.torch_autocast_enabled() else None
+    bf16_masters = engine.bf16_master_weights_and_gradients()
+    on_cpu = engine.zero_cpu_offload() or not engine.bf16_optimizer_states()
     requested = {
         "elastic_checkpoint": engine.zero_optimization() and engine.zero_elastic_checkpoint(),
         "universal_checkpoint": engine.load_universal_checkpoint(),
@@ -133,8 +135,9 @@ def requested_features(engine) -> list[str]:
         "tensor_parallel": engine.autotp_size() > 1,
         "fp16_autocast": autocast == torch.float16,
         "bf16_autocast": autocast == torch.bfloat16,
-        "low_precision_masters": engine.bf16_master_weights_and_gradients()
-        or engine.fp16_master_weights_and_gradients(),
+        "bf16_masters": bf16_masters and not on_cpu,
+        "bf16_masters_on_cpu": bf16_masters and on_cpu,
+        "fp16_masters": engine.fp16_master_weights_and_gradients(),
         "quantized_weights": engine.zero_quantized_weights(),
         "quantized_gradients": engine.zero_quantized_gradients(),
         "sequence_parallel": engine.sequence_parallel_size > 1,

@@ -65,15 +65,17 @@ def meta_twin(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 class FlatPartitions(FlatPlacement):
-    """A rank's flat fp32 partitions: one of each param group (ZeRO-1 and 2) or sub-group (ZeRO-3).
+    """A rank's flat partitions: one of each param group (ZeRO-1 and 2) or sub-group (ZeRO-3).
 
-    groups: the members of each param group, in its order.
+    groups: the members of each param group, in its order. dtype: of the partitions.
     """
 
-    def __init__(self, groups: Sequence[Sequence[Member]], ranks: PlannedRank) -> None:
+    def __init__(
+        self, groups: Sequence[Sequence[Member]], ranks: PlannedRank, dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
         self.by_group: list[list[torch.Tensor]] = []
-        self.gradient_elements = 0
+        self.gradient_elements, self.dtype = 0, dtype
         for members in groups:
             partitions = list(self._sub_groups(members, ranks) if ranks.stage == 3 else [self._flat(members, ranks)])
             self.flats += partitions
@@ -91,7 +93,7 @@ class FlatPartitions(FlatPlacement):
         # ZeRO keeps the whole gradient of a parameter of which it has a part, and zeros in the place of padding.
         self.gradient_elements += sum(numel for _, at, numel in offsets if at < high and at + numel > low)
         self.gradient_elements += min(partition, max(0, high - total))
-        return _meta(partition), held, RankBorders(None, borders)
+        return self._meta(partition), held, RankBorders(None, borders)
 
     def _sub_groups(self, members: Sequence[Member], ranks: PlannedRank) -> Iterator[tuple]:
         pieces = [(name, numel, ranks.piece(numel)) for name, numel in members]
@@ -102,8 +104,11 @@ class FlatPartitions(FlatPlacement):
                 count += 1
             held, borders = partition_each_parameter(pieces[:count], ranks.rank)
             self.gradient_elements += total
-            yield _meta(total), held, RankBorders(None, borders)
+            yield self._meta(total), held, RankBorders(None, borders)
             pieces = pieces[count:]
+
+    def _meta(self, numel: int) -> torch.Tensor:
+        return torch.empty(numel, dtype=self.dtype, device="meta")
 
 
 class WholeMasters(PlainPlacement):
@@ -186,7 +191,3 @@ class PlannedShards(SplitShards):
         if self.ranks.stage and self.ranks.count > 1:
             self.sum(values)
             self.shared += values.nbytes
-
-
-def _meta(numel: int) -> torch.Tensor:
-    return torch.empty(numel, dtype=torch.float32, device="meta")

@@ -102,7 +102,9 @@ def predict(
     model: on any device, the meta device too; it is not changed. method: "AdamW" or one of ours, with its `options` as
         in a ds_config. stage: of ZeRO, 0 to 3, or "FSDP2" as in our job: weights and gradients in fp32, each layer
         a unit. dtype: of weights and gradients, with FSDP2 of gathered weights: "bf16", "fp16" or "fp32".
-    zero: more of the ds_config's "zero_optimization". Other keys of the ds_config are taken to have their defaults.
+    zero: more of the ds_config's "zero_optimization". Other keys of the ds_config are taken to have their defaults, but
+        with "masters": "remainder16" or "remainder8" among the options there are no fp32 masters: ZeRO has the keys
+        under "bf16" that make it so, and with FSDP2 weights and gradients are in bf16.
     params: param groups of the model's parameters, or names by group; None: two groups, of matrices and of all else.
     block: of BAdam's blocks the one that trains; None: the largest, and of equal ones the first, below which backward
         has least to skip. A step that changes the block is not what is predicted.
@@ -124,7 +126,8 @@ def predict(
             "offload is not predicted: what it moves is held by the CPU. Take it out of zero_optimization."
         )
     place = PlannedRank(stage, ranks, rank, config)
-    twin = meta_twin(model, torch.float32 if fsdp2 else DTYPES[dtype])
+    without_masters = RULES[method].steps_on_bf16(options or {})
+    twin = meta_twin(model, torch.float32 if fsdp2 and not without_masters else DTYPES[dtype])
     own = dict(options or {}) | RULES[method].accepted({"compiled": False})
     with _silent():
         optimizer = RULES[method].from_model(twin, _groups_of(model, twin, params), **own)
@@ -146,7 +149,8 @@ class _Planned:
     def __init__(self, optimizer: Any, model: nn.Module, place: PlannedRank, checkpointing: bool) -> None:
         self.optimizer, self.model, self.place, self.checkpointing = optimizer, model, place, checkpointing
         self.numels = {name: p.numel() for name, p in bare_parameters(model).items()}
-        self.itemsize = next(model.parameters()).dtype.itemsize
+        self.model_dtype = next(model.parameters()).dtype
+        self.itemsize = self.model_dtype.itemsize
         self.payload: dict[str, int] = {}
 
     def send(self, collective: str, size: int) -> None:
@@ -200,7 +204,9 @@ class _FlatPartitions(_Planned):
         groups = self.members()
         numel = sum(size for members in groups for _, size in members)
         most = self.gather(trained)
-        layout = FlatPartitions(groups, place) if place.stage else WholeMasters(self.optimizer)
+        without_masters = self.optimizer.steps_on_bf16(vars(self.optimizer.hyper))
+        held_in = self.model_dtype if without_masters else torch.float32
+        layout = FlatPartitions(groups, place, held_in) if place.stage else WholeMasters(self.optimizer)
         seams = self._step(layout)
         flats = [flat for group in layout.by_group for flat in group]
         held, largest = sum(flat.numel() for flat in flats), max(flat.numel() for flat in flats)
@@ -210,23 +216,23 @@ class _FlatPartitions(_Planned):
             backward, step = min(numel, ALL_REDUCE_BUCKET) * dtype, held * 4
         elif place.stage == 3:
             self.send("reduce_scatter", sum(place.padded(size) for members in groups for _, size in members) * dtype)
-            backward, step = (bucket + min(bucket, numel)) * dtype + most, largest * 4
+            backward, step = (bucket + min(bucket, numel)) * dtype + most, largest * held_in.itemsize
         else:
             self.send("all_reduce", numel * dtype)
             self.send("all_gather", held * place.count * dtype)
             weights += (held * place.count - numel) * dtype
             buckets = bucket * (2 if place.zero.overlap_comm else 1) + min(bucket, numel)
-            backward, step = buckets * dtype, largest * (4 + dtype)
+            backward, step = buckets * dtype, largest * (dtype if without_masters else 4 + dtype)
             if place.stage == 1 and not place.zero.overlap_comm:
                 backward += numel * dtype  # nothing is reduced before backward has ended
-        has_masters = place.stage > 0 or dtype < 4
+        has_masters = (place.stage > 0 or dtype < 4) and not without_masters
         return self.prediction(
             weights=weights,
             masters=held * 4 if has_masters else 0,
             gradients=layout.gradient_elements * dtype,
             states=state_bytes(self.optimizer) | residuals,
             backward=backward,
-            step=step if has_masters else 0,
+            step=step if has_masters or without_masters else 0,
             seams=seams,
         )
 
@@ -266,7 +272,7 @@ class _FlatPartitions(_Planned):
 
 
 class _Fsdp2(_FlatPartitions):
-    """Of the methods that step on the rows of fp32 weights. dtype: in which weights are gathered."""
+    """Of the methods that step on the rows of weights. dtype: in which these are gathered."""
 
     def __init__(
         self, optimizer: Any, model: nn.Module, place: PlannedRank, checkpointing: bool, dtype: torch.dtype

@@ -160,7 +160,7 @@ def compare_methods(
     zero = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": bucket}
     rows = []
     for name, method, options in named:
-        for stage in (FSDP2,) if options.get("release_gradients") else STAGES:
+        for stage in _stages(method, options):
             of_zero = {} if stage == FSDP2 else zero
             prediction = predict(built, method, options, stage=stage, ranks=gpus, dtype=dtype, zero=of_zero)
             fits = [
@@ -170,6 +170,13 @@ def compare_methods(
             rows.append(Candidate(Path(name).stem, method, options, stage, of_zero, prediction, *fits, per_sequence))
     logits = 4 * seq_length * config.get_text_config().vocab_size
     return Comparison(rows, needs["plain"].first, needs["checkpointed"].first, logits)
+
+
+def _stages(method: str, options: Mapping[str, Any]) -> Sequence[Stage]:
+    """Where the method runs with these options."""
+    if options.get("release_gradients"):
+        return (FSDP2,)
+    return [stage for stage in STAGES if stage or not RULES[method].steps_on_bf16(options)]
 
 
 def _optimizer(name: str) -> tuple[str, dict[str, Any]]:

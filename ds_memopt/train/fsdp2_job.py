@@ -61,6 +61,13 @@ def fsdp2_settings(options: PretrainOptions, ranks: Ranks) -> Settings:
             f'{name} with clip="two_pass" runs each batch twice, which is not done here: take "tensor" or "none", or '
             "run launch/pretrain.py"
         )
+    method = method_of(name)
+    without_masters = method.writes_weights or method.steps_on_bf16(params)
+    if config.get("bf16", {}).get("bf16_master_weights_and_grads") and not without_masters:
+        raise ValueError(
+            "bf16.bf16_master_weights_and_grads is DeepSpeed's: remove it, or with AdamMini or GWT ask for bf16 "
+            'weights by "masters": "remainder16" in optimizer.params'
+        )
     if params.get("release_gradients"):
         _check_release(settings, name)
     if name == "AdamW":
@@ -95,11 +102,13 @@ def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> A
     announce(model, options, settings, ranks, "FSDP2")
     name, params = settings.config["optimizer"]["type"], settings.config["optimizer"]["params"]
     bf16 = settings.facts["dtype"] == "bf16"
-    in_place = method_of(name).writes_weights
-    if in_place and bf16:  # no masters: the stored weights are those that it computes with
+    method = method_of(name)
+    in_place = method.writes_weights
+    bf16_weights = bf16 and (in_place or method.steps_on_bf16(params))
+    if bf16_weights:  # no masters: the stored weights are those that it computes with
         for parameter in model.parameters():
             parameter.data = parameter.data.bfloat16()
-    shard(model, bf16 and not in_place)
+    shard(model, bf16 and not bf16_weights)
     groups = parameter_groups(model, params.get("weight_decay"))
     if name == "AdamW":
         optimizer = torch.optim.AdamW(groups, **params)

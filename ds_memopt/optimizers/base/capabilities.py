@@ -65,6 +65,12 @@ class Capabilities:
         """Those of the values whose names are hyper-parameters of the method."""
         return {}
 
+    @classmethod
+    def steps_on_bf16(cls, values: Mapping[str, Any]) -> bool:
+        """Whether the method, with these hyper-parameters, wants the bf16 weights themselves and keeps what they lack:
+        an engine then holds no fp32 masters."""
+        return False
+
     def step_bytes(self) -> int | None:
         """Bytes that a step with fused kernels reads and writes on this rank, of what has a gradient and state now, or
         of the weights that it writes itself; None: the step is made by PyTorch's operators whatever the back end."""

@@ -146,6 +146,10 @@ class ShardedOptimizer(NamedOptimizer):
         if self.releases_gradients:
             self._release = GradientRelease(self)
 
+    @classmethod
+    def steps_on_bf16(cls, values: Mapping[str, Any]) -> bool:
+        return values.get("masters", "fp32") != "fp32"
+
     def configure(self) -> None:
         """Take what is needed from the hyper-parameters. The parameters are not known yet."""
 
