@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from deepspeed.utils import groups
 from torch.distributed import distributed_c10d
 
 from ds_memopt.engines.adapter import HOOKS
-from ds_memopt.engines.private_names import ASKED_OF_OURS, ENGINE, NAMES, check_private_names, missing
+from ds_memopt.engines.private_names import ASKED_OF_OURS, ENGINE, NAMES, _stored, check_private_names, missing
 from ds_memopt.engines.register import WRAPPERS
 from ds_memopt.engines.rotation_adapter import CONFIGURE, KEPT
 
@@ -23,6 +24,18 @@ TABLE = {name for table in (NAMES, ASKED_OF_OURS) for names in table.values() fo
 
 def test_nothing_is_missing():
     assert missing() == []
+
+
+@pytest.mark.parametrize("number_of_names", [3, 700])
+def test_attributes_that_bytecode_sets_are_those_of_dis(number_of_names):
+    """With more than 256 names an index takes two steps."""
+    lines = "".join(f"    a.read{n}; a.set{n} = 1\n" for n in range(number_of_names // 2))
+    space: dict = {}
+    exec(f"def f(a):\n{lines}", space)
+    code = space["f"].__code__
+    told = {step.argval for step in dis.get_instructions(code) if step.opname == "STORE_ATTR"}
+    assert {code.co_names[index] for index in _stored(code.co_code)} == told
+    assert told == {f"set{n}" for n in range(number_of_names // 2)}
 
 
 def test_all_that_is_missing_is_named(monkeypatch):

@@ -6,6 +6,7 @@ import hashlib
 import sysconfig
 from collections.abc import Iterator, Sized
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -191,14 +192,13 @@ class StepBatches(Sampler[list[int]]):
         return len(self._steps) * self._accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, batches = None, []
+        epoch, batches = None, iter(())
         for step in self._steps:
             if step // self._steps_per_epoch != epoch:
-                epoch = step // self._steps_per_epoch
+                epoch, passed = divmod(step, self._steps_per_epoch)
                 self._sampler.set_epoch(epoch)
-                batches = list(self._batches)
-            first = step % self._steps_per_epoch * self._accumulation
-            yield from batches[first : first + self._accumulation]
+                batches = islice(self._batches, passed * self._accumulation, None)
+            yield from islice(batches, self._accumulation)
 
 
 def train_loader(dataset: Dataset, batches: StepBatches) -> DataLoader:
