@@ -368,6 +368,8 @@ def fp32_bytes(method: str, options: dict | None = None) -> float:
         ("AdamW", None, 28),
         ("AdamMini", None, 20),
         ("AdamMini", {"state_dtype": "bf16"}, 16),
+        ("AdamMini", {"state_dtype": "int8"}, 12 + 2 * (1 + 4 / 128)),
+        ("AdamW", {"state_dtype": "int8"}, 12 + 4 * (1 + 4 / 128)),
         ("GWT", {"limiter": None}, 16),
         ("GWT", None, 22),
         ("GWT", {"level": 1, "limiter": None}, 12 + 16 / 2),

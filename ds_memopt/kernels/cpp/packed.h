@@ -8,7 +8,7 @@
 #include "philox.h"
 
 constexpr int64_t GROUP = 128;  // entries that have one scale
-constexpr int64_t SPAN = 1024;  // entries that are spread out at a time
+constexpr int64_t SPAN = 512;  // entries that are spread out at a time
 constexpr uint32_t REMAINDER_PROBE = 0;
 
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -224,6 +224,7 @@ void decode_groups(const KeptState& state, const Range& range, int64_t at, int64
     by_group(range, at, count, [&](int64_t group, int64_t first, int64_t entries) {
         const float scale = state.scales[range.scale_of(group)];
         by_lanes(entries, [&](int64_t i, auto lanes) {
+            prefetch_to_write(codes + first + i);
             Codes kept = load_lanes<Codes>(codes + first + i, lanes);
             store(values + first + i, decode<KIND>(to_ints(kept), scale));
         });
@@ -298,6 +299,8 @@ void join(const Packed& packed, int64_t at, int64_t count, float* masters) {
     const Remainder* remainders = (const Remainder*)packed.remainders + at;
     const bf16* weights = (const bf16*)packed.weights + at;
     by_lanes(count, [&](int64_t i, auto lanes) {
+        prefetch_to_write(remainders + i);
+        prefetch_to_write(weights + i);
         Ints rest = to_ints(load_lanes<Remainders>(remainders + i, lanes));
         if constexpr (std::is_same_v<Remainder, int8_t>) rest <<= 8;
         Ints weight = to_ints(load_lanes<Halves>((const uint16_t*)weights + i, lanes)) << 16;
