@@ -69,6 +69,8 @@ NAMES: dict[str, dict[str, str]] = {
         "zero_quantized_weights": "a feature",
         "zero_quantized_gradients": "a feature",
         "bf16_master_weights_and_gradients": "a feature",
+        "bf16_optimizer_states": "a feature",
+        "zero_cpu_offload": "a feature",
         "fp16_master_weights_and_gradients": "a feature",
         "is_deepcompile_enabled": "a feature",
         "sequence_parallel_size": "a feature",
