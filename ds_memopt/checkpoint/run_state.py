@@ -18,12 +18,15 @@ from ds_memopt.checkpoint.part_index import BUFFER, WEIGHT, Index
 from ds_memopt.engines.adapter import adapter_of
 from ds_memopt.engines.held_tensors import (
     Held,
+    OptimizerTensor,
     masters,
     optimizer_tensors,
     refuse_unportable,
     stored_weights,
 )
+from ds_memopt.kernels import add_residual_, residual_of
 from ds_memopt.optimizers import StatePart, capabilities_of, check_meaning
+from ds_memopt.optimizers.block_state.storage import REMAINDER
 from ds_memopt.shards import is_first_rank
 
 logger = logging.getLogger("ds_memopt")
@@ -71,7 +74,7 @@ class Run:
     @property
     def foreign(self) -> ForeignState:
         """The state of an optimizer that is none of ours."""
-        return ForeignState(self.optimizer, optimizer_tensors(self.model, self.optimizer, self.wrapper))
+        return ForeignState(self.optimizer, self._tensors())
 
     def engine_name(self) -> str:
         if hasattr(self.engine, "zero_optimization_stage"):
@@ -187,7 +190,7 @@ class Run:
             held = Held(name, 0, torch.empty_like(buffer).reshape(-1))
             _fill(held, BUFFER, index, files)
             buffer.copy_(held.values.view(buffer.shape))
-        exact = self._names_with_masters()
+        exact = self._exact_names()
         rounded: list[str] = []
         for held in stored_weights(self.model):
             dtypes = _fill(held, WEIGHT, index, files)
@@ -200,15 +203,25 @@ class Run:
             )  # fmt: skip
 
     def load_masters(self, index: Index, files: PartFiles) -> None:
-        """Into what the optimizer updates, exactly."""
+        """Into what the optimizer updates, exactly: fp32 also where the checkpoint has bf16 weights and remainders."""
         for held in masters(self.model, self.optimizer, self.wrapper):
-            _fill(held, WEIGHT, index, files)
+            dtypes = _fill(held, WEIGHT, index, files)
+            in_two = dtypes == {torch.bfloat16} and REMAINDER in index.keys(held.name)
+            if in_two and held.values.dtype == torch.float32:
+                remainder = held._replace(values=torch.zeros_like(held.values, dtype=torch.int16))
+                _fill(remainder, REMAINDER, index, files)
+                add_residual_(held.values, remainder.values)
 
-    def _names_with_masters(self) -> set[str]:
+    def _exact_names(self) -> set[str]:
+        """What this run has in fp32: masters by an engine, or remainders beside bf16 weights."""
+        if self.ours and not self.optimizer.writes_weights and REMAINDER in self.optimizer.kept:
+            return {name for one in self._tensors() for name in one.names}
         if self.wrapper is None or capabilities_of(self.optimizer).writes_weights:
             return set()
-        tensors = optimizer_tensors(self.model, self.optimizer, self.wrapper)
-        return {name for one in tensors for name in one.names}
+        return {name for one in self._tensors() for name in one.names}
+
+    def _tensors(self) -> list[OptimizerTensor]:
+        return optimizer_tensors(self.model, self.optimizer, self.wrapper)
 
     def load_states(self, index: Index, files: PartFiles) -> None:
         """What this rank needs of the optimizer's state and progress. A collective for some methods."""
@@ -216,14 +229,18 @@ class Run:
             self.foreign.load(index, lambda *wanted: _read(index, files, *wanted))
             return
         if not self.optimizer.writes_weights:
-            for one in optimizer_tensors(self.model, self.optimizer, self.wrapper):
+            for one in self._tensors():
                 if one.intervals:
                     the_number(one, "step", lambda *wanted: _read(index, files, *wanted))
         self.optimizer._make_state()
         wanted = [(part.name, part.key, part.start, part.stop) for part in self.optimizer.named_state()]
-        for one in wanted:
-            index.check_covered(*one)
         parts = [part for one in wanted for part in _read(index, files, *one)]
+        if not index.names(REMAINDER):  # fp32 masters there, bf16 weights and remainders here
+            of_weights = (_read(index, files, name, WEIGHT, *place) for name, key, *place in wanted if key == REMAINDER)
+            parts += [
+                StatePart(part.name, REMAINDER, part.start, residual_of(part.values))
+                for found in of_weights for part in found if part.values.dtype == torch.float32
+            ]  # fmt: skip
         parts += [
             part for key in self.optimizer.taken_whole for name in index.names(key)
             for part in _read(index, files, name, key)

@@ -325,7 +325,9 @@ class BAdam(ShardedOptimizer):
 
     def next_block(self) -> None:
         """End the visit: the next block's parameters take the place of the active ones in param_groups."""
-        self._store_residuals()
+        if self.keep_residual and next(iter(self.names_by_tensor())).dtype != torch.float32:
+            # Not of what is always active: with the next block other ranks hold other parts of it.
+            self._residuals.keep(self._active_intervals(), self.partition.blocks[self.active_block])
         self._activate(Position(self.position.visit + 1, 0))
 
     def resume_at(self, position: tuple[int, int]) -> None:
@@ -451,12 +453,6 @@ class BAdam(ShardedOptimizer):
                 f"keep_residual=True needs bf16 weights and DeepSpeed's fp32 masters of them, not {dtypes} "
                 f"{'under' if self.bound else 'without'} an engine. Set bf16.enabled, or keep_residual to false."
             )
-
-    def _store_residuals(self) -> None:
-        if not self.keep_residual or next(iter(self.names_by_tensor())).dtype == torch.float32:
-            return  # fp32 weights are their own masters
-        # Not of what is always active: with the next block other ranks hold other parts of it.
-        self._residuals.keep(self._active_intervals(), self.partition.blocks[self.active_block])
 
     def _active_intervals(self) -> Iterator[tuple[str, int, torch.Tensor]]:
         """This rank's interval of each active parameter: name, first element, master."""
