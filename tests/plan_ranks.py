@@ -89,7 +89,9 @@ def halves(tokens: torch.Tensor) -> dict[str, torch.Tensor]:
 def under_fsdp2(method: str) -> dict:
     model = llama(**SIZES)
     compact = "masters" in METHODS[method]
-    shard(model.bfloat16() if compact else model, bf16=not compact)
+    for p in model.parameters() if compact else ():  # buffers stay in fp32
+        p.data = p.data.bfloat16()
+    shard(model, bf16=not compact)
     alive = GradientsAlive(model)
     if method == "AdamW":
         optimizer = torch.optim.AdamW(param_groups(model), lr=1e-4)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -261,7 +261,11 @@ class _FlatPartitions(_Planned):
             for tensor in tensors:
                 tensor.grad = torch.empty_like(tensor) if tensor.grad is None else tensor.grad
         optimizer.bind(layout)
-        with mock.patch.object(Seams, "begin_sum", lambda _, slots: lambda: sums.append(slots.nbytes)):
+
+        def begin(_: Seams, slots: torch.Tensor) -> Callable[[], None]:
+            return lambda: sums.append(slots.nbytes)
+
+        with mock.patch.multiple(Seams, begin_sum=begin, begin_max=begin):
             optimizer.step()  # which makes the states
             sums.clear()
             with BytesMoved() as self.of_operators:
