@@ -102,7 +102,7 @@ def profiled(case: str, stage: int, folder: Path) -> dict:
 
 
 CYCLE = {"cycle_min_lr": 1e-5, "cycle_max_lr": 1e-3, "cycle_first_step_size": 2}
-SCHEDULES = ((0, "OneCycle"), (3, "OneCycle"), (0, "OneCycleLR"), (2, "OneCycleLR"), (3, "OneCycleLR"), (2, "callable"))
+SCHEDULES = ((3, "OneCycle"), (0, "OneCycleLR"), (3, "OneCycleLR"), (2, "callable"))
 ONE_CYCLE = {"max_lr": 1e-3, "total_steps": 5}
 
 

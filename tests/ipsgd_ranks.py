@@ -62,7 +62,7 @@ PLACEMENTS = {
     "zero3, zero.Init": {"stage": 3, "zero_init": True},
     "zero3, offload of parameters": {"stage": 3, "zero_optimization": {"offload_param": {"device": "cpu"}}},
 }
-FEW = ("zero0", "zero2, small buckets", "zero3", "zero3, small buckets")
+FEW = ("zero0", "zero2, small buckets", "zero3, small buckets")
 TRIED = {name: tuple(PLACEMENTS) if name in ("IPSGD", "Addax") else FEW for name in OPTIONS}
 """Placements under which each of the options is tried."""
 LENGTHS = (12, 16, 6, 13, 10, 8, 7, 14, 9, 15, 16, 5)
@@ -79,6 +79,8 @@ EMPTY = {
     "no labels on one rank": {"order": "long first", "labels_from": 8},
 }
 """Batches of which a rank, or all, lack a half."""
+EMPTY_AT = [(stage, case) for stage in (2, 3) for case in EMPTY] + [(0, "long on one rank")]
+"""With the stage: at ZeRO-0 only whether a rank without the half takes part in the sum."""
 NO_LABELS, HALF = {"order": "long first", "labels_from": 12}, ("IPSGD, two passes", "AdaLomo")
 """One of two ranks has no labels at all; where."""
 
@@ -271,13 +273,13 @@ def with_accelerate(stage: int, options: str) -> dict[str, torch.Tensor]:
 
 
 def in_bf16() -> dict[str, dict]:
-    """{options: {placement: weights}}; "fp32 sums": gradients added up in fp32."""
+    """{options: {placement: weights}}; "fp32 sums": gradients added up in fp32, before any rule, so for one."""
     cases = {name: {"stage": stage} for stage, name in enumerate(("zero0", "zero1", "zero2", "zero3"))}
-    cases |= {f"{name}, fp32 sums": case | {"communication_data_type": "fp32"} for name, case in cases.items()}
+    fp32 = {f"{name}, fp32 sums": case | {"communication_data_type": "fp32"} for name, case in cases.items()}
     results = {}
     for options in ("IPSGD", "AdaLomo", "Addax"):
         results[options] = {"fsdp2": plain(shard_fsdp2(bf16_llama()), options, data(), local)}
-        for name, case in cases.items():
+        for name, case in (cases | fp32 if options == "IPSGD" else cases).items():
             with running(options=options, make=bf16_llama, **case, **BF16) as engine:
                 train(engine, data())
                 results[options][name] = full_parameters(engine.module)
@@ -328,6 +330,8 @@ def held(optimizer) -> dict:
 
 
 RESUMED = ("AdaLomo", "Addax, two passes")
+SAVED_AT = (0, 2, 3)
+"""The stages; what ZeRO-2 saves is taken over by ZeRO-1 as well."""
 
 
 def resumed(folder: Path, stage: int, options: str) -> dict[str, dict[str, torch.Tensor]]:
@@ -479,13 +483,13 @@ def on_two_ranks(folder: Path) -> dict:
     return {
         "exact": exact(),
         "fsdp2 loop": {options: unchanged_loop_of_fsdp2(options) for options in ("IPSGD", "IPSGD, tensor", "AdaLomo")},
-        "empty": {(stage, name): empty(stage, case) for stage in (0, 2, 3) for name, case in EMPTY.items()},
+        "empty": {(stage, name): empty(stage, EMPTY[name]) for stage, name in EMPTY_AT},
         "no labels": {(stage, o): empty(stage, NO_LABELS, o) for stage in (0, 3) for o in HALF},
         "loops": {name: function(*arguments) for name, (function, *arguments) in LOOPS.items()},
         "bf16": in_bf16(),
         "traffic": {(o, stage): traffic(o, stage) for stage in range(4) for o in ("AdamW", *TRAFFIC)},
         "skipping": {(o, stage): skipping(stage, o) for stage in (0, 2, 3) for o in ("IPSGD", "Addax")},
-        "resumed": {(o, stage): resumed(folder, stage, o) for stage in range(4) for o in RESUMED},
+        "resumed": {(o, stage): resumed(folder, stage, o) for stage in SAVED_AT for o in RESUMED},
         "interrupted": {
             (options, stage, at): interrupted(stage, options, at)
             for stage in (2, 3) for options, at in INTERRUPTED

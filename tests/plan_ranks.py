@@ -49,6 +49,8 @@ PLACEMENTS = {
 UNDER_FSDP2 = ("AdamW", "AdamMini", "AdamMini, release", "AdamMini, compact", "GWT", "GWT, release", "GWT, compact")
 FP32 = [("AdamW", "zero2"), ("AdamMini", "zero3"), ("GWT", "zero0"), ("IPSGD", "zero1")]
 """Tried in fp32 as well."""
+WITH_MORE_RANKS = ("AdamMini", "GWT", "BAdam", "MeZO", "IPSGD")
+"""One for each way to divide what is held; AdamW's masters are AdamMini's, and Addax holds what IPSGD does."""
 FEW = ("zero1", "zero3, a layer")
 """Placements that cut parameters in all ways that there are."""
 
@@ -59,7 +61,7 @@ def cases(ranks: int) -> list[tuple[str, str, str]]:
     under_fsdp2 = [(method, "fsdp2", "bf16") for method in UNDER_FSDP2]
     in_zero = [method for method in METHODS if not METHODS[method].get("release_gradients")]
     if ranks > 2:
-        few = [(method, placement, "bf16") for method in in_zero if "," not in method for placement in FEW]
+        few = [(method, placement, "bf16") for method in WITH_MORE_RANKS for placement in FEW]
         return few + under_fsdp2
     stages = [placement for placement in PLACEMENTS if placement != "fsdp2"]
     tried = [(method, placement) for method in in_zero for placement in (FEW if "," in method else stages)]
