@@ -211,6 +211,33 @@ def test_placement_never_changes_the_result(method, cuts, monkeypatch):
     assert (whole - cut).norm() / (whole - beginning()).norm() < (5e-3 if "bf16" in method else 1e-6)
 
 
+def update_norms(kernels: str) -> torch.Tensor:
+    """Those of each of GWT's matrices that it would save after each of some steps, [steps, matrices]."""
+    named = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items() if len(shape) > 1}
+    norms, generator = [], torch.Generator().manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_MEMOPT_KERNELS", kernels)
+        optimizer = GWT(named.items(), **HYPER)
+        for time in range(4):
+            for p, factor in zip(named.values(), (0.1, 16, 0.5, 4, 1), strict=True):
+                p.grad = torch.randn(p.shape, generator=generator) * factor**time
+            optimizer.step()
+            norms += [part.values.clone() for part in optimizer.named_state() if part.key == "update_norm"]
+    return torch.cat(norms).view(4, -1)
+
+
+def check_update_norms(kernels: str) -> None:
+    """Measured: 1e-7 of each. Two of the matrices are at their limit from the second step on."""
+    norms = update_norms(kernels)
+    torch.testing.assert_close(norms, update_norms("plain"), rtol=1e-6, atol=0)
+    torch.testing.assert_close(norms[1:, 1::2], norms[:-1, 1::2] * 1.01, rtol=1e-6, atol=0)
+    assert (norms[1:, ::2] < 0.99).all()
+
+
+def test_cpp_saves_the_update_norms_of_plain():
+    check_update_norms("cpp")
+
+
 @pytest.fixture
 def afresh():
     """As in a new process: nothing is loaded and nothing was said."""

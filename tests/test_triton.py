@@ -21,7 +21,7 @@ import torch
 triton = pytest.importorskip("triton", reason="Triton is not installed: it is for Linux, with torch's builds for GPUs")
 
 import test_kernels  # noqa: E402
-from test_kernels import HYPER, METHODS, beginning, expected, step  # noqa: E402
+from test_kernels import HYPER, METHODS, beginning, check_update_norms, expected, step  # noqa: E402
 
 from ds_memopt.kernels import back_ends, gpu  # noqa: E402
 from ds_memopt.kernels.gpu import adam_kernels, gwt_kernels, launches  # noqa: E402
@@ -103,6 +103,11 @@ def test_triton_makes_the_same_step_as_plain_in_fp64(method, cuts):
 def test_the_limiter_acts_on_what_it_left(cuts):
     """The third step's limit follows from the second's limited update. Measured: 3e-7; from the unlimited one 7e-3."""
     assert error_of("GWT", CUTS[cuts], steps=3) < 1e-6
+
+
+@in_interpreter
+def test_triton_saves_the_update_norms_of_plain():
+    check_update_norms("triton")
 
 
 @in_interpreter
