@@ -159,7 +159,8 @@ def test_shipped_config_is_accepted_by_deepspeed_and_trainer(path, tmp_path):
     assert (parsed.train_batch_size, parsed.gradient_clipping) == (6, 1.0)
 
     trainer = transformers.integrations.deepspeed.HfTrainerDeepSpeedConfig(raw)
-    arguments = transformers.TrainingArguments(tmp_path, use_cpu=True, learning_rate=1e-4, adam_beta2=0.95)
+    bf16 = raw.get("bf16", {}).get("enabled") is True  # Trainer must be told so, too
+    arguments = transformers.TrainingArguments(tmp_path, use_cpu=True, learning_rate=1e-4, adam_beta2=0.95, bf16=bf16)
     trainer.trainer_config_process(arguments)
     trainer.trainer_config_finalize(arguments, transformers.LlamaForCausalLM(_small_llama()), 10)
     assert "auto" not in json.dumps(trainer.config)
