@@ -490,13 +490,9 @@ def on_two_ranks(folder: Path) -> dict:
         "traffic": {(o, stage): traffic(o, stage) for stage in range(4) for o in ("AdamW", *TRAFFIC)},
         "skipping": {(o, stage): skipping(stage, o) for stage in (0, 2, 3) for o in ("IPSGD", "Addax")},
         "resumed": {(o, stage): resumed(folder, stage, o) for stage in SAVED_AT for o in RESUMED},
-        "interrupted": {
-            (options, stage, at): interrupted(stage, options, at)
-            for stage in (2, 3) for options, at in INTERRUPTED
-        },
+        "interrupted": {(o, stage, at): interrupted(stage, o, at) for stage in (2, 3) for o, at in INTERRUPTED},
         "given back": [given_back(stage, options) for stage in (0, 2) for options in ("IPSGD", "Addax")],
-        "threshold": {stage: chosen_threshold(stage) for stage in (2, 3)},
-        "messages": messages(),
+        "threshold": {stage: chosen_threshold(stage) for stage in (2, 3)}, "messages": messages(),
     }  # fmt: skip
 
 
