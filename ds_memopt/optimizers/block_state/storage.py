@@ -225,11 +225,15 @@ def _places(
         blocks = structures[layout.structure]
         parts = {part.interval.name: part for part in indexes[layout.structure].intervals[number]}
         return {name: (part.local, part.count, part.first, _row(blocks[name])) for name, part in parts.items()}
-    cut = {name: blocks for structure in structures.values() for name, blocks in structure.items()}
     return {
-        name: (interval.offset, interval.length, interval.start, numel_of(cut[name].shape))
+        name: (interval.offset, interval.length, interval.start, numel_of(_shape(name, structures)))
         for name, interval in intervals_of(indexes, number).items()
     }
+
+
+def _shape(name: str, structures: Mapping[str, Mapping[str, ParamBlocks]]) -> tuple[int, ...]:
+    """Of a parameter; each is in one structure at least."""
+    return next(structure[name].shape for structure in structures.values() if name in structure)
 
 
 def intervals_of(indexes: Mapping[str, BlockIndex], number: int) -> dict[str, Interval]:
