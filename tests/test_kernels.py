@@ -6,6 +6,8 @@ import concurrent.futures
 import functools
 import logging
 import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -98,19 +100,25 @@ def step(method: str, cuts: list[int], dtypes: tuple[torch.dtype, torch.dtype], 
 
     dtypes: of parameters and gradients.
     """
-    edges, results = [0, *cuts, total()], {}
+    edges = [0, *cuts, total()]
     ranks = Ranks(len(edges) - 1)
+    return torch.cat(on_threads(len(edges) - 1, lambda rank: of_rank(method, rank, edges, ranks, dtypes, steps)))
 
-    def work(rank: int) -> None:
+
+def on_threads(count: int, work: Callable[[int], Any]) -> list:
+    """What work(rank) returns for each rank, each on a thread of its own."""
+    results = {}
+
+    def run(rank: int) -> None:
         torch.set_grad_enabled(False)
-        results[rank] = of_rank(method, rank, edges, ranks, dtypes, steps)
+        results[rank] = work(rank)
 
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(edges) - 1)]
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return torch.cat([results[rank] for rank in range(len(threads))])
+    return [results[rank] for rank in range(count)]
 
 
 def of_rank(method, rank, edges, ranks, dtypes, steps) -> torch.Tensor:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-import threading
 from typing import NamedTuple
 
 import pytest
 import torch
-from test_kernels import CUTS, SHAPES, Ranks, beginning, borders, gradients, spread, total
+from test_kernels import CUTS, SHAPES, Ranks, beginning, borders, gradients, on_threads, spread, total
 
 from ds_memopt.kernels import join
 from ds_memopt.optimizers import AdamMini
@@ -61,19 +60,9 @@ def new_optimizer(method: str, storage: tuple[str, str, str]) -> ShardedOptimize
 
 def step(method: str, storage: tuple[str, str, str], cuts: list[int], not_a_number: int | None = None) -> Result:
     """After some steps on ranks between whose parts of the flat buffer the cuts lie."""
-    edges, results = [0, *cuts, total()], {}
+    edges = [0, *cuts, total()]
     ranks = MaxRanks(len(edges) - 1)
-
-    def work(rank: int) -> None:
-        torch.set_grad_enabled(False)
-        results[rank] = of_rank(method, storage, rank, edges, ranks, not_a_number)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(edges) - 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    parts = [results[rank] for rank in range(len(threads))]
+    parts = on_threads(len(edges) - 1, lambda rank: of_rank(method, storage, rank, edges, ranks, not_a_number))
     codes = {key: torch.cat([part.codes[key] for part in parts]) for key in parts[0].codes}
     return Result(torch.cat([part.masters for part in parts]), codes, parts[0].scales)
 
