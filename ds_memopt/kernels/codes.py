@@ -64,7 +64,8 @@ def split(masters: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor | None) 
     weight, in int16, or multiples of 2^8 of them in int8.
 
     Weights are the nearest bf16 numbers. Of two that are equally near it is the even one, as everywhere, unless the
-    remainder, of -2^15 to 2^15 - 1, forbids it: so 16 bits lose nothing. Those of 8 bits are rounded at random. Where an engine rounds the weights, see `residual_of`.
+    remainder, of -2^15 to 2^15 - 1, forbids it: so 16 bits lose nothing. Those of 8 bits are rounded at random. Where
+    an engine rounds the weights, see `residual_of`.
     bits: for int8, 8 random ones for each entry, in int32.
     """
     weights = masters.bfloat16()
