@@ -31,18 +31,18 @@ STEPS = 3
 
 
 class MaxRanks(Ranks):
-    """Threads in the place of ranks, and the maxima over them."""
+    """Threads in the place of ranks, and the maxima over them: of numbers, as collectives may lose what is none."""
 
     def begin_max(self, rank: int, slots: torch.Tensor):
         self._parts[rank] = slots.clone()
         self._barrier.wait()
-        most = torch.stack(self._parts).amax(0)
+        most = torch.stack(self._parts).nan_to_num(0.0).amax(0)
         self._barrier.wait()
         return lambda: slots.copy_(most)
 
 
 class Result(NamedTuple):
-    """What ranks keep, one after the other. codes: of states, or these in bf16; scales: of this rank alone."""
+    """What ranks keep, one after the other. codes: of states, or these in bf16; scales: of shared groups several."""
 
     masters: torch.Tensor
     codes: dict[str, torch.Tensor]
@@ -64,7 +64,8 @@ def step(method: str, storage: tuple[str, str, str], cuts: list[int], not_a_numb
     ranks = MaxRanks(len(edges) - 1)
     parts = on_threads(len(edges) - 1, lambda rank: of_rank(method, storage, rank, edges, ranks, not_a_number))
     codes = {key: torch.cat([part.codes[key] for part in parts]) for key in parts[0].codes}
-    return Result(torch.cat([part.masters for part in parts]), codes, parts[0].scales)
+    scales = {key: torch.cat([part.scales[key] for part in parts]) for key in parts[0].scales}
+    return Result(torch.cat([part.masters for part in parts]), codes, scales)
 
 
 def of_rank(method, storage, rank, edges, ranks, not_a_number) -> Result:
@@ -108,8 +109,9 @@ def unpacked(method: str, storage: tuple[str, str, str]) -> Result:
 @pytest.mark.parametrize("storage", STORAGES, ids="-".join)
 @pytest.mark.parametrize("method", METHODS)
 def test_cpp_makes_the_step_of_unpacked_tensors(method, storage, cuts, monkeypatch):
-    """Measured: masters 4e-6 of the distance moved apart, 1.4e-5 where 8 bits are rounded at random; 7e-6 of the codes
-    differ, by one, and 1.3e-4 of moments in bf16. Wrong bits of rounding, or a wrong scale, change a third of them."""
+    """Measured: masters 4e-6 of the distance moved apart, 1.4e-5 where 8 bits are rounded at random, 4.7e-5 if by other
+    bits; 7e-6 of the codes differ, by one, and 1.3e-4 of moments in bf16. Wrong bits of rounding, or a wrong scale,
+    change a third of them."""
     monkeypatch.setenv("DS_MEMOPT_KERNELS", "cpp")
     result, expected = step(method, storage, CUTS[cuts]), unpacked(method, storage)
     moved = (expected.masters.double() - beginning()).norm()
@@ -119,7 +121,7 @@ def test_cpp_makes_the_step_of_unpacked_tensors(method, storage, cuts, monkeypat
         differ = result.codes[key].double() - codes.double()
         shares[key] = (differ != 0).double().mean().item()
         assert codes.dtype == torch.bfloat16 or differ.abs().max() <= 1
-    assert apart < 1e-4 and all(share < 5e-4 for share in shares.values())
+    assert apart < 3e-5 and all(share < 5e-4 for share in shares.values())
     assert expected.codes.keys() == result.codes.keys() and (storage[1] == "fp32") == (not shares)
     if cuts == "one rank":
         for key, scales in expected.scales.items():
@@ -157,8 +159,8 @@ def test_placement_changes_no_bit_of_what_no_sum_enters(method, storage, cuts, m
 @pytest.mark.parametrize("word", ["cpp", "plain"])
 @pytest.mark.parametrize("place", [120_100, 333])
 def test_what_is_no_number_stays_so_in_its_group_alone(place, word, monkeypatch):
-    """In the middle of a row, and at an end that another rank shares."""
+    """On a rank alone, and in a group of which another rank, whose entries are numbers, has a part."""
     monkeypatch.setenv("DS_MEMOPT_KERNELS", word)
-    result = step("AdamW", ("bfloat16", "int8", "remainder16"), [], not_a_number=place)
+    result = step("AdamW", ("bfloat16", "int8", "remainder16"), [2, 333, 120_001], not_a_number=place)
     assert result.scales and all(scales.isnan().sum() == 1 for scales in result.scales.values())
     assert result.masters.isnan().sum() > 0 and result.masters.isnan().sum() <= 128
