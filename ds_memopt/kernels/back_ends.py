@@ -68,7 +68,7 @@ class GWTCall:
 
 
 class BackEnd(Protocol):
-    """What a fused back end offers; every function is one launch.
+    """What a fused back end offers; on a GPU every function is one launch for each combination of dtypes.
 
     Tensors are this rank's elements or entries, 1-D and contiguous, by their number in the call. Scalars say which
     tensors move, or else gradients: runs of others are left alone. Empty runs and empty tensors are welcome.
