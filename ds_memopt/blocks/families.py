@@ -58,6 +58,7 @@ FUSED = {
     "att_proj": Fused(),  # Bark
     "in_proj_weight": Fused(),  # nn.MultiheadAttention
     "query_key_value": Fused("kv_head"),  # GPT-NeoX, Bloom, Persimmon, all three layouts of Falcon
+    "wqkv": Fused("kv_head"),  # torchtitan since 0.3
 }
 # Where a family uses another order under a common name: (start of the attention's class name, key).
 FUSED_EXCEPTIONS = {
