@@ -30,6 +30,8 @@ FEATURES: dict[str, str] = {
     "param_offload": "ZeRO-3 with parameter offload to the CPU",
     "trainer": "transformers' Trainer, by JSON",
     "accelerate": "accelerate, by JSON",
+    "trainer_fsdp2": "transformers' Trainer under FSDP2, by `optimizer_cls_and_kwargs`",
+    "torchtitan": "torchtitan 0.3",
     "resume": "Resume on the same number of GPUs, from the engine's own files",
     "portable": "Resume on another number of GPUs, stage or engine, from a portable checkpoint",
     "zero_to_fp32": "`zero_to_fp32`",
@@ -81,6 +83,8 @@ STATE_COMPRESSING: dict[str, Support] = {
     "param_offload": Support("tested"),
     "trainer": Support("tested"),
     "accelerate": Support("tested"),
+    "trainer_fsdp2": Support("tested"),
+    "torchtitan": Support("tested", "Its optimizers and FSDP2; its Trainer needs a GPU."),
     "resume": Support("tested"),
     "portable": Support("tested"),
     "zero_to_fp32": Support(
@@ -160,7 +164,15 @@ NO_REMAINDERS = Support(
     "bf16.bf16_master_weights_and_grads and bf16.bf16_optimizer_states.",
 )
 
+NO_STEP = Support(
+    "refused",
+    "It does more than to update all weights from their gradients in step(), and that is all the loop does. Use "
+    "AdamMini, GWT or CAME there, or another loop.",
+)
+
 ROTATING = STATE_COMPRESSING | {
+    "trainer_fsdp2": Support("untested"),
+    "torchtitan": NO_STEP,
     "bf16_masters": NO_REMAINDERS,
     "release_gradients": NO_SET,
     "release_gradients_under_zero": NO_SET,
@@ -191,6 +203,8 @@ EXPERTS = Support(
 NO_MASTERS = Support("tested", "It has no masters, and the keys change nothing.")
 
 ZEROTH_ORDER = STATE_COMPRESSING | {
+    "trainer_fsdp2": NO_STEP,
+    "torchtitan": NO_STEP,
     "release_gradients": NO_SET,
     "release_gradients_under_zero": NO_SET,
     "zero1_fp32_accumulation": Support("untested", "It has no gradients."),

@@ -4,6 +4,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh train,test
+pip install --quiet --disable-pip-version-check --no-deps -r tests/torchtitan.txt
 # Ranks share the cores: one thread each.
 export OMP_NUM_THREADS=1
 exec python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -11,6 +11,7 @@ import torch
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 
 from ds_memopt.optimizers import METHODS
+from ds_memopt.support import refuse
 
 OF_TORCH = {"fused", "foreach"}
 """What torchtitan adds to each param group for torch's own optimizers."""
@@ -38,12 +39,7 @@ class NamedOptimizersContainer(OptimizersContainer):
     def _resolve_optimizer_factory(self, name: str) -> Callable[..., torch.optim.Optimizer]:
         if name not in METHODS:
             return super()._resolve_optimizer_factory(name)
-        if METHODS[name].family != "block state":
-            able = [known for known, method in METHODS.items() if method.family == "block state"]
-            raise ValueError(
-                f"{name} does not update all weights from their gradients in step(), which is all that torchtitan's "
-                f"loop does: choose {', '.join(able)}, or run {name} in a loop of your own"
-            )
+        refuse(METHODS[name], "torchtitan")
         return functools.partial(_build, name, self._part)
 
 
@@ -63,7 +59,7 @@ def _build(name: str, model: torch.nn.Module, groups: list[dict[str, Any]], **op
                 )
     if options.get("release_gradients"):
         raise ValueError(
-            f"{name} with release_gradients uses each gradient up in backward, but torchtitan clips by the norm of all: "
-            "leave release_gradients out"
+            f"{name} with release_gradients uses each gradient up in backward, but torchtitan clips by the norm of "
+            "all: leave release_gradients out"
         )
     return METHODS[name].from_model(model, own_groups, **options)
