@@ -44,6 +44,10 @@ def _add_plan(commands) -> None:
     command.add_argument("--seq_length", type=int, required=True, help="tokens per sequence")
     command.add_argument("--optimizer", default="all", help="all (default), or some: AdamW,GWT,my_ds_config.json")
     command.add_argument("--dtype", default="bf16", choices=["bf16", "fp32"], help="of weights and gradients")
+    command.add_argument("--loss_chunks", type=int, default=1, help="as the jobs' option: of the logits, 1/N at a time")
+    command.add_argument(
+        "--attention", default="sdpa", choices=["sdpa", "flash_attention_2", "eager"], help="as the jobs' option"
+    )
     command.add_argument("--tflops", type=float, help="that a GPU keeps, to tell how much faster a step is")
     command.add_argument("--bandwidth", help="that a GPU sends in a second, such as 200GB; with --tflops")
     command.add_argument("--gpu", choices=MEMORY_BANDWIDTH, help="whose memory tells the time of the method's step")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -24,15 +24,25 @@ def parse_options(options: type[AnyOptions], description: str, default_config: s
         title = field.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        reading = field.metadata["argparse"] or _reading(types[field.name])
         default = str(CONFIGS / default_config) if field.name == "deepspeed_config" else field.default
         presence = {"required": True} if default is MISSING else {"default": default}
-        text = field.metadata["help"].format(job=options.job)
-        groups[title].add_argument(f"--{field.name}", help=text, **presence, **reading)
+        _add(groups[title], field, types[field.name], field.metadata["help"].format(job=options.job), **presence)
     parser.add_argument("--deepspeed", action="store_true", help=argparse.SUPPRESS)  # always on; launchers pass it
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     given = parser.parse_args()
     return options(**{field.name: getattr(given, field.name) for field in fields(options)})
+
+
+def add_options(parser: Any, options: type[RunOptions], group: str) -> list[str]:
+    """Add to a parser the options of one group, as they are in the class; returns their names."""
+    types, chosen = get_type_hints(options), [one for one in fields(options) if one.metadata["group"] == group]
+    for one in chosen:
+        _add(parser, one, types[one.name], one.metadata["help"], default=one.default)
+    return [one.name for one in chosen]
+
+
+def _add(parser: Any, option: Field, kind: Any, help: str, **presence: Any) -> None:
+    parser.add_argument(f"--{option.name}", help=help, **presence, **(option.metadata["argparse"] or _reading(kind)))
 
 
 def _reading(kind: Any) -> dict[str, Any]:

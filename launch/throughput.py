@@ -17,7 +17,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from arguments import CONFIGS
+from arguments import CONFIGS, add_options
+
+from ds_memopt.train.options import SPEED, RunOptions
 
 LAUNCH = Path(__file__).resolve().parent
 
@@ -40,11 +42,12 @@ def parse() -> argparse.Namespace:
     case.add_argument("--seq_length", type=int, help="tokens; default: the model's recipe")
     case.add_argument("--dtype", choices=["fp32", "bf16"], help="default: fp32 on CPU, bf16 on GPU")
     case.add_argument("--data", default="synthetic", help="as in launch/pretrain.py")
-    case.add_argument("--gradient_checkpointing", action="store_true")
     case.add_argument("--memory_limit_gib", type=float, help="of each rank, as if its GPU were smaller")
     case.add_argument("--warm_up", type=int, default=5, help="steps that are not measured")
     case.add_argument("--measure", type=int, default=20, help="steps after them")
     case.add_argument("--timeout", type=float, default=1800, help="seconds until a case is given up")
+    speed = add_options(parser.add_argument_group(f"every case: {SPEED}"), RunOptions, SPEED)
+    parser.set_defaults(speed=speed)
     parser.add_argument("--output_dir", type=Path, help="default: the first free of runs/throughput-1, -2, ...")
     parser.add_argument("--resume", action="store_true", help="keep what --output_dir has and run the rest")
     return parser.parse_args()
@@ -81,7 +84,7 @@ def main() -> int:
     gpus = (torch.cuda.device_count() or 2) if arguments.gpus is None else arguments.gpus
     shared = {"model": arguments.model, "data": arguments.data, "seq_length": arguments.seq_length}
     shared |= {"dtype": arguments.dtype, "memory_limit_gib": arguments.memory_limit_gib}
-    flags = ["--gradient_checkpointing"] if arguments.gradient_checkpointing else []
+    shared |= {name: getattr(arguments, name) for name in arguments.speed}
     steps = {"logging_interval": arguments.warm_up, "steps": arguments.warm_up + arguments.measure}
     options = {name: value for name, value in (shared | steps).items() if value is not None}
 
@@ -91,7 +94,7 @@ def main() -> int:
         words = [f"{Path(sys.executable).parent}/deepspeed", "--num_gpus", gpus, "--master_port", port]
         words += [LAUNCH / "pretrain.py", "--deepspeed_config", config, "--output_dir", folder]
         words += ["--micro_batch", case.micro_batch, "--accumulation", 1]
-        words += ["--validation_interval", 0, "--save_interval", 0, *flags]
+        words += ["--validation_interval", 0, "--save_interval", 0]
         return [str(word) for word in words] + [str(w) for name, value in options.items() for w in (f"--{name}", value)]
 
     try:
@@ -99,7 +102,7 @@ def main() -> int:
         for optimizer in arguments.optimizer:  # a trial: a wrong one must fail now
             check_optimizer_type(sweep.ds_config(optimizer, arguments.stage[0], CONFIGS)["optimizer"]["type"])
         find_model(arguments.model)
-        settings = shared | steps | {"gpus": gpus, "gradient_checkpointing": arguments.gradient_checkpointing}
+        settings = shared | steps | {"gpus": gpus}
         folder = arguments.output_dir or first_free("runs/throughput")
         cases = sweep.Sweep(folder, settings, command, arguments.timeout, arguments.resume, tqdm.write)
     except ValueError as error:

@@ -38,9 +38,12 @@ def test_nothing_given_is_every_default(monkeypatch):
 def test_each_type_is_read(monkeypatch):
     words = "--betas 0.8 0.9 --dtype bf16 --gradient_checkpointing --steps 7 --lr 1e-3 --local_rank 1 --deepspeed"
     options = parse(monkeypatch, PretrainOptions, *words.split(), "--resume")
-    assert tuple(options.betas) == (0.8, 0.9) and options.dtype == "bf16" and options.gradient_checkpointing is True
+    assert tuple(options.betas) == (0.8, 0.9) and options.dtype == "bf16" and options.gradient_checkpointing == "full"
     assert (options.steps, options.lr, options.resume) == (7, 1e-3, True)
     assert parse(monkeypatch, PretrainOptions, "--resume", "4").resume == 4
+    words = "--gradient_checkpointing selective --compile"
+    options = parse(monkeypatch, PretrainOptions, *words.split())
+    assert (options.gradient_checkpointing, options.compile) == ("selective", "inductor")
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def whole(folders) -> dict[int | str, Path]:
     runs = {
         2: _options(folders / "whole2", 2),
         3: _options(folders / "whole3", 3),
-        "recomputed": _options(folders / "recomputed", 3, gradient_checkpointing=True, save_interval=0),
+        "recomputed": _options(folders / "recomputed", 3, gradient_checkpointing="full", save_interval=0),
         "bf16": _options(folders / "bf16", 2, dtype="bf16", data="synthetic", accumulation=1, steps=2, save_interval=0),
     }
     config = json.loads((ROOT / "ds_configs/zero3_mezo.json").read_text())

@@ -32,7 +32,8 @@ class Fsdp2Engine:
 
     module: a model after `shard`. optimizer: of its parameters; Addax, and IPSGD with clip="two_pass", would need
     closures. lr_scheduler: steps with the optimizer. accumulation: micro-batches per step. gradient_clipping: largest
-    norm of all gradients, or 0; without meaning where no set of gradients is held. monitor: DeepSpeed's.
+    norm of all gradients, or 0; without meaning where no set of gradients is held. monitor: DeepSpeed's. reduce_once:
+    ranks sum gradients in the last micro-batch of a step alone, and each holds whole ones from the first on.
     """
 
     def __init__(
@@ -43,10 +44,11 @@ class Fsdp2Engine:
         accumulation: int,
         gradient_clipping: float,
         monitor: MonitorMaster,
+        reduce_once: bool = False,
     ) -> None:
         self.module, self.optimizer, self.basic_optimizer = module, optimizer, optimizer
         self.lr_scheduler, self.accumulation = lr_scheduler, accumulation
-        self.gradient_clipping, self.monitor = gradient_clipping, monitor
+        self.gradient_clipping, self.monitor, self.reduce_once = gradient_clipping, monitor, reduce_once
         self.method = capabilities_of(optimizer)
         self.global_steps = self.micro_steps = 0
         self._norm: torch.Tensor | None = None
@@ -59,6 +61,8 @@ class Fsdp2Engine:
         return self.module(**inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
+        if self.reduce_once:
+            self.module.set_requires_gradient_sync((self.micro_steps + 1) % self.accumulation == 0)
         if self.method.uses_gradients:
             (loss / self.accumulation).backward()
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker  # noqa: TID251 - it knows no process group
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+
+from ds_memopt.train.loss_in_head import LossInHead
+from ds_memopt.train.model_speed import checkpoint_activations, set_attention
 
 NO_ACTIVATIONS = ("Parameter", "Buffer")
 """Kinds of MemTracker that are counted elsewhere."""
@@ -27,26 +32,42 @@ class Activations(NamedTuple):
 
 
 def measure_activations(
-    config: PretrainedConfig, seq_length: int, dtype: torch.dtype, *, checkpointing: bool = False, backward: bool = True
+    config: PretrainedConfig,
+    seq_length: int,
+    dtype: torch.dtype,
+    *,
+    checkpointing: str = "none",
+    backward: bool = True,
+    loss_chunks: int = 1,
+    eager: bool = False,
 ) -> Activations:
     """Of a causal language model with its loss, logits in fp32 included.
 
-    config: of transformers. seq_length: tokens of each sequence. checkpointing: layers are run again in backward.
-    backward: False for forwards without a graph, as MeZO's.
+    config: of transformers. seq_length: tokens of each sequence. backward: False for forwards without a graph, as
+    MeZO's. checkpointing, loss_chunks: as the jobs' `--gradient_checkpointing` and `--loss_chunks`. eager: attention by
+    plain products, which keep a matrix of scores, and not by PyTorch's scaled_dot_product_attention.
 
     The peaks of models of one and two layers at one and two sequences are extended to all layers: each adds the same.
-    A gradient counts while backward makes it, and is taken away then, as an engine or a method does; attention is
-    PyTorch's scaled_dot_product_attention, which keeps no matrix of scores.
+    A gradient counts while backward makes it, and is taken away then, as an engine or a method does.
 
     Raises ValueError for a model that cannot run without data.
     """
+    prepare = partial(_prepare, checkpointing=checkpointing, loss_chunks=loss_chunks, eager=eager)
     peaks = {}
     for layers in (1, 2):
         for sequences in (1, 2):
-            peaks[layers, sequences] = _peak(config, layers, sequences, seq_length, dtype, checkpointing, backward)
+            peaks[layers, sequences] = _peak(config, layers, sequences, seq_length, dtype, prepare, backward)
     more = config.num_hidden_layers - 1
     first, second = (peaks[1, n] + more * (peaks[2, n] - peaks[1, n]) for n in (1, 2))
     return Activations(first, second - first)
+
+
+def _prepare(model: PreTrainedModel, checkpointing: str, loss_chunks: int, eager: bool) -> None:
+    if eager:
+        set_attention(model, "eager")
+    checkpoint_activations(model, checkpointing)
+    if loss_chunks > 1:
+        LossInHead(model, loss_chunks)
 
 
 def _peak(
@@ -55,7 +76,7 @@ def _peak(
     sequences: int,
     seq_length: int,
     dtype: torch.dtype,
-    again: bool,
+    prepare: Callable[[PreTrainedModel], None],
     backward: bool,
 ) -> int:
     small = copy.deepcopy(config)
@@ -66,8 +87,7 @@ def _peak(
     with warnings.catch_warnings(), FakeTensorMode(), no_init_weights():
         warnings.simplefilter("ignore")  # the tracker's, of inputs that are None
         model = AutoModelForCausalLM.from_config(small, dtype=dtype).train()
-        if again:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        prepare(model)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(_take_away)
         tokens = torch.zeros(sequences, seq_length, dtype=torch.long)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +35,11 @@ NEAREST_TO_ADAMW_FIRST = ("AdamW", *METHODS)
 
 HEADING = """\
 {model}, {gpus} GPUs of {gpu_memory}, sequences of {seq_length} tokens, {dtype}. GiB of each GPU.
-A sequence's activations: {plain:.2f}, with checkpointing {checkpointed:.2f}; its fp32 logits alone {logits:.2f}.
-besides: buckets, gathered weights, gradients on their way. batch, checkp.: the largest micro-batch that fits, without
-and with activation checkpointing; "-" where none does. BAdam: while its largest block trains.
+A sequence's activations: {plain:.2f}, with selective checkpointing {selective:.2f}, with full {checkpointed:.2f};
+its fp32 logits alone {logits:.2f}.
+besides: buckets, gathered weights, gradients on their way. batch, select., checkp.: the largest micro-batch that fits,
+without activation checkpointing, with selective and with full; "-" where none does. BAdam: while its largest block
+trains.
 gain: how many times fewer bytes a sequence costs on the wire, in the largest micro-batch, than with AdamW at the stage
 where that sends least. FSDP2: weights and gradients in fp32, with release_gradients.
 """
@@ -55,8 +59,8 @@ class Candidate:
     """A method at a stage. options: its hyper-parameters that are not the default ones. name: of both.
     zero: what is planned of zero_optimization; the rest has DeepSpeed's defaults.
 
-    micro_batch: sequences that fit, 0 if none does; checkpointed: with checkpointing. flops: of a forward and a
-        backward of one sequence, None if the formula does not hold for the model.
+    micro_batch: sequences that fit, 0 if none does; selective, checkpointed: with checkpointing. flops: of a forward
+        and a backward of one sequence, None if the formula does not hold for the model.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Candidate:
     zero: Mapping[str, Any]
     prediction: Prediction
     micro_batch: int
+    selective: int
     checkpointed: int
     flops: float | None
 
@@ -76,8 +81,8 @@ class Candidate:
 
     @property
     def batch(self) -> int:
-        """The micro-batch to run it with: without checkpointing if that fits."""
-        return self.micro_batch or self.checkpointed
+        """The micro-batch to run it with: with no more checkpointing than is needed."""
+        return self.micro_batch or self.selective or self.checkpointed
 
     @property
     def sent(self) -> int:
@@ -87,7 +92,7 @@ class Candidate:
     @property
     def sent_for_a_sequence(self) -> float | None:
         """Bytes, in the largest micro-batch that fits; None if none does."""
-        batch = max(self.micro_batch, self.checkpointed)
+        batch = max(self.micro_batch, self.selective, self.checkpointed)
         return self.sent / batch if batch else None
 
     def step_seconds(self, memory_bandwidth: float) -> float | None:
@@ -97,14 +102,14 @@ class Candidate:
         return None if moved is None else moved / memory_bandwidth
 
     def seconds(self, tflops: float, bandwidth: float, memory_bandwidth: float | None = None) -> float | None:
-        """For a sequence, with or without checkpointing, whichever is faster, if the GPU keeps this speed in matrix
+        """For a sequence, with the checkpointing that is fastest, if the GPU keeps this speed in matrix
         products, sends this many bytes a second, and never does both at once; with the bandwidth of its memory, the
         method's own step is added. None where passes or that step are not known or nothing fits."""
         passes, step = self.prediction.passes, self.step_seconds(memory_bandwidth) if memory_bandwidth else 0.0
         if self.flops is None or passes is None or step is None:
             return None
         backward = passes >= 1  # else there is nothing to run forward again for
-        ways = ((self.micro_batch, passes), (self.checkpointed, passes + backward / 3))
+        ways = ((max(self.micro_batch, self.selective), passes), (self.checkpointed, passes + backward / 3))
         return min(
             (
                 self.flops * times / (tflops * 1e12) + (self.sent / bandwidth + step) / batch
@@ -117,10 +122,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All rows, and bytes of one sequence: activations without and with checkpointing, and its logits in fp32."""
+    """All rows, and bytes of one sequence: activations without and with checkpointing, and the logits in fp32 that are
+    there at a time."""
 
     rows: list[Candidate]
     plain: int
+    selective: int
     checkpointed: int
     logits: int
 
@@ -132,27 +139,25 @@ def compare_methods(
     seq_length: int,
     methods: Iterable[str] = NEAREST_TO_ADAMW_FIRST,
     dtype: str = "bf16",
+    loss_chunks: int = 1,
+    attention: str = "sdpa",
 ) -> Comparison:
     """Every method at every stage, or with release_gradients under FSDP2.
 
     methods: types, with the options that they have by default, or paths of ds_configs whose optimizer block is taken.
     model: a preset, a folder with a Hugging Face config.json, or such a configuration. gpus: ranks. gpu_memory: bytes
-        of each that a run may use. seq_length: tokens of each sequence.
+        of each that a run may use. seq_length: tokens of each sequence. loss_chunks, attention: as the jobs' options;
+        methods that compare losses have whole logits.
 
     Raises ValueError for a number out of range, an unknown method, or a model that is not found.
     """
-    for name, value in (("gpus", gpus), ("gpu_memory", gpu_memory), ("seq_length", seq_length)):
+    sizes = {"gpus": gpus, "gpu_memory": gpu_memory, "seq_length": seq_length, "loss_chunks": loss_chunks}
+    for name, value in sizes.items():
         check_range(name, value, isinstance(value, int) and value >= 1, "an integer >= 1", "Give what you have.")
     named = [(name, *_optimizer(name)) for name in methods]
     config = find_model(model)[0] if isinstance(model, str) else model
-    needs = {
-        name: measure_activations(config, seq_length, DTYPES[dtype], **options)
-        for name, options in (
-            ("plain", {}),
-            ("checkpointed", {"checkpointing": True}),
-            ("forward", {"backward": False}),
-        )
-    }
+    measure = cache(partial(measure_activations, config, seq_length, DTYPES[dtype], eager=attention == "eager"))
+    kinds = ("none", "selective", "full")
     with no_init_weights(), torch.device("meta"):
         built = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=DTYPES[dtype])
     flops = model_flops(built, None, seq_length)
@@ -163,13 +168,12 @@ def compare_methods(
         for stage in _stages(method, options):
             of_zero = {} if stage == FSDP2 else zero
             prediction = predict(built, method, options, stage=stage, ranks=gpus, dtype=dtype, zero=of_zero)
-            fits = [
-                _largest(prediction, _needed(method, needs, kind), gpu_memory) for kind in ("plain", "checkpointed")
-            ]
+            fits = [_largest(prediction, _needed(method, measure, kind, loss_chunks), gpu_memory) for kind in kinds]
             per_sequence = None if isinstance(flops, str) else flops.per_token * seq_length
             rows.append(Candidate(Path(name).stem, method, options, stage, of_zero, prediction, *fits, per_sequence))
-    logits = 4 * seq_length * config.get_text_config().vocab_size
-    return Comparison(rows, needs["plain"].first, needs["checkpointed"].first, logits)
+    logits = 4 * math.ceil(seq_length / loss_chunks) * config.get_text_config().vocab_size
+    sizes = (measure(checkpointing=kind, loss_chunks=loss_chunks).first for kind in kinds)
+    return Comparison(rows, *sizes, logits)
 
 
 def _stages(method: str, options: Mapping[str, Any]) -> Sequence[Stage]:
@@ -188,15 +192,17 @@ def _optimizer(name: str) -> tuple[str, dict[str, Any]]:
     return method, {key: value for key, value in block.get("params", {}).items() if value != AUTO}
 
 
-def _needed(method: str, needs: dict[str, Activations], kind: str) -> Activations:
+def _needed(method: str, measure: Callable[..., Activations], kind: str, loss_chunks: int) -> Activations:
     """For losses at perturbed weights two forwards, as in lockstep; with gradients as well those beside backward."""
-    forward, does = needs["forward"], method_of(method)
+    does = method_of(method)
     if not does.uses_losses:
-        return needs[kind]
+        return measure(checkpointing=kind, loss_chunks=loss_chunks)
+    forward = measure(backward=False)
     pair = Activations(forward.first + forward.further, 2 * forward.further)
     if not does.uses_gradients:
         return pair
-    return Activations(needs[kind].first + pair.first, needs[kind].further + pair.further)
+    backward = measure(checkpointing=kind, loss_chunks=1)
+    return Activations(backward.first + pair.first, backward.further + pair.further)
 
 
 def _largest(prediction: Prediction, activations: Activations, memory: int) -> int:
@@ -211,10 +217,10 @@ def _largest(prediction: Prediction, activations: Activations, memory: int) -> i
 def recommend(rows: Sequence[Candidate]) -> Candidate | None:
     """Of what fits: the method that is nearest to AdamW, where it sends least for each sequence; None if nothing fits.
 
-    Without checkpointing if that fits anywhere.
+    Without checkpointing if that fits anywhere, and with selective rather than with full.
     """
     for method in NEAREST_TO_ADAMW_FIRST:
-        for attribute in ("micro_batch", "checkpointed"):
+        for attribute in ("micro_batch", "selective", "checkpointed"):
             fitting = [row for row in rows if row.method == method and getattr(row, attribute)]
             if fitting:
                 return min(fitting, key=lambda row: row.sent / getattr(row, attribute))
@@ -232,7 +238,8 @@ def as_text(
     tflops, bandwidth: what a GPU keeps and sends (bytes) in a second; adds how much faster a sequence is trained.
     memory_bandwidth: bytes that its memory moves in a second; adds the time of the method's own step.
     """
-    head = ["method", "ZeRO", "weights", "masters", "gradients", "states", "besides", "sent a step", "batch", "checkp."]
+    head = ["method", "ZeRO", "weights", "masters", "gradients", "states", "besides", "sent a step"]
+    head += ["batch", "select.", "checkp."]
     gains = {"gain": _gains(rows, lambda row: row.sent_for_a_sequence)}
     if tflops and bandwidth:
         gains["faster"] = _gains(rows, lambda row: row.seconds(tflops, bandwidth, memory_bandwidth))
@@ -244,7 +251,7 @@ def as_text(
         p = row.prediction
         besides = max(p.backward, p.step)
         sizes = (p.weights, p.masters, p.gradients, sum(p.states.values()), besides, row.sent)
-        fits = (str(size) if size else "-" for size in (row.micro_batch, row.checkpointed))
+        fits = (str(size) if size else "-" for size in (row.micro_batch, row.selective, row.checkpointed))
         ratios = (column[number] for column in gains.values())
         lines.append((row.name, str(row.stage), *(f"{size / GIB:.2f}" for size in sizes), *fits, *ratios))
     widths = [max(map(len, column)) + 2 for column in zip(*lines, strict=True)]
@@ -309,6 +316,8 @@ def run(
     seq_length: int,
     optimizer: str,
     dtype: str,
+    loss_chunks: int,
+    attention: str,
     tflops: float | None,
     bandwidth: str | None,
     gpu: str | None,
@@ -322,8 +331,9 @@ def run(
         check_range("tflops", tflops, tflops > 0, "a number > 0", "Half of the data sheet's is usual.")
     memory_bandwidth = MEMORY_BANDWIDTH[gpu] if gpu else None
     methods = NEAREST_TO_ADAMW_FIRST if optimizer == "all" else tuple(optimizer.split(","))
-    compared = compare_methods(model, gpus, bytes_of(gpu_memory), seq_length, methods, dtype)
-    rows, sizes = compared.rows, {name: getattr(compared, name) / GIB for name in ("plain", "checkpointed", "logits")}
+    compared = compare_methods(model, gpus, bytes_of(gpu_memory), seq_length, methods, dtype, loss_chunks, attention)
+    names = ("plain", "selective", "checkpointed", "logits")
+    rows, sizes = compared.rows, {name: getattr(compared, name) / GIB for name in names}
     print(HEADING.format(model=model, gpus=gpus, gpu_memory=gpu_memory, seq_length=seq_length, dtype=dtype, **sizes))
     print(as_text(rows, tflops, bandwidth and bytes_of(bandwidth), memory_bandwidth))
     if bandwidth:
@@ -338,7 +348,8 @@ def run(
         if output:
             raise ValueError(f"nothing fits, so {output} is not written. Use more GPUs or shorter sequences.")
         return
-    checkpointing = "" if best.micro_batch else " with activation checkpointing"
+    kind = "selective" if best.selective else "full"
+    checkpointing = "" if best.micro_batch else f" with {kind} activation checkpointing"
     print(f"\nRecommended: {best.name} at {best.placement}, micro-batches of {best.batch}{checkpointing}.")
     print("Of the methods that fit it is the nearest to AdamW, and at this stage it sends least for each sequence.")
     if output:

@@ -14,6 +14,7 @@ from ds_memopt.engines.fsdp2_engine import Fsdp2Engine, shard
 from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.train.config import SHARED_HYPERPARAMETERS
 from ds_memopt.train.loop import announce, pretrain_under
+from ds_memopt.train.model_speed import make_ready
 from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.presets import build_model, parameter_groups
 from ds_memopt.train.ranks import Ranks
@@ -97,8 +98,7 @@ def _check_release(settings: Settings, name: str) -> None:
 def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> Any:
     """The model under FSDP2, with the optimizer and schedule of the settings."""
     model = build_model(options.model, settings.model_config, options.seed, ranks.device, partitioned=False)
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    make_ready(model, options)
     announce(model, options, settings, ranks, "FSDP2")
     name, params = settings.config["optimizer"]["type"], settings.config["optimizer"]["params"]
     bf16 = settings.facts["dtype"] == "bf16"
@@ -118,4 +118,5 @@ def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> A
     if in_place and clipping and ranks.is_main:
         logger.warning("%s never has all gradients at once: gradient_clipping=%s is not applied.", name, clipping)
     monitor = MonitorMaster(get_monitor_config(settings.config))
-    return Fsdp2Engine(model, optimizer, settings.lr_schedule(optimizer), settings.accumulation, clipping, monitor)
+    schedule, accumulation = settings.lr_schedule(optimizer), settings.accumulation
+    return Fsdp2Engine(model, optimizer, schedule, accumulation, clipping, monitor, options.reduce_once)

@@ -13,7 +13,6 @@ from typing import Any
 import deepspeed
 import deepspeed.comm as dist
 import torch
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers.integrations import HfDeepSpeedConfig
 
@@ -39,6 +38,7 @@ from ds_memopt.train import checkpoint
 from ds_memopt.train.config import zero_stage
 from ds_memopt.train.data.corpus import Corpus, StepBatches, load_corpus, train_loader, validation_batches
 from ds_memopt.train.flops import model_flops
+from ds_memopt.train.model_speed import attention_of, check_under_deepspeed, make_ready
 from ds_memopt.train.options import PretrainOptions, RunOptions
 from ds_memopt.train.output_folder import claim
 from ds_memopt.train.presets import MODEL, build_model, count_parameters, parameter_groups
@@ -152,7 +152,9 @@ def run(engine: Any, settings: Settings, ranks: Ranks, work: Work, first_step: i
         checkpoint.remove_asides(settings.output_dir)
         mfu = flops if isinstance(flops, str) else flops.formula(peak)
         print(mfu, flush=True)
-        folder, resolved = settings.output_dir, {**settings.facts, "mfu": mfu, "deepspeed": settings.config}
+        speed = settings.speed | {"attention": attention_of(engine.module)}
+        folder = settings.output_dir
+        resolved = {**settings.facts, "speed": speed, "mfu": mfu, "deepspeed": settings.config}
         write_json(folder / "resolved_config.json", resolved)
         write_json(folder / "environment.json", environment(ranks.device, ranks.world_size, ranks.process_gib))
         metrics = MetricsFile(folder, first_step)
@@ -172,13 +174,13 @@ def run(engine: Any, settings: Settings, ranks: Ranks, work: Work, first_step: i
 
 def build_engine(options: RunOptions, settings: Settings, ranks: Ranks) -> Any:
     """The model inside DeepSpeed's engine, with the optimizer and schedule of the settings."""
+    check_under_deepspeed(options, zero_stage(settings.config))
     ds_memopt.register()
     partitioned = zero_stage(settings.config) == 3
     # transformers finds it by a weak reference, so it must live until the model is built.
     keep_alive = HfDeepSpeedConfig(settings.config) if partitioned else None
     model = build_model(options.model, settings.model_config, options.seed, ranks.device, partitioned)
-    if options.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    make_ready(model, options)
     announce(model, options, settings, ranks, f"ZeRO-{zero_stage(settings.config)}")
     engine, *_ = deepspeed.initialize(
         model=model,
@@ -212,10 +214,9 @@ def validation_loss(engine: Any, batches: list[tuple[torch.Tensor, torch.Tensor]
     engine.eval()
     with torch.no_grad():
         for inputs, labels in batches:
-            logits = engine(input_ids=inputs.to(device), use_cache=False).logits[:, :-1].float()
-            target = labels[:, 1:].to(device)
-            loss = cross_entropy(logits.flatten(0, 1), target.flatten(), ignore_index=IGNORED_LABEL, reduction="sum")
-            total += torch.stack([loss, (target != IGNORED_LABEL).sum()])
+            tokens = (labels[:, 1:] != IGNORED_LABEL).sum().to(device)
+            loss = engine(input_ids=inputs.to(device), labels=labels.to(device), use_cache=False).loss
+            total += torch.stack([torch.where(tokens > 0, loss * tokens, 0.0), tokens])
     engine.train()
     dist.all_reduce(total)
     return (total[0] / total[1]).item()

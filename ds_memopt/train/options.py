@@ -13,6 +13,7 @@ RUN = "run"
 SIZE = "size (default: what the DeepSpeed config fixes, else the model's recipe)"
 OPTIMIZER = "optimizer (default: the DeepSpeed config, else the model's recipe)"
 INTERVALS = "how often, in steps"
+SPEED = "faster and smaller steps, with the same result but for rounding"
 DATA = "model and data"
 
 
@@ -51,9 +52,25 @@ class RunOptions:
     accumulation: int | None = option(
         SIZE, "micro-batches per step; default: what makes up the recipe's global batch", at_least=1
     )
-    gradient_checkpointing: bool = option(SIZE, "recompute activations in backward, to save memory", default=False)
     memory_limit_gib: float | None = option(SIZE, "fail beyond it, as on a GPU of this size")
     dtype: Literal["fp32", "bf16"] | None = option(SIZE, "default: fp32 on CPU, bf16 on GPU")
+
+    attention: Literal["sdpa", "flash_attention_2", "eager"] | None = option(
+        SPEED, "who computes attention: PyTorch, the package flash-attn, plain products; default: what transformers "
+        "chooses for the model",
+    )  # fmt: skip
+    gradient_checkpointing: Literal["none", "full", "selective"] = option(
+        SPEED, "compute activations again in backward, to save memory; selective: but for matrix products and "
+        "attention; without a word: full; default: none", default="none", nargs="?", const="full",
+        choices=("none", "full", "selective"),
+    )  # fmt: skip
+    loss_chunks: int = option(
+        SPEED, "hold the logits of 1/N of the tokens at a time, and compute them again in backward; default: 1",
+        default=1, at_least=1,
+    )  # fmt: skip
+    compile: str | None = option(
+        SPEED, "torch.compile each layer, with this backend or inductor; default: no", nargs="?", const="inductor"
+    )
 
     optimizer: str | None = option(OPTIMIZER, "replaces the type in the DeepSpeed config: AdamW, AdamMini, ...")
     lr: float | None = option(OPTIMIZER, "learning rate after warm-up", at_least=0)
@@ -124,6 +141,10 @@ class PretrainOptions(RunOptions):
     model: str = option(DATA, "tiny, llama-39m ... llama-1b, llama2-7b, ... or a local HF folder", "tiny")
     data: str = option(DATA, "stdlib, synthetic, or a text/JSONL file or folder", "stdlib")
     tokenizer: str | None = option(DATA, "local Hugging Face tokenizer folder, for text and JSONL data")
+    reduce_once: bool = option(
+        SPEED, "FSDP2: reduce gradients after the last micro-batch of a step, and hold whole ones in fp32 until then",
+        default=False,
+    )  # fmt: skip
     validation_batches: int = option(DATA, "global batches of held-out text; default: 32", default=32, at_least=1)
 
 

@@ -29,6 +29,7 @@ from ds_memopt.train.config import (
     zero_stage,
 )
 from ds_memopt.train.config_check import check_config, check_optimizer_type, check_rules
+from ds_memopt.train.model_speed import check_speed
 from ds_memopt.train.options import RunOptions
 from ds_memopt.train.presets import Recipe, find_model, split_batch
 from ds_memopt.train.ranks import Ranks
@@ -54,6 +55,7 @@ class Settings:
     keep_checkpoints: int | None
     lr_schedule: Callable[[torch.optim.Optimizer], Any] | None
     facts: dict[str, Any]  # what the trajectory depends on: a resumed run must share it
+    speed: dict[str, Any]  # what it depends on by rounding alone, and a resumed run may change
 
     def is_due(self, step: int, interval: int) -> bool:
         return bool(interval) and (step % interval == 0 or step == self.steps)
@@ -127,6 +129,7 @@ def make_settings(
         config["optimizer"]["params"].setdefault(name, value)
     dtype = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
     check_rules(config, DTYPES[dtype])
+    speed = check_speed(options, config["optimizer"]["type"], ranks.device, dtype)
     seq_length = options.seq_length or recipe.seq_length
     facts = {
         "model": options.model,
@@ -158,6 +161,7 @@ def make_settings(
         keep_checkpoints=options.keep_checkpoints,
         lr_schedule=_lr_schedule(config, setting("schedule"), warmup_steps, steps),
         facts=json.loads(json.dumps(facts)),  # as a checkpoint gives them back: tuples are lists
+        speed=speed,
     )
 
 
