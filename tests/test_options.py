@@ -41,9 +41,9 @@ def test_each_type_is_read(monkeypatch):
     assert tuple(options.betas) == (0.8, 0.9) and options.dtype == "bf16" and options.gradient_checkpointing == "full"
     assert (options.steps, options.lr, options.resume) == (7, 1e-3, True)
     assert parse(monkeypatch, PretrainOptions, "--resume", "4").resume == 4
-    words = "--gradient_checkpointing selective --compile"
+    words = "--gradient_checkpointing selective --compile --profile 5"
     options = parse(monkeypatch, PretrainOptions, *words.split())
-    assert (options.gradient_checkpointing, options.compile) == ("selective", "inductor")
+    assert (options.gradient_checkpointing, options.compile, options.profile) == ("selective", "inductor", 5)
 
 
 @pytest.mark.parametrize(

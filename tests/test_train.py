@@ -237,6 +237,7 @@ def test_without_nvcc_a_gpu_runs_torch_adamw(tmp_path, monkeypatch, capsys):
         ({"validation_interval": -1}, "--validation_interval -1 is out of range: it must be at least 0"),
         ({"optimizer": "AdamMinus"}, "optimizer type 'AdamMinus' is unknown"),
         ({"schedule": "zigzag"}, "--schedule zigzag"),
+        ({"steps": 4, "profile": 2}, "--profile 2 traces .* this run has 4: give at least --steps 5"),
         ({"attention": "flash_attention_2"}, "flash_attention_2 needs a GPU, and this run is on a cpu; or take sdpa"),
         ({"compile": "inducto"}, "--compile inducto is no backend of torch.compile: choose one of .*inductor"),
         ({"loss_chunks": 0}, "--loss_chunks 0 is out of range: it must be at least 1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import shutil
@@ -95,7 +96,7 @@ def whole(folders) -> dict[int | str, Path]:
     runs = {
         2: _options(folders / "whole2", 2),
         3: _options(folders / "whole3", 3),
-        "recomputed": _options(folders / "recomputed", 3, gradient_checkpointing="full", save_interval=0),
+        "recomputed": _options(folders / "recomputed", 3, gradient_checkpointing="full", profile=1, save_interval=0),
         "bf16": _options(folders / "bf16", 2, dtype="bf16", data="synthetic", accumulation=1, steps=2, save_interval=0),
     }
     config = json.loads((ROOT / "ds_configs/zero3_mezo.json").read_text())
@@ -191,6 +192,13 @@ def test_zero_3_repeats_zero_2(whole, run):
     """The same weights, data order and updates: the losses differ by rounding alone (another seed: by 1e-2)."""
     for two, three in zip(read_metrics(whole[2]), read_metrics(whole[run]), strict=True):
         assert three["loss"] == pytest.approx(two["loss"], abs=2e-5)
+
+
+def test_a_trace_has_the_step_that_was_asked_for(whole):
+    with gzip.open(whole["recomputed"] / "trace.json.gz") as file:
+        names = {event["name"] for event in json.load(file)["traceEvents"] if "name" in event}
+    assert {name for name in names if name.startswith("ProfilerStep#")} == {"ProfilerStep#3"}  # counted from 0
+    assert {"aten::mm", "c10d::_allgather_base_"} & names
 
 
 def test_bf16_on_synthetic_data(whole):

@@ -44,6 +44,7 @@ from ds_memopt.train.output_folder import claim
 from ds_memopt.train.presets import MODEL, build_model, count_parameters, parameter_groups
 from ds_memopt.train.ranks import Ranks, first_rank_of_node_first, on_all_ranks, start_ranks
 from ds_memopt.train.settings import Settings, make_settings
+from ds_memopt.train.step_trace import StepTrace
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,7 @@ def _train(
     meter = CommunicationMeter(timer)
     reset_peak_memory(ranks.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    trace = StepTrace(settings.output_dir, settings.profile, ranks)
     on_terminal = ranks.is_main and sys.stderr.isatty()
     bar = tqdm(total=settings.steps, initial=first_step, unit="step", disable=not on_terminal)
     engine.train()  # transformers loads models for evaluation
@@ -263,6 +265,7 @@ def _train(
                 with timer.phase("optimizer"):
                     engine.step()
                 loss_sum += loss.detach()
+        trace.step()
         timer.count(work.tokens[step] - work.tokens[step - 1])
         bar.update()
         if not due:
@@ -309,6 +312,7 @@ def _train(
         meter.reset()
         timer.start()
     bar.close()
+    trace.stop()
 
 
 def _finite(value: Any) -> float | None:

@@ -95,6 +95,11 @@ class RunOptions:
         INTERVALS, "checkpoints; default: after the last step (never if synthetic); 0 = never", at_least=0
     )
 
+    profile: int = option(
+        INTERVALS, "write a trace of this many steps, default 2, after the first three: trace.json.gz of the output "
+        "folder, by PyTorch's profiler", default=0, at_least=0, nargs="?", type=int, const=2, metavar="STEPS",
+    )  # fmt: skip
+
     checkpoint_format: Literal["portable", "engine"] = option(
         INTERVALS, "portable (default): resumes on any number of ranks, at any stage; engine: DeepSpeed's or "
         "torch.distributed's own files", default="portable",

@@ -34,6 +34,7 @@ from ds_memopt.train.options import RunOptions
 from ds_memopt.train.presets import Recipe, find_model, split_batch
 from ds_memopt.train.ranks import Ranks
 from ds_memopt.train.resumed_batch import keep_global_batch, keep_halves, saved_facts
+from ds_memopt.train.step_trace import PASSED_OVER
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Settings:
     save_interval: int
     checkpoint_format: str
     keep_checkpoints: int | None
+    profile: int  # steps to trace
     lr_schedule: Callable[[torch.optim.Optimizer], Any] | None
     facts: dict[str, Any]  # what the trajectory depends on: a resumed run must share it
     speed: dict[str, Any]  # what it depends on by rounding alone, and a resumed run may change
@@ -103,6 +105,11 @@ def make_settings(
             print("no CUDA toolkit to compile DeepSpeed's FusedAdam with: AdamW runs as torch.optim.AdamW", flush=True)
 
     steps = options.steps or recipe.steps
+    if options.profile and steps < PASSED_OVER + options.profile:
+        raise ValueError(
+            f"--profile {options.profile} traces steps after the first {PASSED_OVER}, and this run has {steps}: give "
+            f"at least --steps {PASSED_OVER + options.profile}"
+        )
     defaults = options.defaults(steps, recipe.warmup_fraction, ranks.device.type == "cpu")
 
     def setting(name: str) -> Any:
@@ -159,6 +166,7 @@ def make_settings(
         save_interval=setting("save_interval"),
         checkpoint_format=options.checkpoint_format,
         keep_checkpoints=options.keep_checkpoints,
+        profile=options.profile,
         lr_schedule=_lr_schedule(config, setting("schedule"), warmup_steps, steps),
         facts=json.loads(json.dumps(facts)),  # as a checkpoint gives them back: tuples are lists
         speed=speed,
