@@ -35,7 +35,14 @@ def test_palm_formula():
         ("NVIDIA H100 80GB HBM3", "fp16", 989.4e12),
         ("NVIDIA H100 80GB HBM3", "fp32", None),
         ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "bf16", None),
-        ("NVIDIA GeForce RTX 4090", "bf16", None),
+        ("NVIDIA B200", "bf16", 36e15 / 8 / 2),
+        ("NVIDIA GB300", "bf16", 360e15 / 72 / 2),
+        ("NVIDIA B200 MIG 1g.23gb", "bf16", None),
+        # Compute units, FLOP of one in a cycle, cycles a second; of the RTX 4090 128 SMs at 2.52 GHz.
+        ("AMD Instinct MI300X", "bf16", pytest.approx(304 * 2048 * 2.1e9, rel=1e-4)),
+        ("AMD Instinct MI355X", "bf16", pytest.approx(256 * 4096 * 2.4e9, rel=1e-4)),
+        ("NVIDIA GeForce RTX 4090", "fp16", pytest.approx(128 * 512 * 2.52e9, rel=1e-3)),
+        ("NVIDIA GeForce RTX 3090", "bf16", None),
     ],
 )
 def test_peak_of_known_devices_only(monkeypatch, device, dtype, peak):

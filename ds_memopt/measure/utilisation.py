@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-# Dense bf16 and fp16 with sums in fp32, from NVIDIA's data sheets. By whole names: a MIG slice has another one.
+# Dense bf16 and fp16 with sums in fp32, in FLOP/s, by the names that PyTorch tells, whole: a MIG slice has another one.
+# From the data sheets of NVIDIA and AMD, halved where these count with sparsity: HGX B200 and HGX B300 have 36 PFLOP/s
+# in eight GPUs, GB200 NVL72 and GB300 NVL72 360 in 72. GeForce: the tables of NVIDIA's white papers on Ada and on RTX
+# Blackwell. NVIDIA has no public sheet for the H20: its figure is that of server makers.
 PEAK_FLOPS = {
     **dict.fromkeys(
         (
@@ -21,6 +24,17 @@ PEAK_FLOPS = {
     ),
     **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H800", "NVIDIA H200"), 989.4e12),
     "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA GH200 480GB": 989.4e12,
+    **dict.fromkeys(("NVIDIA H20", "NVIDIA H20-3e"), 148e12),
+    **dict.fromkeys(("NVIDIA B200", "NVIDIA B300 SXM6 AC"), 2250e12),
+    **dict.fromkeys(("NVIDIA GB200", "NVIDIA GB300"), 2500e12),
+    "NVIDIA L40S": 362.05e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 5090": 209.5e12,
+    **dict.fromkeys(("AMD Instinct MI300X", "AMD Instinct MI325X", "AMD Instinct MI325 OAM"), 1307.4e12),
+    "AMD Instinct MI350X": 2306.9e12,
+    **dict.fromkeys(("AMD Instinct MI355X", "AMD Instinct MI355 OAM"), 2516.6e12),
 }
 
 MEMORY_BANDWIDTH = {
