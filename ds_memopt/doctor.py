@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,8 @@ def examine() -> Iterator[Finding]:
     ):  # fmt: skip
         yield look()
     yield from _kernels()
+    if torch.cuda.is_available():
+        yield from _variables(os.environ)
 
 
 def report(show: Callable[[str], None] = print) -> int:
@@ -168,6 +170,31 @@ def _kernels() -> Iterator[Finding]:
             found += f", but {VARIABLE}={chosen}"
         without = f"Steps on {device} are made by plain PyTorch, which is slower: {reason}" if reason and there else ""
         yield Finding(f"Kernels, {name}", f"{found}. {reason}" if reason and not there else found, without)
+
+
+FOR_DEBUGGING = (
+    "NCCL_P2P_DISABLE", "NCCL_P2P_LEVEL", "NCCL_SHM_DISABLE", "NCCL_IB_DISABLE", "NCCL_ALGO", "NCCL_PROTO",
+)  # fmt: skip
+"""Usual ones of those that NCCL's documentation (Environment Variables, Debugging) wants out of production."""
+
+
+def _variables(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """What the environment tells PyTorch's allocator, NCCL and CUDA."""
+    allocator = environment.get("PYTORCH_ALLOC_CONF") or environment.get("PYTORCH_CUDA_ALLOC_CONF")
+    advice = "PYTORCH_ALLOC_CONF=expandable_segments:True may lose less to fragments where memory is short"
+    yield Finding("PyTorch's allocator", allocator or f"as it is by default; {advice}")
+    given = [f"{name}={environment[name]}" for name in FOR_DEBUGGING if name in environment]
+    yield Finding(
+        "NCCL", ", ".join(given) or "chooses its ways by itself",
+        "NCCL's documentation has these for debugging alone: they keep it from choosing what is fastest. Unset them."
+        if given else "",
+    )  # fmt: skip
+    if environment.get("CUDA_DEVICE_MAX_CONNECTIONS") == "1":
+        yield Finding(
+            "CUDA_DEVICE_MAX_CONNECTIONS", "1",
+            "Collectives of ZeRO and FSDP2 wait for computing, and computing for them, instead of running beside it: "
+            "Megatron-LM refuses 1 with FSDP2. Unset it; tensor parallelism alone wants it.",
+        )  # fmt: skip
 
 
 def _mpi() -> Finding:

@@ -63,6 +63,16 @@ def test_the_word_for_kernels_is_looked_at(monkeypatch):
     assert "DS_MEMOPT_KERNELS=cuda is out of range" in finding.without
 
 
+def test_what_the_environment_costs_on_a_gpu_is_told():
+    plain = list(doctor._variables({}))
+    assert [one.name for one in plain] == ["PyTorch's allocator", "NCCL"] and not any(one.without for one in plain)
+    assert "PYTORCH_ALLOC_CONF=expandable_segments:True" in plain[0].found
+    given = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "NCCL_ALGO": "Ring", "NCCL_SOCKET_IFNAME": "eth0"}
+    allocator, nccl, connections = doctor._variables(given | {"CUDA_DEVICE_MAX_CONNECTIONS": "1"})
+    assert allocator.found == "expandable_segments:True" and nccl.found == "NCCL_ALGO=Ring"
+    assert "Unset them" in nccl.without and "Unset it" in connections.without
+
+
 def test_a_lock_that_nobody_holds_is_told(tmp_path, monkeypatch):
     """DeepSpeed would wait for ever; while a process compiles, it is right to."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
