@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from adam_mini import Adam_mini
+from tiny import llama
 from torch import nn
 
 from ds_memopt.blocks import Columns, Contiguous, assign_blocks, assign_blocks_by_name, format_assignment
@@ -367,6 +368,16 @@ def test_classes_that_fully_shard_swaps_in_are_recognised():
     for module in model.modules():
         module.__class__ = type(f"FSDP{type(module).__name__}", (type(module),), {})
     assert assign_blocks(model) == expected
+
+
+def test_a_linear_layers_own_configuration_tells_no_sizes():
+    """As that of torchao's layers in float8: queries lost their heads."""
+    model = llama()
+    before = assign_blocks(model)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.config = SimpleNamespace(emulate=True)
+    assert assign_blocks(model) == before
 
 
 def test_value_blocks_whole():

@@ -127,12 +127,13 @@ def _ancestors(name: str, modules: Mapping[str, nn.Module]) -> list[nn.Module]:
 def _sources(above: list[nn.Module]) -> Iterator[object]:
     """Where sizes may be stated, nearest first: the modules up to the first that has a configuration, then that.
 
-    Nothing further out is asked: the text model's heads say nothing about a vision tower's.
+    Nothing further out is asked: the text model's heads say nothing about a vision tower's. A linear layer's own
+    configuration, as that of torchao's Float8Linear, tells how it multiplies and no size.
     """
     for module in above:
         yield module
         config = getattr(module, "config", None)
-        if config is not None:
+        if config is not None and not isinstance(module, nn.Linear):
             yield config
             if getattr(config, "text_config", None) is not None:
                 yield config.text_config
