@@ -7,7 +7,9 @@ import torch
 from tiny import GLOBAL_BATCH, LENGTH, batches, equal, llama
 from torch.utils.flop_counter import FlopCounterMode
 
+from ds_memopt.blocks import assign_blocks
 from ds_memopt.train import model_speed
+from ds_memopt.train.float8 import check_float8, use_float8
 from ds_memopt.train.model_speed import check_speed, make_ready
 from ds_memopt.train.options import PretrainOptions
 
@@ -27,7 +29,8 @@ def loss_and_gradients(model, labels: torch.Tensor | None = None, **other) -> di
 def apart(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     """The largest difference of a tensor, relative to its norm."""
     assert ours.keys() == theirs.keys()
-    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs)
+    pairs = [(ours[name].double(), theirs[name].double()) for name in theirs]
+    return max(((one - other).norm() / other.norm()).item() for one, other in pairs)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -67,8 +70,9 @@ def test_checkpointing_changes_no_bit_and_selective_repeats_no_product():
 
 def test_plain_attention_is_pytorchs():
     ours = loss_and_gradients(prepared(llama(attn_implementation="eager"), attention="sdpa"))
-    print(apart(ours, loss_and_gradients(llama(attn_implementation="eager"))))
-    assert 0 < apart(ours, loss_and_gradients(llama(attn_implementation="eager"))) < 2e-6
+    error = apart(ours, loss_and_gradients(llama(attn_implementation="eager")))
+    print(error)
+    assert 0 < error < 2e-6
 
 
 def test_what_flash_attention_needs_is_told(monkeypatch):
@@ -83,3 +87,36 @@ def test_what_flash_attention_needs_is_told(monkeypatch):
 def test_losses_at_perturbed_weights_need_whole_logits():
     with pytest.raises(ValueError, match="--loss_chunks 4: MeZO compares losses of forwards .* lower --micro_batch"):
         check_speed(PretrainOptions(deepspeed_config="", loss_chunks=4), "MeZO", torch.device("cpu"), "fp32")
+
+
+def test_layers_in_float8_keep_their_blocks():
+    """Where a swapped layer's own configuration was taken for the model's, queries lost their heads. Gradients of the
+    three recipes differ from bf16's by 0.12, 0.09 and 0.08 of their norm: float8 has 3 bits after the first."""
+    pytest.importorskip("torchao")
+    sizes = dict(hidden_size=48, intermediate_size=64, head_dim=16, num_attention_heads=4, num_key_value_heads=2)
+    sizes["attn_implementation"] = "sdpa"
+    model = llama(**sizes).bfloat16()
+    before, whole = assign_blocks(model), loss_and_gradients(model)
+    for recipe in ("tensorwise", "rowwise", "rowwise_with_gw_hp"):
+        model = llama(**sizes).bfloat16()
+        assert "14 of 14 linear layers" in use_float8(model, recipe, torch.device("cpu"))
+        assert assign_blocks(model) == before and type(model.lm_head) is torch.nn.Linear
+        error = apart(loss_and_gradients(model), whole)
+        print(recipe, error)
+        assert 1e-2 < error < 0.2
+
+
+def test_what_float8_needs_is_told(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--float8 rowwise needs the package torchao"):
+        check_float8("rowwise", "AdamMini", torch.device("cpu"), "bf16")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100-SXM4-80GB")
+    for method, device, dtype, message in (
+        ("AdamMini", "cpu", "fp32", "add --dtype bf16"),
+        ("MeZO", "cpu", "bf16", "MeZO compares losses"),
+        ("GWT", "cuda", "bf16", "capability 8.9 or more, which NVIDIA A100-SXM4-80GB has not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_float8("tensorwise", method, torch.device(device), dtype)

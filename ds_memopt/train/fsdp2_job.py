@@ -13,6 +13,7 @@ from deepspeed.monitor.monitor import MonitorMaster
 from ds_memopt.engines.fsdp2_engine import Fsdp2Engine, shard
 from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.train.config import SHARED_HYPERPARAMETERS
+from ds_memopt.train.float8 import check_float8, use_float8
 from ds_memopt.train.loop import announce, pretrain_under
 from ds_memopt.train.model_speed import make_ready
 from ds_memopt.train.options import PretrainOptions
@@ -69,6 +70,8 @@ def fsdp2_settings(options: PretrainOptions, ranks: Ranks) -> Settings:
             "bf16.bf16_master_weights_and_grads is DeepSpeed's: remove it, or with AdamMini or GWT ask for bf16 "
             'weights by "masters": "remainder16" in optimizer.params'
         )
+    if options.float8:
+        check_float8(options.float8, name, ranks.device, settings.facts["dtype"])
     if params.get("release_gradients"):
         _check_release(settings, name)
     if name == "AdamW":
@@ -98,8 +101,9 @@ def _check_release(settings: Settings, name: str) -> None:
 def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> Any:
     """The model under FSDP2, with the optimizer and schedule of the settings."""
     model = build_model(options.model, settings.model_config, options.seed, ranks.device, partitioned=False)
+    float8 = f", {use_float8(model, options.float8, ranks.device)}" if options.float8 else ""
     make_ready(model, options)
-    announce(model, options, settings, ranks, "FSDP2")
+    announce(model, options, settings, ranks, f"FSDP2{float8}")
     name, params = settings.config["optimizer"]["type"], settings.config["optimizer"]["params"]
     bf16 = settings.facts["dtype"] == "bf16"
     method = method_of(name)

@@ -19,6 +19,7 @@ from ds_memopt.train.options import SPEED, RunOptions
 KEPT_BY_SELECTIVE = [
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
@@ -54,6 +55,8 @@ def check_under_deepspeed(options: RunOptions, zero_stage: int) -> None:
             f"--compile {options.compile}: ZeRO-3 gathers each matrix by a hook inside the layer, where graphs break: "
             "take ZeRO-2, or FSDP2 (launch/pretrain_fsdp2.py), which gathers a layer as a whole"
         )
+    if getattr(options, "float8", None):
+        raise ValueError(f"--float8 {options.float8} is FSDP2's (launch/pretrain_fsdp2.py): leave it out")
     if getattr(options, "reduce_once", False):
         raise ValueError(
             "--reduce_once is FSDP2's (launch/pretrain_fsdp2.py): ZeRO-0 and 1 reduce once a step by themselves, "

@@ -146,6 +146,10 @@ class PretrainOptions(RunOptions):
     model: str = option(DATA, "tiny, llama-39m ... llama-1b, llama2-7b, ... or a local HF folder", "tiny")
     data: str = option(DATA, "stdlib, synthetic, or a text/JSONL file or folder", "stdlib")
     tokenizer: str | None = option(DATA, "local Hugging Face tokenizer folder, for text and JSONL data")
+    float8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = option(
+        SIZE, "FSDP2: products with layers' weights in float8, by torchao, with a scale for each tensor, each row, or "
+        "each row but weights' gradients in bf16; default: no",
+    )  # fmt: skip
     reduce_once: bool = option(
         SPEED, "FSDP2: reduce gradients after the last micro-batch of a step, and hold whole ones in fp32 until then",
         default=False,

@@ -151,6 +151,7 @@ def make_settings(
         "schedule": config.get("scheduler") or [setting("schedule"), warmup_steps],
         "gradient_clipping": config["gradient_clipping"],
         "dtype": dtype,
+        "float8": getattr(options, "float8", None),
         "seed": options.seed,
     }
     return Settings(
