@@ -48,6 +48,22 @@ def runs(request) -> list[dict]:
     ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def measured_once():
+    """Most plans here are of one model and one length: a second or two of each."""
+    known = {}
+
+    def measure(config, *arguments, **options):
+        key = config.to_json_string(), arguments, tuple(sorted(options.items()))
+        if key not in known:
+            known[key] = measure_activations(config, *arguments, **options)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "measure_activations", measure)
+        yield
+
+
 def held(real: dict, plan: Prediction) -> list[str]:
     """The kinds of bytes that a rank holds otherwise than predicted."""
     return [kind for kind in ("weights", "masters", "gradients", "states") if getattr(plan, kind) != real[kind]]
