@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.functional import cross_entropy, pad
 from torch.utils.checkpoint import checkpoint
 
@@ -56,7 +57,7 @@ class LossInHead:
         if self.labels is None:  # they were given by position
             return self.loss_of_logits(logits=logits, labels=labels, **other)
         # An engine's hooks may have put an alias into its place.
-        if logits.untyped_storage()._cdata != self.sum.untyped_storage()._cdata:
+        if StorageWeakRef(logits.untyped_storage()) != StorageWeakRef(self.sum.untyped_storage()):
             raise ValueError(
                 f"--loss_chunks {self.chunks}: this model changes its head's logits before the loss, as by a soft cap, "
                 "and the loss that its head computes would lack that: leave it out"
