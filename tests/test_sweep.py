@@ -33,10 +33,20 @@ def test_search_finds_the_largest_of_all_limits(smallest):
         assert len(tried) == len(set(tried)) <= 12 and max(tried) <= 64
 
 
-def _sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+def _sizes(folder: Path) -> list[str]:
     sizes = ["--gpus", "1", "--seq_length", "512", "--warm_up", "1", "--measure", "2", "--memory_limit_gib", "0.55"]
-    sizes += ["--timeout", str(TIME_LIMIT)]
-    command = [sys.executable, str(ROOT / "launch/throughput.py"), "--output_dir", str(folder), *sizes, *arguments]
+    return ["--output_dir", str(folder), *sizes, "--timeout", str(TIME_LIMIT)]
+
+
+def _throughput(arguments: list[str], monkeypatch):
+    """launch/throughput.py's main with these arguments, in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "launch"))
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *arguments])
+    return runpy.run_path(str(ROOT / "launch/throughput.py"))["main"]
+
+
+def _sweep(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "launch/throughput.py"), *_sizes(folder), *arguments]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=4 * TIME_LIMIT, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -81,15 +91,25 @@ def test_sweep_keeps_a_line_for_every_case(swept):
     assert "AdamMini at ZeRO-3: " in done.stdout and "ds-memopt report" in done.stdout
 
 
-def test_resumed_sweep_runs_only_what_failed(swept):
+def test_resumed_sweep_runs_only_what_failed(swept, monkeypatch):
     folder, _ = swept
     before = _rows(folder / "out")
+    started = []
+
+    def start(command, log, timeout):
+        started.append(command)
+        return "failed", "again"
+
+    monkeypatch.setattr("ds_memopt.train.sweep._execute", start)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # main's would stay in this process
     optimizers = ["--optimizer", "AdamMini", str(folder / "wrong.json"), "--stage", "3"]
-    done = _sweep(folder / "out", *optimizers, "--resume", "--largest_micro_batch", "8")
-    assert done.returncode == 0, done.stderr[-3000:]
+    arguments = [*_sizes(folder / "out"), *optimizers, "--resume", "--largest_micro_batch", "8"]
+    assert _throughput(arguments, monkeypatch)() == 0
     after = _rows(folder / "out")
-    changed = {name for name in after if after[name] != before.get(name)}
-    assert changed == {"wrong-zero3-batch1"}  # tried again: its port and seconds differ
+    assert {name for name in after if after[name] != before.get(name)} == {"wrong-zero3-batch1"}
+    ((*words,),) = started
+    assert str(folder / "out/wrong-zero3-batch1/ds_config.json") in words
+    assert after["wrong-zero3-batch1"]["reason"] == "again"
 
 
 @pytest.mark.parametrize(
@@ -107,11 +127,9 @@ def test_resumed_sweep_runs_only_what_failed(swept):
     ],
 )
 def test_user_errors_come_before_any_case(arguments, message, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "launch"))
-    monkeypatch.setattr(sys, "argv", ["throughput.py", "--output_dir", str(tmp_path / "out"), *arguments])
-    throughput = runpy.run_path(str(ROOT / "launch/throughput.py"))
+    main = _throughput(["--output_dir", str(tmp_path / "out"), *arguments], monkeypatch)
     with pytest.raises(SystemExit) as stopped:
-        throughput["main"]()
+        main()
     assert message in str(stopped.value) and not (tmp_path / "out").exists()
 
 
