@@ -6,10 +6,12 @@ import gc
 
 # Two processes take one file after another: with the longest first none is left alone.
 LONGEST_FIRST = (
-    "test_exactness", "test_ipsgd", "test_plan", "test_train_multirank", "test_peak", "test_lockstep", "test_launchers",
-    "test_finetune", "test_zeroth", "test_sweep", "test_features", "test_names", "test_rotation", "test_every_method",
-    "test_engines", "test_compile", "test_badam", "test_noise", "test_checkpoints", "test_documents", "test_processes",
-    "test_doctor", "test_directions", "test_resume",
+    "test_exactness", "test_plan", "test_ipsgd", "test_train_multirank", "test_features", "test_sweep",
+    "test_launchers", "test_peak", "test_lockstep", "test_zeroth", "test_processes", "test_engines", "test_finetune",
+    "test_rotation", "test_storage", "test_examples", "test_every_method", "test_names", "test_resume",
+    "test_portable_job", "test_triton", "test_compile", "test_checkpoints", "test_portable", "test_badam", "test_noise",
+    "test_doctor", "test_documents", "test_wide_state", "test_length_batches", "test_measure", "test_output_folder",
+    "test_directions",
 )  # fmt: skip
 
 
