@@ -70,9 +70,13 @@ FP32_CASES = {
     "zero3, offload": {"stage": 3, "zero_optimization": OFFLOAD},
     "zero3, offload of parameters": {"stage": 3, "zero_optimization": {"offload_param": {"device": "cpu"}}},
 }
+LIMIT_OF = {name: name[:5] for name in FP32_CASES} | {"zero0, bf16": "zero1, bf16"}
+"""Where AdamW runs for a placement's limit, if not in itself: what is kept elsewhere is computed alike."""
 INNER_RULES = [rule for rule in RULES if "," in rule]
 FOR_INNER_RULES = ("plain", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero1, bf16", "zero3, bf16")
 """What these keep lies as their method without options keeps it: the other placements are for the others."""
+FOR_HSDP = ("AdamW", "AdamMini", "GWT, adam_mini", "BAdam, gwt")
+"""What the others sum over ranks is summed in one of these."""
 BF16_CASES = {
     "zero0, bf16": {"stage": 0, **BF16},
     "zero1, bf16": {"stage": 1, **BF16},
@@ -198,8 +202,8 @@ def is_tried(rule: str, placement: str) -> bool:
     """What a limit is made of, of AdamW, on one rank at ZeRO-3 in fp32 only. On three ranks the inner rules once in
     each way that parameters are cut."""
     ranks = dist.get_world_size()
-    if rule == "AdamW" and ranks == 1:
-        return placement.startswith("zero3") and placement not in BF16_CASES
+    if rule == "AdamW":
+        return LIMIT_OF.get(placement, placement) == placement if ranks > 1 else placement == "zero3"
     if rule in INNER_RULES:
         return placement in (FOR_INNER_RULES if ranks < 3 else ("fsdp2", "zero1", "zero3"))
     return True
@@ -227,4 +231,4 @@ def all_placements(cases: dict[str, dict]):
 def shards_held_twice() -> dict[str, dict[str, torch.Tensor]]:
     """HSDP: shards on two of four ranks, twice."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    return {rule: without_deepspeed(rule, lambda model: shard_fsdp2(model, mesh)) for rule in RULES}
+    return {rule: without_deepspeed(rule, lambda model: shard_fsdp2(model, mesh)) for rule in FOR_HSDP}

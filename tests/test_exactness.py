@@ -8,7 +8,9 @@ import pytest
 import torch
 from exactness_ranks import (
     BF16_CASES,
+    FOR_HSDP,
     FP32_CASES,
+    LIMIT_OF,
     RULES,
     all_placements,
     one_process,
@@ -50,7 +52,7 @@ def test_one_rank_is_bit_for_bit_the_plain_optimizer():
             apart = moved_apart(weights, reference[rule], start)
             print(f"N=1 {rule:15} {placement:32} {apart:.2e}")
             if placement.startswith("zero3") and placement not in BF16_CASES:
-                adamw = moved_apart(results["AdamW"][placement], reference["AdamW"], start)
+                adamw = moved_apart(results["AdamW"]["zero3"], reference["AdamW"], start)
                 assert apart <= 3 * adamw, (rule, placement)
             else:
                 assert apart == 0, (rule, placement)
@@ -87,7 +89,7 @@ def test_every_placement_gives_the_same_weights(world_size):
     for rule in METHODS:
         for placement, weights in results[rule].items():
             reference = bf16 if placement in BF16_CASES else fp32
-            peer = "zero1, bf16" if placement == "zero0, bf16" else placement
+            peer = LIMIT_OF.get(placement, placement)
             ours = moved_apart(weights, reference[rule], start)
             adamw = moved_apart(results["AdamW"][peer], reference["AdamW"], start)
             print(f"N={world_size} {rule:15} {placement:32} {ours:.2e}, AdamW {adamw:.2e}, ratio {ours / adamw:.2f}")
@@ -100,11 +102,11 @@ def test_every_placement_gives_the_same_weights(world_size):
 
 
 def test_shards_that_are_held_twice_give_the_same_weights():
-    """HSDP. The limit is that of the other placements; measured up to 2.6e-6, AdamW 4.5e-6."""
+    """HSDP. The limit is that of the other placements; measured up to 3.0e-6, AdamW 4.5e-6."""
     fp32, _, start = references()
     results = run_ranks(shards_held_twice, 4)[0]
     adamw = moved_apart(results["AdamW"], fp32["AdamW"], start)
-    for rule in METHODS:
+    for rule in FOR_HSDP[1:]:
         ours = moved_apart(results[rule], fp32[rule], start)
         print(f"N=4 {rule:15} HSDP, 2 x 2 {ours:.2e}, AdamW {adamw:.2e}, ratio {ours / adamw:.2f}")
         assert ours <= min(3 * adamw, 8e-6), rule
