@@ -6,7 +6,7 @@ from ds_memopt.kernels.codes import CODES, GROUP, join
 from ds_memopt.kernels.compiled import compile_exactly
 from ds_memopt.kernels.descriptors import ColumnPiece, Piece, RowPiece, Table
 from ds_memopt.kernels.noise_formulas import NOISE_KINDS, NoiseSource
-from ds_memopt.kernels.packed import REMAINDER_PROBE, Packing, Segment, Storage
+from ds_memopt.kernels.packed import REMAINDER_PROBE, Packing, Segment, Segments, Storage
 from ds_memopt.kernels.plain import (
     AdamScalars,
     adam_by_block,
@@ -35,6 +35,7 @@ __all__ = [
     "RowPiece",
     "Runs",
     "Segment",
+    "Segments",
     "Step",
     "Storage",
     "Table",

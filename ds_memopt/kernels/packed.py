@@ -50,6 +50,20 @@ class Segment(NamedTuple):
         return line * -(-self.row // GROUP) + place // GROUP - self.group + self.scale
 
 
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Where tensors have what is kept of their parameters, by number of tensor; built once per layout.
+
+    derived: what a back end makes of them, by a key of its own.
+    """
+
+    by_tensor: Sequence[Sequence[Segment]]
+    derived: dict[Any, Any] = field(default_factory=dict)
+
+    def __getitem__(self, number: int) -> Sequence[Segment]:
+        return self.by_tensor[number]
+
+
 class Maxima(Protocol):
     """Groups of entries, by number of tensor; ranks share some."""
 
@@ -64,22 +78,23 @@ class Maxima(Protocol):
 class Packing:
     """How one state of a call's tensors is kept: as codes with scales, or in bf16.
 
-    kept, segments: by number of tensor. probe: tells its noise from that of other states. scales, groups: those of
+    kept: by number of tensor, in any shape. probe: tells its noise from that of other states. scales, groups: those of
     codes. nearest: bf16 is rounded to nearest, not at random.
     """
 
     kept: Tensors
-    segments: Mapping[int, Sequence[Segment]]
+    segments: Segments
     probe: int
     scales: Tensors | None = None
     groups: Maxima | None = None
     nearest: bool = False
 
     def unpack(self) -> dict[int, torch.Tensor]:
-        """In fp32, new tensors."""
+        """In fp32, new tensors, 1-D."""
+        flat = {number: kept.view(-1) for number, kept in self.kept.items()}
         if self.scales is None:
-            return {number: kept.float() for number, kept in self.kept.items()}
-        return {number: self._decoded(number, kept) for number, kept in self.kept.items()}
+            return {number: kept.float() for number, kept in flat.items()}
+        return {number: self._decoded(number, kept) for number, kept in flat.items()}
 
     def _decoded(self, number: int, codes: torch.Tensor) -> torch.Tensor:
         values = torch.empty(len(codes), device=codes.device)
@@ -117,7 +132,7 @@ class Packing:
         return maxima
 
     def _keep(self, number: int, part: Segment, values: torch.Tensor, bits: torch.Tensor | None) -> None:
-        kept, found = self.kept[number], values[part.entries].float()
+        kept, found = self.kept[number].view(-1), values[part.entries].float()
         if self.scales is not None:
             scales = self.scales[number][part.scales_of(found.device)]
             kept[part.entries] = encode(found, scales, kept.dtype, bits)
@@ -134,7 +149,7 @@ class Storage:
     """
 
     remainders: Tensors
-    segments: Mapping[int, Sequence[Segment]]
+    segments: Segments
     states: Mapping[str, Packing]
     steps: Mapping[int, int]
     derived: dict[Any, Any] = field(default_factory=dict)
@@ -152,7 +167,7 @@ class Storage:
     @functools.cached_property
     def new_scales(self) -> dict[str, dict[int, torch.Tensor]]:
         """Of states in codes, by key: zeros, for a kernel that finds them. It still needs the old ones."""
-        return {key: packing.groups.new_blocks(packing.kept) for key, packing in self._coded.items()}
+        return {key: _zeros_like(packing.scales) for key, packing in self._coded.items()}
 
     def complete_new_scales(self) -> None:
         """Make those of shared groups those of all ranks, by the collectives of `Packing.pack`."""
@@ -165,7 +180,7 @@ class Storage:
             torch._foreach_copy_([packing.scales[number] for number in found], list(found.values()))
 
     @property
-    def segments_of_elements(self) -> Mapping[int, Sequence[Segment]]:
+    def segments_of_elements(self) -> Segments:
         """Where weights, and states of one entry per element, lie, with their scales where there are any."""
         of_states = [packing.segments for packing in (*self._coded.values(), *self.states.values())]
         return of_states[0] if of_states else self.segments
@@ -175,9 +190,9 @@ class Storage:
         return {key: packing for key, packing in self.states.items() if packing.scales is not None}
 
     def masters(self, weights: Tensors) -> dict[int, torch.Tensor]:
-        """fp32 copies of the weights that have remainders, the others themselves."""
+        """fp32 copies of the weights that have remainders, 1-D, and the others themselves."""
         return {
-            number: join(tensor, self.remainders[number]) if number in self.remainders else tensor
+            number: join(tensor, self.remainders[number]).view(-1) if number in self.remainders else tensor
             for number, tensor in weights.items()
         }
 
@@ -189,7 +204,14 @@ class Storage:
                 if remainder.dtype == torch.int8:
                     bits = rounding_bits(part, self.steps[number], REMAINDER_PROBE, remainder.device)
                 rounded, rest = split(masters[number][part.entries], remainder.dtype, bits)
-                weights[number][part.entries], remainder[part.entries] = rounded, rest
+                weights[number].view(-1)[part.entries], remainder.view(-1)[part.entries] = rounded, rest
+
+
+def _zeros_like(tensors: Tensors) -> dict[int, torch.Tensor]:
+    """In one piece of memory: one allocation in the place of hundreds. tensors: 1-D."""
+    lengths = list(map(len, tensors.values()))
+    like = next(iter(tensors.values()), torch.empty(0))
+    return dict(zip(tensors, like.new_zeros(sum(lengths)).split(lengths), strict=True))
 
 
 def rounding_bits(part: Segment, step: int, probe: int, device: torch.device) -> torch.Tensor:

@@ -7,7 +7,7 @@ AdamMini and AdamW whatever a `Storage` keeps.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from ds_memopt.kernels.codes import CODES
 from ds_memopt.kernels.cpp import schedules
 from ds_memopt.kernels.cpp.build import library
 from ds_memopt.kernels.cpp.noise_on_cpu import add_noise, move
-from ds_memopt.kernels.packed import Segment, Storage
+from ds_memopt.kernels.packed import Segment, Segments, Storage
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTScalars
 from ds_memopt.kernels.work import Runs, Tensors, Work
@@ -201,37 +201,48 @@ def _table(schedule: schedules.Schedule, *tensors: Tensors) -> np.ndarray:
 def _packed(storage: Storage, parameters: Tensors, moments: Tensors, second_moments: Tensors | None) -> np.ndarray:
     """`Packed` of packed.h by number of tensor, for all launches of a step. second_moments: those of elements."""
     if "cpp" not in storage.derived:
-        of_tensors = storage.segments_of_elements
-        first, segments = {}, []
-        for number, parts in of_tensors.items():
-            first[number] = len(segments)
-            segments += [(*part[:-1], part.key if part.key < 2**63 else part.key - 2**64) for part in parts]
-        segments = np.array(segments, dtype=np.int64).reshape(-1, len(Segment._fields))
-        table = np.zeros((max(parameters, default=-1) + 1, 16), dtype=np.int64)
-        for number, weights in parameters.items():
-            remainder = storage.remainders.get(number)
-            table[number] = (
-                weights.data_ptr(),
-                weights.dtype == torch.bfloat16,
-                *((0, 0) if remainder is None else (remainder.data_ptr(), remainder.itemsize)),
-                *_kept_state(storage, "exp_avg", moments, number),
-                *(_kept_state(storage, "exp_avg_sq", second_moments, number) if second_moments else [0] * 5),
-                segments.ctypes.data + first[number] * segments.strides[0] if number in first else 0,
-                storage.steps[number],
-            )
-        storage.derived["cpp"] = table, segments
-    return storage.derived["cpp"][0]
+        numbers, remainders = list(parameters), storage.remainders
+        rows, with_remainders = (np.array(list(of), dtype=np.int64) for of in (numbers, remainders))
+        table = np.zeros((max(numbers, default=-1) + 1, 16), dtype=np.int64)
+        table[rows, 0] = _addresses(parameters, numbers)
+        table[rows, 1] = [weights.dtype is torch.bfloat16 for weights in parameters.values()]
+        table[with_remainders, 2] = _addresses(remainders, remainders)
+        table[with_remainders, 3] = [remainder.itemsize for remainder in remainders.values()]
+        for place, key, tensors in ((4, "exp_avg", moments), (9, "exp_avg_sq", second_moments or {})):
+            for column, values in enumerate(_kept_state(storage, key, tensors, numbers)):
+                table[rows, place + column] = values
+        table[rows, 14] = _first_segments(storage.segments_of_elements)[rows]
+        table[rows, 15] = [storage.steps[number] for number in numbers]
+        storage.derived["cpp"] = table
+    return storage.derived["cpp"]
 
 
-def _kept_state(storage: Storage, key: str, tensors: Tensors, number: int) -> tuple[int, ...]:
-    """`KeptState` of packed.h."""
-    packing, kept = storage.states.get(key), tensors[number]
-    if packing is None:
-        return kept.data_ptr(), KINDS[kept.dtype], 0, 0, 0
-    if packing.scales is None:
-        return kept.data_ptr(), BF16_AT_RANDOM, 0, 0, packing.probe
-    scales = packing.scales[number].data_ptr(), storage.new_scales[key][number].data_ptr()
-    return kept.data_ptr(), KINDS[kept.dtype], *scales, packing.probe
+def _kept_state(storage: Storage, key: str, tensors: Tensors, numbers: Sequence[int]) -> Iterator[int | list[int]]:
+    """Columns of `KeptState` of packed.h; all tensors of a state are kept alike."""
+    if not tensors:
+        return
+    packing, dtype = storage.states.get(key), next(iter(tensors.values())).dtype
+    yield _addresses(tensors, numbers)
+    yield BF16_AT_RANDOM if packing is not None and packing.scales is None else KINDS[dtype]
+    if packing is not None:
+        coded = packing.scales is not None
+        yield _addresses(packing.scales, numbers) if coded else 0
+        yield _addresses(storage.new_scales[key], numbers) if coded else 0
+        yield packing.probe
+
+
+def _addresses(tensors: Tensors, numbers: Iterable[int]) -> list[int]:
+    return [tensors[number].data_ptr() for number in numbers]
+
+
+def _first_segments(segments: Segments) -> np.ndarray:
+    """The address of each tensor's first `Segment` of packed.h."""
+    if "cpp" not in segments.derived:
+        rows = [(*part[:-1], part.key - 2**64 * (part.key >= 2**63)) for parts in segments.by_tensor for part in parts]
+        table = np.array(rows, dtype=np.int64).reshape(-1, len(Segment._fields))
+        first = np.cumsum([0, *map(len, segments.by_tensor)])[:-1]
+        segments.derived["cpp"] = table, table.ctypes.data + first * table.strides[0]
+    return segments.derived["cpp"][1]
 
 
 def _scalars(

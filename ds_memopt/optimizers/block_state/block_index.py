@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from ds_memopt.blocks import Columns, Contiguous, ParamBlocks, Tiled
-from ds_memopt.kernels import ColumnPiece, Piece, RowPiece, Runs, Table, Work, add_mean_squares, row_of
+from ds_memopt.kernels import ColumnPiece, Piece, RowPiece, Runs, Segments, Table, Work, add_mean_squares, row_of
 from ds_memopt.shards import Interval, Layout, Seams, numel_of
 
 CACHED = 2**18
@@ -112,6 +112,7 @@ class BlockIndex:
     pieces[i]: the table of tensor i for `kernels`. intervals[i]: the blocks of each interval of tensor i, if the
     structure has the parameter. num_blocks[i]: the tensor's blocks on this rank; most_blocks[i]: on the rank that has
     most, for a tensor that stands for one parameter.
+    segments: what storage.py builds of it, by the structure of states.
     """
 
     def __init__(
@@ -124,6 +125,7 @@ class BlockIndex:
         self._blocks = blocks
         self._tensors = [(tensor.device, step_dtype(tensor.dtype)) for tensor in tensors]
         self._counts: dict[int, tuple[torch.Tensor, int]] = {}
+        self.segments: dict[str | None, Segments] = {}
         self._packed: Table | None = None
         self._packed_work: Work | None = None
         self._within: Work | None = None

@@ -37,7 +37,6 @@ from ds_memopt.optimizers.block_state.storage import (
     groups_of,
     intervals_of,
     is_code,
-    is_packed,
     kept_of,
     packings_of,
     scale_key,
@@ -256,22 +255,17 @@ class ShardedOptimizer(NamedOptimizer):
 
     def _with_storage(self, call: OptimizerCall) -> OptimizerCall:
         """The call, with states under their own keys, whatever they are kept in."""
-        storage = self._storage(call)
-        if not storage.remainders and not storage.states:
-            return call
-        states = {
-            number: kept | {key: packing.kept[number] for key, packing in storage.states.items()}
-            for number, kept in call.states.items()
-        }
-        return replace(call, states=states, storage=storage)
-
-    def _storage(self, call: OptimizerCall) -> Storage:
         packings = packings_of(self.states, self.kept, call.states, call.indexes, self.structures)
         remainders = {number: kept[REMAINDER] for number, kept in call.states.items() if REMAINDER in kept}
-        segments = {number: segments_of(ELEMENT, call.indexes, self.structures, number) for number in remainders}
-        packed = packings or remainders
-        steps = {number: int(step) + 1 for number, step in call.state("step").items()} if packed else {}
-        return Storage(remainders, segments, packings, steps)
+        if not packings and not remainders:
+            return call
+        segments = segments_of(ELEMENT, call.indexes, self.structures)
+        steps = {number: int(step) + 1 for number, step in call.state("step").items()}
+        states = {
+            number: kept | {key: packing.kept[number] for key, packing in packings.items()}
+            for number, kept in call.states.items()
+        }
+        return replace(call, states=states, storage=Storage(remainders, segments, packings, steps))
 
     def step_bytes(self) -> int | None:
         tensors = [tensor for group in self.param_groups for tensor in group["params"] if tensor.grad is not None]
@@ -295,10 +289,7 @@ class ShardedOptimizer(NamedOptimizer):
         groups: tuple[dict, ...],
         indexes: Mapping[str, BlockIndex],
     ) -> OptimizerCall:
-        # What is packed lies at places of a 1-D view.
-        packed = any(is_packed(key, layout, self.kept) for key, layout in self.states.items())
-        packed = packed or any(REMAINDER in state for state in states.values())
-        of_rank = self.placement.local if packed else self.placement.stored
+        of_rank = self.placement.stored
         return OptimizerCall(
             {number: of_rank(tensors[number]) for number in gradients},
             {number: of_rank(gradient).contiguous() for number, gradient in gradients.items()},

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 
 from ds_memopt.blocks import Contiguous, ParamBlocks, Tiled
-from ds_memopt.kernels import CODES, GROUP, REMAINDER_PROBE, Packing, Segment
+from ds_memopt.kernels import CODES, GROUP, REMAINDER_PROBE, Packing, Segment, Segments
 from ds_memopt.optimizers.base.hyper_parameters import AdamHyperParameters, choice, hyper_parameter
 from ds_memopt.optimizers.block_state.block_index import BlockIndex
 from ds_memopt.optimizers.probes.noise import name_hash
@@ -188,7 +188,7 @@ def packings_of(
         groups = indexes[scale_key(key)] if coded else None
         packings[key] = Packing(
             kept={number: of_tensor[code_key(key) if coded else key] for number, of_tensor in tensors.items()},
-            segments={number: segments_of(layout, indexes, structures, number, groups) for number in tensors},
+            segments=segments_of(layout, indexes, structures, groups),
             probe=probe,
             scales={number: of_tensor[scale_key(key)] for number, of_tensor in tensors.items()} if coded else None,
             groups=groups,
@@ -201,10 +201,24 @@ def segments_of(
     layout: StateLayout,
     indexes: Mapping[str, BlockIndex],
     structures: Mapping[str, Mapping[str, ParamBlocks]],
-    number: int,
     scales: BlockIndex | None = None,
+) -> Segments:
+    """Where the entries of a state lie in the tensors', and, with an index of their groups, where their scales do."""
+    first, *_ = indexes.values()
+    built = (scales or first).segments
+    if layout.structure not in built:
+        numbers = range(len(first.intervals))
+        built[layout.structure] = Segments([_segments(layout, indexes, structures, n, scales) for n in numbers])
+    return built[layout.structure]
+
+
+def _segments(
+    layout: StateLayout,
+    indexes: Mapping[str, BlockIndex],
+    structures: Mapping[str, Mapping[str, ParamBlocks]],
+    number: int,
+    scales: BlockIndex | None,
 ) -> list[Segment]:
-    """Where the entries of a state lie in a tensor's, and, with an index of their groups, where their scales do."""
     groups = {part.interval.name: part for part in scales.intervals[number]} if scales is not None else {}
     segments = []
     for name, place in _places(layout, indexes, structures, number).items():
