@@ -191,10 +191,8 @@ class Storage:
 
     def masters(self, weights: Tensors) -> dict[int, torch.Tensor]:
         """fp32 copies of the weights that have remainders, 1-D, and the others themselves."""
-        return {
-            number: join(tensor, self.remainders[number]).view(-1) if number in self.remainders else tensor
-            for number, tensor in weights.items()
-        }
+        exact = {number: join(weights[number].view(-1), rest.view(-1)) for number, rest in self.remainders.items()}
+        return {**weights, **exact}
 
     def keep_masters(self, weights: Tensors, masters: Tensors) -> None:
         """Take back what `masters` gave out."""

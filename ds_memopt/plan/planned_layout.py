@@ -143,9 +143,9 @@ class PlannedRows(PlainPlacement):
     def cut(self, tensor: torch.Tensor, name: str) -> Cut:
         return Cut(tensor.numel(), self.ranks.piece_of_rows(tensor.shape), self.ranks.rank, None)
 
-    def local(self, tensor: torch.Tensor) -> torch.Tensor:
-        held, flat = self._held.get(tensor), super().local(tensor)
-        return flat if held is None else flat[held.start : held.start + held.length]
+    def stored(self, tensor: torch.Tensor) -> torch.Tensor:
+        held = self._held.get(tensor)
+        return tensor if held is None else tensor.view(-1)[held.start : held.start + held.length]
 
     def new_state(self, tensor: torch.Tensor, lengths: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
         # As a DTensor: those of blocks are padded to the rank that has most.
