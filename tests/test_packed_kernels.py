@@ -10,14 +10,20 @@ import torch
 from test_kernels import CUTS, SHAPES, Ranks, beginning, borders, gradients, on_threads, spread, total
 
 from ds_memopt.kernels import join
-from ds_memopt.optimizers import AdamMini
+from ds_memopt.optimizers import GWT, AdamMini
 from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.optimizers.block_state.block_index import BlockIndex
 from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
 from ds_memopt.optimizers.block_state.storage import REMAINDER
 from ds_memopt.shards import Layout
 
-METHODS = {"AdamMini": (AdamMini, {"head_dim": 4}), "AdamW": (AdamW, {})}
+METHODS = {
+    "AdamMini": (AdamMini, {"head_dim": 4}),
+    "AdamW": (AdamW, {}),
+    "GWT": (GWT, {"level": 2}),
+    "GWT, no limiter": (GWT, {"level": 3, "limiter": None}),
+    "GWT over Adam-mini": (GWT, {"level": 1, "base": "adam_mini", "head_dim": 4}),
+}
 STORAGES = [
     ("bfloat16", "fp32", "remainder16"),
     ("bfloat16", "bf16", "remainder8"),
@@ -42,11 +48,34 @@ class MaxRanks(Ranks):
 
 
 class Result(NamedTuple):
-    """What ranks keep, one after the other. codes: of states, or these in bf16; scales: of shared groups several."""
+    """What ranks keep. codes: of states, or these in bf16, parameter by parameter; scales: of shared groups several."""
 
     masters: torch.Tensor
     codes: dict[str, torch.Tensor]
     scales: dict[str, torch.Tensor]
+
+
+class Part(NamedTuple):
+    """Entries of a parameter's state on one rank."""
+
+    name: str
+    first: int
+    entries: torch.Tensor
+
+
+def joined(parts: list[Part]) -> torch.Tensor:
+    """The entries of all parameters, in fp64. Ranks that have the same ones must keep the same."""
+    whole = {}
+    for name in SHAPES:
+        of_name = [part for part in parts if part.name == name]
+        count = max((part.first + len(part.entries) for part in of_name), default=0)
+        whole[name] = torch.full((count,), torch.nan, dtype=torch.float64)
+        for _, first, entries in of_name:
+            place = whole[name][first : first + len(entries)]
+            known = ~place.isnan()
+            assert torch.equal(place[known], entries[known].double())
+            place.copy_(entries)
+    return torch.cat(list(whole.values()))
 
 
 def new_optimizer(method: str, storage: tuple[str, str, str]) -> ShardedOptimizer:
@@ -63,12 +92,12 @@ def step(method: str, storage: tuple[str, str, str], cuts: list[int], not_a_numb
     edges = [0, *cuts, total()]
     ranks = MaxRanks(len(edges) - 1)
     parts = on_threads(len(edges) - 1, lambda rank: of_rank(method, storage, rank, edges, ranks, not_a_number))
-    codes = {key: torch.cat([part.codes[key] for part in parts]) for key in parts[0].codes}
-    scales = {key: torch.cat([part.scales[key] for part in parts]) for key in parts[0].scales}
-    return Result(torch.cat([part.masters for part in parts]), codes, scales)
+    masters, codes, scales = zip(*parts, strict=True)
+    of_all = {key: joined([part for of_rank in codes for part in of_rank[key]]) for key in codes[0]}
+    return Result(torch.cat(masters), of_all, {key: torch.cat([of[key] for of in scales]) for key in scales[0]})
 
 
-def of_rank(method, storage, rank, edges, ranks, not_a_number) -> Result:
+def of_rank(method, storage, rank, edges, ranks, not_a_number) -> tuple[torch.Tensor, dict, dict]:
     optimizer, (start, stop) = new_optimizer(method, storage), edges[rank : rank + 2]
     dtype = getattr(torch, storage[0])
     layout = Layout(tuple(spread(start, stop)), (borders(edges[1:-1]),))
@@ -93,8 +122,17 @@ def of_rank(method, storage, rank, edges, ranks, not_a_number) -> Result:
         optimizer.update(optimizer._with_storage(call))
     assert not tensors[0].any()
     masters = join(flat, state[REMAINDER]) if REMAINDER in state else flat
-    codes = {key: value for key, value in state.items() if key.endswith("_code") or value.dtype == torch.bfloat16}
-    return Result(masters, codes, {key: value for key, value in state.items() if key.endswith("_scale")})
+    codes = {}
+    for key, value in state.items():
+        if key.endswith("_code") or value.dtype == torch.bfloat16:
+            structure = optimizer.kept[key].layout.structure
+            intervals = [interval for interval in layout.intervals if interval.tensor == 1]
+            places = [(part.name, part.start, part.offset, part.length) for part in intervals]
+            if structure is not None:
+                of_index = indexes[structure].intervals[1]
+                places = [(part.interval.name, part.first, part.local, part.count) for part in of_index]
+            codes[key] = [Part(name, first, value[at : at + count]) for name, first, at, count in places]
+    return masters, codes, {key: value for key, value in state.items() if key.endswith("_scale")}
 
 
 @functools.cache
@@ -110,18 +148,18 @@ def unpacked(method: str, storage: tuple[str, str, str]) -> Result:
 @pytest.mark.parametrize("method", METHODS)
 def test_cpp_makes_the_step_of_unpacked_tensors(method, storage, cuts, monkeypatch):
     """Measured: masters 4e-6 of the distance moved apart, 1.4e-5 where 8 bits are rounded at random, 4.7e-5 if by other
-    bits; 7e-6 of the codes differ, by one, and 1.3e-4 of moments in bf16. Wrong bits of rounding, or a wrong scale,
-    change a third of them."""
+    bits; 7e-6 of the codes differ, by one, and 1.3e-4 of moments in bf16, or one of 1,380 approximations. Wrong bits of
+    rounding, or a wrong scale, change a third of them."""
     monkeypatch.setenv("DS_MEMOPT_KERNELS", "cpp")
     result, expected = step(method, storage, CUTS[cuts]), unpacked(method, storage)
     moved = (expected.masters.double() - beginning()).norm()
     apart = (result.masters.double() - expected.masters.double()).norm() / moved
     shares = {}
     for key, codes in expected.codes.items():
-        differ = result.codes[key].double() - codes.double()
+        differ = result.codes[key] - codes
         shares[key] = (differ != 0).double().mean().item()
-        assert codes.dtype == torch.bfloat16 or differ.abs().max() <= 1
-    assert apart < 3e-5 and all(share < 5e-4 for share in shares.values())
+        assert not key.endswith("_code") or differ.abs().max() <= 1
+    assert apart < 3e-5 and all(share < 1e-3 for share in shares.values())
     assert expected.codes.keys() == result.codes.keys() and (storage[1] == "fp32") == (not shares)
     if cuts == "one rank":
         for key, scales in expected.scales.items():

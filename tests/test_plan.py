@@ -397,6 +397,7 @@ def fp32_bytes(method: str, options: dict | None = None) -> float:
         ("AdamW", {"state_dtype": "int8"}, 12 + 4 * (1 + 4 / 128)),
         ("GWT", {"limiter": None}, 16),
         ("GWT", None, 22),
+        ("GWT", {"state_dtype": "bf16"}, 16 + 3 * 4 / 4),
         ("GWT", {"level": 1, "limiter": None}, 12 + 16 / 2),
         ("GWT", {"base": "adam_mini", "limiter": None}, 12 + 8 / 4 + 4),
         ("BAdam", {"base": "gwt"}, 22),

@@ -44,7 +44,9 @@ class GWTCall:
 
     states: by the names of `ds_memopt.optimizers.GWT`; v is "second_moment", or "block_exp_avg_sq" at a run's `outer`,
     and n is "update_norm", one for each interval. groups: their runs. dense: runs of what is not transformed.
-    sums: [slots, 1 or 2]; norms: [places], if there is a limiter; memory until a function sets them.
+    sums: [slots, 1 or 2]; norms: [places], if there is a limiter; memory until a function sets them. storage: how
+    parameters and states are kept, if some are in fewer bits; the `advance` of states in codes leaves them as they are,
+    but raises `storage.new_scales` of groups that do not lie in one part of the step, and `apply` keeps them.
     kept: what a back end derives for the functions that follow.
 
     Between the halves a back end may leave in p what it likes.
@@ -59,12 +61,23 @@ class GWTCall:
     scalars: Mapping[int, GWTScalars]
     sums: torch.Tensor
     norms: torch.Tensor | None
+    storage: Storage | None = None
     kept: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def by_block(self) -> bool:
         """Whether the second moments are those of blocks, which have advanced before."""
         return "block_exp_avg_sq" in self.states
+
+    @property
+    def waits_for_scales(self) -> bool:
+        """Whether states can be kept only when all ranks know the scales."""
+        return self.storage is not None and bool(self.storage.new_scales)
+
+    @property
+    def in_halves(self) -> bool:
+        """Whether `apply` of groups must wait for what ranks share; else it follows `advance` at once."""
+        return self.norms is not None or self.waits_for_scales
 
 
 class BackEnd(Protocol):
@@ -74,10 +87,11 @@ class BackEnd(Protocol):
     tensors move, or else gradients: runs of others are left alone. Empty runs and empty tensors are welcome.
     slots: [slots, width], what ranks share of cut blocks, see `Runs`.
     TAKES_STORAGE: whether `adam_mini` and `adam_by_element` take weights and states as a `Storage` keeps them, and
-    there is `measure_shared_groups`.
+    there is `measure_shared_groups`. TAKES_STORED_GROUPS: whether those of a `GWTCall` do.
     """
 
     TAKES_STORAGE: bool
+    TAKES_STORED_GROUPS: bool
 
     def check(self) -> None:
         """Make it ready. Raises RuntimeError with the reason where it cannot run here."""
@@ -145,13 +159,14 @@ class BackEnd(Protocol):
         """sums[slot] <- a cut run's (sum of x) / period, and (sum of x^2) / size where there is room, or zeros."""
 
     def step_whole_groups(self, call: GWTCall) -> None:
-        """Whole groups, with a limiter `advance` and else both halves; and Adam on what is not transformed."""
+        """Whole groups, `advance` where a call is in halves and else both; and Adam on what is not transformed, which
+        waits for scales as they do."""
 
     def step_cut_groups(self, call: GWTCall) -> None:
         """The same of cut groups, once `sums` are complete. With a limiter norms <- this rank's part, or zeros."""
 
-    def apply_limited(self, call: GWTCall) -> None:
-        """`apply` of all groups, and n <- |u| / growth, once `norms` are complete."""
+    def apply_groups(self, call: GWTCall) -> None:
+        """`apply` of all groups, and n <- |u| / growth, once `norms` and new scales are complete."""
 
     def add_noise(
         self,

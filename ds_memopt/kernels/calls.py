@@ -99,17 +99,17 @@ def gwt(
     states: those of `ds_memopt.optimizers.GWT` by its names. blocks: "group"; "matrix", whole parameters; "dense",
     elements of what is not transformed; and with one second moment per row or head "block", these, of all parameters.
     """
-    if storage is not None:  # no back end takes them as they are
-        with storage.unpacked(parameters, states) as (masters, unpacked):
-            gwt(masters, gradients, unpacked, blocks, rule, scalars)
-        return
     work = None if rule.paper else _gwt_work(blocks)
     uncovered = 'variant="paper" of GWT' if rule.paper else COLUMNS
-    fused = back_end_of(work and work[0], parameters, gradients, *states.values(), uncovered=uncovered)
-    if fused is None:
+    tensors = parameters, gradients, *states.values()
+    fused = back_end_of(work and work[0], *tensors, uncovered=uncovered, storage=storage)
+    if storage is not None and (fused is None or not fused.TAKES_STORED_GROUPS):
+        with storage.unpacked(parameters, states) as (masters, unpacked):
+            gwt(masters, gradients, unpacked, blocks, rule, scalars)
+    elif fused is None:
         plain_gwt.gwt(parameters, gradients, states, blocks, rule, scalars)
     else:
-        _fused_gwt(fused, parameters, gradients, states, blocks, rule, scalars, *work)
+        _fused_gwt(fused, parameters, gradients, states, blocks, rule, scalars, *work, storage)
 
 
 def _gwt_work(blocks: Mapping[str, Blocks]) -> tuple[Work, Work] | None:
@@ -130,12 +130,13 @@ def _fused_gwt(
     scalars: Mapping[int, GWTScalars],
     work: Work,
     dense_work: Work,
+    storage: Storage | None,
 ) -> None:
     groups, matrices, outer = blocks["group"], blocks["matrix"], blocks.get("block")
     limited = rule.limiter is not None
     sums = groups.new_slots(1 if outer is not None and not limited else 2)
     norms = matrices.new_places() if limited else None
-    call = GWTCall(parameters, gradients, states, work, dense_work.all, rule, scalars, sums, norms)
+    call = GWTCall(parameters, gradients, states, work, dense_work.all, rule, scalars, sums, norms, storage)
     if groups.num_slots:
         fused.sum_cut_groups(call)
     wait = groups.begin_sum(sums)
@@ -148,7 +149,12 @@ def _fused_gwt(
         fused.step_cut_groups(call)
     if limited:
         matrices.begin_sum(norms.narrow(0, 0, matrices.num_slots))()
-        fused.apply_limited(call)
+    if storage is not None:
+        storage.complete_new_scales()
+    if call.in_halves:
+        fused.apply_groups(call)
+    if storage is not None:
+        storage.keep_new_scales()
 
 
 def _advance_second_moments(

@@ -179,11 +179,9 @@ class Storage:
             found = self.new_scales[key]
             torch._foreach_copy_([packing.scales[number] for number in found], list(found.values()))
 
-    @property
-    def segments_of_elements(self) -> Segments:
-        """Where weights, and states of one entry per element, lie, with their scales where there are any."""
-        of_states = [packing.segments for packing in (*self._coded.values(), *self.states.values())]
-        return of_states[0] if of_states else self.segments
+    def segments_of(self, *keys: str) -> Segments | None:
+        """Where states of one structure lie, with their scales if they have any; None if the place changes nothing."""
+        return next((self.states[key].segments for key in keys if key in self.states), None)
 
     @property
     def _coded(self) -> dict[str, Packing]:

@@ -162,7 +162,7 @@ class GWT(ShardedOptimizer):
         hyper = self.hyper
         self.period, self.limiter, self.paper = 2**hyper.level, hyper.limiter, hyper.variant == "paper"
         self.by_block = self.needs_heads = hyper.base == "adam_mini"
-        self.fused = not self.paper and hyper.state_dtype == "fp32"  # others are unpacked
+        self.fused = not self.paper
         self.scale, self.dense_scale = hyper.scale, hyper.dense_ratio
         self.include, self.exclude = tuple(hyper.include), tuple(hyper.exclude)
         structures = {"approximation": "group", "exp_avg": "dense", "update_norm": "matrix", **BASES[hyper.base]}

@@ -1,7 +1,7 @@
 """The back end for the CPU: C++ with OpenMP and vectors, compiled at first use. See `BackEnd` for the functions.
 
-It computes in fp32 and covers parameters, gradients and first moments in fp32 and bf16, in any mixture, and for
-AdamMini and AdamW whatever a `Storage` keeps.
+It computes in fp32 and covers parameters, gradients and first moments in fp32 and bf16, in any mixture, and whatever a
+`Storage` keeps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ds_memopt.kernels.work import Runs, Tensors, Work
 
 __all__ = ["add_noise", "move"]
 
-TAKES_STORAGE = True
+TAKES_STORAGE = TAKES_STORED_GROUPS = True
 
 DTYPES = {torch.float32, torch.bfloat16, *CODES.values()}
 
@@ -43,7 +43,7 @@ class _GWTCall(ctypes.Structure):
         ("rows", ctypes.c_void_p), ("tasks", ctypes.c_void_p), ("num_tasks", ctypes.c_int64),
         ("shares", ctypes.c_void_p), ("tensors", ctypes.c_void_p), ("scalars", ctypes.c_void_p),
         ("sums", ctypes.c_void_p), ("width", ctypes.c_int64), ("norms", ctypes.c_void_p), ("limiter", ctypes.c_float),
-        ("advance", ctypes.c_int64), ("apply", ctypes.c_int64),
+        ("advance", ctypes.c_int64), ("apply", ctypes.c_int64), ("packed", ctypes.c_void_p),
     ]  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def adam_mini(
 ) -> None:
     schedule = schedules.of_blocks(runs) if mean_squares is None else schedules.of_cut_blocks(runs)
     tensors = _table(schedule, parameters, gradients, moments, second_moments)
-    packed = None if storage is None else _packed(storage, parameters, moments, None)
+    packed = None if storage is None else _packed(storage, parameters, {"exp_avg": moments})
     _run("ds_adam_mini", schedule, tensors, _scalars(schedule, scalars, _adam), mean_squares, packed)
 
 
@@ -89,7 +89,8 @@ def adam_by_element(
 ) -> None:
     schedule = schedules.of_elements(runs)
     tensors = _table(schedule, parameters, gradients, moments, second_moments)
-    packed = None if storage is None else _packed(storage, parameters, moments, second_moments)
+    states = {"exp_avg": moments, "exp_avg_sq": second_moments}
+    packed = None if storage is None else _packed(storage, parameters, states)
     _run("ds_adam_by_element", schedule, tensors, _scalars(schedule, scalars, _adam), packed)
 
 
@@ -103,12 +104,23 @@ def measure_shared_groups(
     storage: Storage,
 ) -> None:
     if second_moments is None:
-        parts = [schedules.of_blocks(work.whole), schedules.of_cut_blocks(work.cut)]
+        parts, states = [schedules.of_blocks(work.whole), schedules.of_cut_blocks(work.cut)], {"exp_avg": moments}
     else:
-        parts = [schedules.of_elements(work.whole)]
-    packed = _packed(storage, parameters, moments, second_moments)
+        parts, states = [schedules.of_elements(work.whole)], {"exp_avg": moments, "exp_avg_sq": second_moments}
+    _measure_parts(parts, parameters, gradients, states, scalars, storage)
+
+
+def _measure_parts(
+    parts: Sequence[schedules.Schedule],
+    parameters: Tensors,
+    gradients: Tensors,
+    states: Mapping[str, Tensors],
+    scalars: Mapping[int, AdamScalars],
+    storage: Storage,
+) -> None:
+    packed = _packed(storage, parameters, states)
     for schedule in parts if storage.new_scales else ():
-        tensors = _table(schedule, parameters, gradients, moments, {})
+        tensors = _table(schedule, parameters, gradients, states["exp_avg"], {})
         _run("ds_measure_shared_groups", schedule, tensors, _scalars(schedule, scalars, _adam), packed)
 
 
@@ -131,38 +143,48 @@ def sum_cut_groups(call: GWTCall) -> None:
 
 
 def step_whole_groups(call: GWTCall) -> None:
-    _step_dense(call)
+    _step_dense(call, advance=True, apply=not call.waits_for_scales)
     if call.norms is not None:
         call.norms.zero_()
-    _step_groups(call, call.groups.whole, advance=True, apply=call.norms is None)
+    _step_groups(call, call.groups.whole, advance=True, apply=not call.in_halves)
 
 
 def step_cut_groups(call: GWTCall) -> None:
-    _step_groups(call, call.groups.cut, advance=True, apply=call.norms is None)
+    _step_groups(call, call.groups.cut, advance=True, apply=not call.in_halves)
 
 
-def apply_limited(call: GWTCall) -> None:
+def apply_groups(call: GWTCall) -> None:
+    if call.waits_for_scales:
+        _step_dense(call, advance=False, apply=True)
     _step_groups(call, call.groups.all, advance=False, apply=True)
 
 
-def _step_dense(call: GWTCall) -> None:
+def _step_dense(call: GWTCall, *, advance: bool, apply: bool) -> None:
+    """The halves are those of states in codes; others make the step at once."""
     scalars = {number: step.dense for number, step in call.scalars.items()}
     of_elements = call.parameters, call.gradients, call.states["exp_avg"]
-    if call.by_block:
-        schedule = schedules.of_blocks(call.dense)
-        tensors = _table(schedule, *of_elements, call.states["block_exp_avg_sq"])
-        _run("ds_adam_by_second_moment", schedule, tensors, _scalars(schedule, scalars, _adam))
-    else:
-        adam_by_element(*of_elements, call.states["exp_avg_sq"], call.dense, scalars)
+    schedule = (schedules.of_blocks if call.by_block else schedules.of_elements)(call.dense)
+    states = {key: call.states[key] for key in ("exp_avg", "exp_avg_sq") if key in call.states}
+    if advance and not apply:
+        _measure_parts([schedule], call.parameters, call.gradients, states, scalars, call.storage)
+        return
+    packed = None if call.storage is None else _packed(call.storage, call.parameters, states)
+    function, key = (
+        ("ds_adam_by_second_moment", "block_exp_avg_sq") if call.by_block else ("ds_adam_by_element", "exp_avg_sq")
+    )
+    tensors = _table(schedule, *of_elements, call.states[key])
+    _run(function, schedule, tensors, _scalars(schedule, scalars, _adam), packed)
 
 
 def _step_groups(call: GWTCall, runs: Runs, *, advance: bool, apply: bool) -> None:
     schedule, limited = schedules.of_groups(runs), call.norms is not None
     tensors, steps = _tables_of_groups(call)
+    states = {key: call.states[key] for key in ("approximation", "second_moment") if key in call.states}
+    packed = None if call.storage is None else _packed(call.storage, call.parameters, states).ctypes.data
     of_call = _GWTCall(
         schedule.rows, schedule.tasks, schedule.num_tasks, schedule.sums, tensors.ctypes.data, steps.ctypes.data,
         call.sums.data_ptr(), call.sums.shape[1], call.norms.data_ptr() if limited else None, call.rule.limiter or 0,
-        advance, apply,
+        advance, apply, packed,
     )  # fmt: skip
     _run("ds_gwt", of_call, call.rule.period)
 
@@ -198,23 +220,26 @@ def _table(schedule: schedules.Schedule, *tensors: Tensors) -> np.ndarray:
     return table
 
 
-def _packed(storage: Storage, parameters: Tensors, moments: Tensors, second_moments: Tensors | None) -> np.ndarray:
-    """`Packed` of packed.h by number of tensor, for all launches of a step. second_moments: those of elements."""
-    if "cpp" not in storage.derived:
+def _packed(storage: Storage, parameters: Tensors, states: Mapping[str, Tensors]) -> np.ndarray:
+    """`Packed` of packed.h by number of tensor, for all launches of a step. states: first moments, and second ones if
+    they have as many entries."""
+    keys = "cpp", *states
+    if keys not in storage.derived:
         numbers, remainders = list(parameters), storage.remainders
         rows, with_remainders = (np.array(list(of), dtype=np.int64) for of in (numbers, remainders))
-        table = np.zeros((max(numbers, default=-1) + 1, 16), dtype=np.int64)
+        table = np.zeros((max(numbers, default=-1) + 1, 19), dtype=np.int64)
         table[rows, 0] = _addresses(parameters, numbers)
         table[rows, 1] = [weights.dtype is torch.bfloat16 for weights in parameters.values()]
         table[with_remainders, 2] = _addresses(remainders, remainders)
         table[with_remainders, 3] = [remainder.itemsize for remainder in remainders.values()]
-        for place, key, tensors in ((4, "exp_avg", moments), (9, "exp_avg_sq", second_moments or {})):
+        for place, (key, tensors) in zip((4, 9), states.items(), strict=False):
             for column, values in enumerate(_kept_state(storage, key, tensors, numbers)):
                 table[rows, place + column] = values
-        table[rows, 14] = _first_segments(storage.segments_of_elements)[rows]
-        table[rows, 15] = [storage.steps[number] for number in numbers]
-        storage.derived["cpp"] = table
-    return storage.derived["cpp"]
+        for place, segments in ((14, storage.segments), (16, storage.segments_of(*states))):
+            table[rows, place : place + 2] = _segments(segments)[rows] if segments is not None else 0
+        table[rows, 18] = [storage.steps[number] for number in numbers]
+        storage.derived[keys] = table
+    return storage.derived[keys]
 
 
 def _kept_state(storage: Storage, key: str, tensors: Tensors, numbers: Sequence[int]) -> Iterator[int | list[int]]:
@@ -222,26 +247,27 @@ def _kept_state(storage: Storage, key: str, tensors: Tensors, numbers: Sequence[
     if not tensors:
         return
     packing, dtype = storage.states.get(key), next(iter(tensors.values())).dtype
+    coded = packing is not None and packing.scales is not None
     yield _addresses(tensors, numbers)
-    yield BF16_AT_RANDOM if packing is not None and packing.scales is None else KINDS[dtype]
-    if packing is not None:
-        coded = packing.scales is not None
-        yield _addresses(packing.scales, numbers) if coded else 0
-        yield _addresses(storage.new_scales[key], numbers) if coded else 0
-        yield packing.probe
+    yield BF16_AT_RANDOM if packing is not None and not coded and not packing.nearest else KINDS[dtype]
+    yield _addresses(packing.scales, numbers) if coded else 0
+    yield _addresses(storage.new_scales[key], numbers) if coded else 0
+    yield packing.probe if packing is not None else 0
 
 
 def _addresses(tensors: Tensors, numbers: Iterable[int]) -> list[int]:
     return [tensors[number].data_ptr() for number in numbers]
 
 
-def _first_segments(segments: Segments) -> np.ndarray:
-    """The address of each tensor's first `Segment` of packed.h."""
+def _segments(segments: Segments) -> np.ndarray:
+    """`Segments` of packed.h by number of tensor."""
     if "cpp" not in segments.derived:
-        rows = [(*part[:-1], part.key - 2**64 * (part.key >= 2**63)) for parts in segments.by_tensor for part in parts]
+        parts = [sorted(of_tensor) for of_tensor in segments.by_tensor]
+        rows = [(*part[:-1], part.key - 2**64 * (part.key >= 2**63)) for of_tensor in parts for part in of_tensor]
         table = np.array(rows, dtype=np.int64).reshape(-1, len(Segment._fields))
-        first = np.cumsum([0, *map(len, segments.by_tensor)])[:-1]
-        segments.derived["cpp"] = table, table.ctypes.data + first * table.strides[0]
+        counts = np.array(list(map(len, parts)))
+        first = table.ctypes.data + (counts.cumsum() - counts) * table.strides[0]
+        segments.derived["cpp"] = table, np.stack([first, counts], axis=1)
     return segments.derived["cpp"][1]
 
 

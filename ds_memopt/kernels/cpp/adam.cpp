@@ -177,25 +177,27 @@ void update_chunks(const Schedule& schedule, const Tensor* tensors, const Scalar
         const int64_t offset = offset_of(row, chunk.run) + chunk.start;
         const float scale = schedule.scales[chunk.sum];
         const Scalars& step = scalars[row.tensor];
+        const int64_t entry = entry_of(row, chunk.run) + chunk.start;
         if (packed)
-            step_packed(Range(packed[row.tensor], row.interval, offset, chunk.length),
+            step_packed(Ranges(packed[row.tensor], offset, entry, chunk.length),
                         [&](int64_t begin, int64_t count, Spread& spread) {
                             update_spread(spread, 0, gradient_at(tensor, offset + begin), tensor, count, scale, step);
                         });
         else
-            UPDATES[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, offset,
-                                   entry_of(row, chunk.run) + chunk.start, chunk.length, scale, step);
+            UPDATES[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, offset, entry, chunk.length, scale,
+                                   step);
     }
 }
 
-// Runs of a task, which lie one after the other.
-void step_runs(const Packed& packed, const Tensor& tensor, const Row& row, const Task& task, const Scalars& step) {
+// Runs of a task, which lie one after the other. advanced: the second moments are those of this step already.
+void step_runs(const Packed& packed, const Tensor& tensor, const Row& row, const Task& task, const Scalars& step,
+               bool advanced) {
     const int64_t first = offset_of(row, task.first);
     float* v = tensor.values + block_of(row, task.first);
     float scale = 0;
-    Range range(packed, row.interval, first, (task.last - task.first) * row.width);
-    step_packed(range, [&](int64_t begin, int64_t count, Spread& spread) {
-        if (row.width == 1) {
+    const Ranges ranges(packed, first, entry_of(row, task.first), (task.last - task.first) * row.width);
+    step_packed(ranges, [&](int64_t begin, int64_t count, Spread& spread) {
+        if (row.width == 1 && !advanced) {
             UPDATES_BY_ELEMENT[tensor.halves & 2](spread.p, gradient_at(tensor, first + begin), spread.m, v + begin, 0, 0,
                                                   count, step);
             return;
@@ -203,8 +205,8 @@ void step_runs(const Packed& packed, const Tensor& tensor, const Row& row, const
         for (int64_t i = 0, length; i < count; i += length) {
             const int64_t run = (begin + i) / row.width, within = (begin + i) % row.width, at = first + begin + i;
             if (within == 0) {
-                float mean = gradient_squares(tensor, at, row.width) / row.size;
-                scale = step.step_size / step.denominator(advance(v[run], mean, step));
+                if (!advanced) advance(v[run], gradient_squares(tensor, at, row.width) / row.size, step);
+                scale = step.step_size / step.denominator(v[run]);
             }
             length = std::min(count - i, row.width - within);
             update_spread(spread, i, gradient_at(tensor, at), tensor, length, scale, step);
@@ -213,9 +215,10 @@ void step_runs(const Packed& packed, const Tensor& tensor, const Row& row, const
 }
 
 // Of new states in the groups that a range shares with others.
-void measure(const Packed& packed, const Tensor& tensor, const Row& row, int64_t offset, int64_t length,
+void measure(const Packed& packed, const Tensor& tensor, int64_t offset, int64_t entry, int64_t length,
              const Scalars& step) {
-    measure_shared(Range(packed, row.interval, offset, length), [&](int64_t begin, int64_t count, Spread& spread) {
+    const Range states(packed.of_states, entry, length, packed.step);
+    measure_shared(packed, states, [&](int64_t begin, int64_t count, Spread& spread) {
         const void* g = gradient_at(tensor, offset + begin);
         if (packed.v.entries)
             UPDATES_BY_ELEMENT[tensor.halves & 2](spread.p, g, spread.m, spread.v, 0, 0, count, step);
@@ -252,8 +255,8 @@ void ds_measure_shared_groups(const Schedule* s, const Tensor* tensors, const Sc
             const Row& row = s->rows[task.row];
             const Tensor& tensor = tensors[row.tensor];
             if (tensor.parameter)
-                measure(packed[row.tensor], tensor, row, offset_of(row, task.first), (task.last - task.first) * row.width,
-                        scalars[row.tensor]);
+                measure(packed[row.tensor], tensor, offset_of(row, task.first), entry_of(row, task.first),
+                        (task.last - task.first) * row.width, scalars[row.tensor]);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < s->num_chunks; i++) {
@@ -261,8 +264,8 @@ void ds_measure_shared_groups(const Schedule* s, const Tensor* tensors, const Sc
             const Row& row = s->rows[chunk.row];
             const Tensor& tensor = tensors[row.tensor];
             if (tensor.parameter)
-                measure(packed[row.tensor], tensor, row, offset_of(row, chunk.run) + chunk.start, chunk.length,
-                        scalars[row.tensor]);
+                measure(packed[row.tensor], tensor, offset_of(row, chunk.run) + chunk.start,
+                        entry_of(row, chunk.run) + chunk.start, chunk.length, scalars[row.tensor]);
         }
     }
 }
@@ -281,7 +284,7 @@ void ds_adam_mini(const Schedule* s, const Tensor* tensors, const Scalars* scala
             const Scalars& step = scalars[row.tensor];
             if (!tensor.parameter) continue;
             if (packed) {
-                step_runs(packed[row.tensor], tensor, row, task, step);
+                step_runs(packed[row.tensor], tensor, row, task, step, false);
                 continue;
             }
             if (row.width == 1 && row.rows == 1) {
@@ -321,8 +324,9 @@ void ds_advance_second_moments(const Schedule* s, const Tensor* tensors, const S
     }
 }
 
-// Second moments have advanced.
-void ds_adam_by_second_moment(const Schedule* s, const Tensor* tensors, const Scalars* scalars, int threads) {
+// Second moments have advanced. packed: null, or how each tensor is kept.
+void ds_adam_by_second_moment(const Schedule* s, const Tensor* tensors, const Scalars* scalars, const Packed* packed,
+                              int threads) {
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for
@@ -340,12 +344,16 @@ void ds_adam_by_second_moment(const Schedule* s, const Tensor* tensors, const Sc
             const Tensor& tensor = tensors[row.tensor];
             const Scalars& step = scalars[row.tensor];
             if (!tensor.parameter) continue;
+            if (packed) {
+                step_runs(packed[row.tensor], tensor, row, task, step, true);
+                continue;
+            }
             for_runs(row, task.first, task.last, [&](int64_t offset, int64_t entry, int64_t block) {
                 UPDATES[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, offset, entry, row.width,
                                        step.step_size / step.denominator(tensor.values[block]), step);
             });
         }
-        update_chunks(*s, tensors, scalars, nullptr);
+        update_chunks(*s, tensors, scalars, packed);
     }
 }
 
@@ -361,7 +369,7 @@ void ds_adam_by_element(const Schedule* s, const Tensor* tensors, const Scalars*
         const int64_t offset = offset_of(row, chunk.run) + chunk.start, entry = entry_of(row, chunk.run) + chunk.start;
         const Scalars& step = scalars[row.tensor];
         if (packed)
-            step_packed(Range(packed[row.tensor], row.interval, offset, chunk.length),
+            step_packed(Ranges(packed[row.tensor], offset, entry, chunk.length),
                         [&](int64_t begin, int64_t count, Spread& spread) {
                             UPDATES_BY_ELEMENT[tensor.halves & 2](spread.p, gradient_at(tensor, offset + begin), spread.m,
                                                                   spread.v, 0, 0, count, step);

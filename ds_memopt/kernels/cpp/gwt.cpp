@@ -3,14 +3,16 @@
 // LANES groups are computed at once: K vectors of elements become one vector of their sums, by halves, and what is
 // computed per group is spread over the elements again.
 //
-// Where updates are limited, most matrices stay below the limit in most steps. So fp32 parameters move at `advance` as if
-// their growth were 1, in one pass, and `apply` takes back the excess of those whose growth is larger, in a second one.
-// Parameters in bf16 move at `apply`: they would be rounded twice.
+// Where updates are limited, most matrices stay below the limit in most steps. So parameters move at `advance` as if their
+// growth were 1, in one pass, and `apply` takes back the excess of those whose growth is larger, in a second one.
+// Parameters that would be rounded twice move at `apply`. States in fewer bits, whose scales are known then, are advanced
+// by each pass for itself and kept by the last.
 
 #include <algorithm>
 #include <cmath>
 
 #include "common.h"
+#include "packed.h"
 
 namespace {
 
@@ -37,6 +39,7 @@ struct Call {
     float* norms;  // or null
     float limiter;
     int64_t advance, apply;
+    const Packed* packed;  // null, or how each tensor is kept
 };
 
 template <int PARITY, int... I>
@@ -66,7 +69,9 @@ inline Floats spread(Floats per_group, std::integer_sequence<int, I...>) {
 // What holds for groups that are computed together: of `size` elements each, of which `width` lie on this rank.
 struct Mode {
     bool given;  // mean and square
-    bool advance, apply, by_block, limited;
+    bool advance, apply, by_block;
+    bool limited;  // the norm is wanted
+    bool anew;     // states are kept at `apply`
     float width, inverse_size, decay, inverse_growth;
 };
 
@@ -118,9 +123,9 @@ inline float denominator_of(const Call& call, const Row& row, int64_t run) {
 
 float norm_of(const Call& call, const Row& row) { return std::sqrt(std::max(call.norms[row.matrix], 0.0f)); }
 
-// Runs [first, first + count) of a row, up to LANES, wherever they lie: through a copy.
+// Runs [first, first + count) of a row, up to LANES, wherever they lie: through a copy. Adds to the norm.
 template <int K, class P, class G>
-double step_some(const Call& call, const Row& row, int64_t first, int64_t count, const Mode& mode) {
+void step_some(const Call& call, const Row& row, int64_t first, int64_t count, const Mode& mode, double& norm) {
     const Tensor& tensor = call.tensors[row.tensor];
     P p[K * LANES] = {};
     G g[K * LANES] = {};
@@ -140,8 +145,7 @@ double step_some(const Call& call, const Row& row, int64_t first, int64_t count,
         groups.square = broadcast(call.sums[row.slot * call.width + call.width - 1]);
     }
     const Scalars& step = call.scalars[row.tensor];
-    Floats norm = step_groups<K>(p, g, groups, mode, step, std::make_integer_sequence<int, K>());
-    double share = 0;
+    Floats norms = step_groups<K>(p, g, groups, mode, step, std::make_integer_sequence<int, K>());
     for (int64_t i = 0; i < count; i++) {
         int64_t run = first + i, block = block_of(row, run);
         if (mode.apply)
@@ -150,9 +154,67 @@ double step_some(const Call& call, const Row& row, int64_t first, int64_t count,
             tensor.approximations[block] = groups.m[i];
             if (!mode.by_block) tensor.second_moments[block] = groups.v[i];
         }
-        share += norm[i];
+        norm += norms[i];
     }
-    return share;
+}
+
+// Runs [first, last) of a row, one after the other, or one that is no whole group: spread out, a group of entries at a time.
+// Adds to the norm of LANES whole groups, and of others.
+template <int K, class G>
+void step_packed(const Call& call, const Row& row, int64_t first, int64_t last, const Mode& mode, Floats& norm,
+                 double& norm_of_others) {
+    const Tensor& tensor = call.tensors[row.tensor];
+    const Packed& packed = call.packed[row.tensor];
+    const Scalars& step = call.scalars[row.tensor];
+    const int64_t offset = offset_of(row, first), entry = block_of(row, first);
+    const Range weights(packed.of_weights, offset, (last - first) * row.width, packed.step);
+    const Range states(packed.of_states, entry, last - first, packed.step);
+    alignas(64) float p[GROUP * K], m[GROUP], v[GROUP];
+    G padded[K * LANES];
+    RoundingBits bits;
+    Groups groups = {};
+    if (mode.by_block) groups.denominator = broadcast(denominator_of(call, row, first));
+    if (mode.given) {
+        groups.mean = broadcast(call.sums[row.slot * call.width]);
+        groups.square = broadcast(call.sums[row.slot * call.width + call.width - 1]);
+    }
+    for (int64_t done = 0, count; first + done < last; done += count) {
+        const int64_t place = states.place_in_row(entry + done), at = offset + done * K;
+        count = std::min(last - first - done, GROUP - place % GROUP);
+        const bool shared = mode.anew && !states.has_all(place / GROUP);
+        if (!mode.apply && !call.norms && !shared) continue;  // scales are all that is wanted
+        unpack(packed.m, states, entry + done, count, m);
+        if (!mode.by_block) unpack(packed.v, states, entry + done, count, v);
+        if (mode.apply) unpack_weights(packed, at, count * row.width, p);
+        for (int64_t i = 0; i < count; i += LANES) {
+            const int64_t some = std::min<int64_t>(LANES, count - i);
+            const bool whole = some * row.width == K * LANES;
+            const G* g = (const G*)tensor.gradient + at + i * K;
+            if (!whole) {
+                std::memset(padded, 0, sizeof padded);
+                std::memcpy(padded, g, some * row.width * sizeof(G));
+            }
+            groups.m = load(m + i);
+            if (!mode.by_block) groups.v = load(v + i);
+            Floats norms = step_groups<K>(p + i * K, whole ? g : padded, groups, mode, step,
+                                          std::make_integer_sequence<int, K>());
+            store(m + i, groups.m);
+            if (!mode.by_block) store(v + i, groups.v);
+            if (whole) norm += norms;
+            for (int64_t lane = 0; !whole && lane < some; lane++) norm_of_others += norms[lane];
+        }
+        if (mode.apply)
+            for (int64_t i = 0, length = count * row.width; i < length; i += SPAN)
+                pack_weights(packed, weights, at + i, std::min(SPAN, length - i), p + i, bits);
+        if (mode.advance && (mode.apply || !mode.anew)) {
+            pack(packed.m, states, entry + done, count, m, bits);
+            if (!mode.by_block) pack(packed.v, states, entry + done, count, v, bits);
+        } else if (shared && packed.m.new_scales) {
+            const int64_t scale = states.scale_of(place / GROUP);
+            raise(packed.m.new_scales[scale], m, count);
+            if (!mode.by_block) raise(packed.v.new_scales[scale], v, count);
+        }
+    }
 }
 
 // Returns what the task adds to its matrix's sum of squares, or at `apply` alone the matrix's growth.
@@ -161,12 +223,14 @@ double step_task(const Call& call, const Task& task) {
     const Row& row = call.rows[task.row];
     const Tensor& tensor = call.tensors[row.tensor];
     const Scalars& step = call.scalars[row.tensor];
-    Mode mode = {row.slot >= 0, call.advance != 0, call.apply != 0, tensor.block_second_moments != nullptr,
-                 call.norms != nullptr, float(row.width), 1.0f / row.size, step.decay, 1.0f};
-    bool at_once = mode.limited && sizeof(P) == sizeof(float);
-    if (at_once && mode.advance) mode.apply = true;
+    const Packed* packed = call.packed ? call.packed + row.tensor : nullptr;
+    const bool limited = call.norms, anew = packed && packed->m.kind != FP32;
+    Mode mode = {row.slot >= 0, call.advance || anew, call.apply != 0, tensor.block_second_moments != nullptr,
+                 limited && call.advance, anew, float(row.width), 1.0f / row.size, step.decay, 1.0f};
+    const bool at_once = limited && !anew && (packed ? packed->exact() : sizeof(P) == sizeof(float));
+    if (at_once && call.advance) mode.apply = true;
     float growth = 1;
-    if (mode.limited && !mode.advance) {
+    if (limited && !call.advance) {
         growth = norm_of(call, row) / std::max(tensor.update_norms[row.interval], 1.0f);
         growth = std::max(growth, call.limiter) / call.limiter;
         mode.inverse_growth = 1 / growth;
@@ -176,11 +240,16 @@ double step_task(const Call& call, const Task& task) {
             mode.inverse_growth -= 1;
         }
     }
-    double share = 0;
+    double norm_of_others = 0;
     Floats norm = {};
     for (int64_t run = task.first; run < task.last;) {
-        int64_t stop = std::min(task.last, (run / row.count + 1) * row.count);
-        if (row.width == K && row.slot < 0 && run + LANES <= stop) {
+        const bool whole = row.width == K && row.slot < 0;
+        const int64_t stop = whole ? std::min(task.last, (run / row.count + 1) * row.count) : task.last;
+        if (packed) {
+            if constexpr (std::is_same_v<P, float>)
+                step_packed<K, G>(call, row, run, whole ? stop : run + 1, mode, norm, norm_of_others);
+            run = whole ? stop : run + 1;
+        } else if (whole && run + LANES <= stop) {
             P* p = (P*)tensor.parameter + offset_of(row, run);
             const G* g = (const G*)tensor.gradient + offset_of(row, run);
             float* m = tensor.approximations + block_of(row, run);
@@ -197,17 +266,18 @@ double step_task(const Call& call, const Task& task) {
                 if (v) v += LANES;
             }
         } else {
-            int64_t count = std::min<int64_t>(LANES, task.last - run);
-            share += step_some<K, P, G>(call, row, run, count, mode);
+            int64_t count = std::min<int64_t>(LANES, stop - run);
+            step_some<K, P, G>(call, row, run, count, mode, norm_of_others);
             run += count;
         }
     }
-    return mode.advance ? share + sum_of_lanes(norm) : growth;
+    return call.advance ? norm_of_others + sum_of_lanes(norm) : growth;
 }
 
 template <int K>
 double step_task(const Call& call, const Task& task) {
-    switch (call.tensors[call.rows[task.row].tensor].halves & 3) {
+    // What is packed is spread out in fp32.
+    switch (call.tensors[call.rows[task.row].tensor].halves & (call.packed ? 2 : 3)) {
         case 0: return step_task<K, float, float>(call, task);
         case 1: return step_task<K, bf16, float>(call, task);
         case 2: return step_task<K, float, bf16>(call, task);

@@ -21,6 +21,19 @@ struct Segment {
     int64_t entry, count, first, row, group, scale, key;
 };
 
+// Of one tensor, by their entries.
+struct Segments {
+    const Segment* first;
+    int64_t count;  // 0 where nothing depends on the place
+
+    // The one that an entry lies in.
+    const Segment& at(int64_t entry) const {
+        static constexpr Segment ANY{0, INT64_MAX, 0, INT64_MAX, 0, 0, 0};
+        auto before = [](int64_t e, const Segment& segment) { return e < segment.entry; };
+        return count ? std::upper_bound(first, first + count, entry, before)[-1] : ANY;
+    }
+};
+
 enum Kind : int64_t { FP32, BF16, BF16_AT_RANDOM, SIGNED, UNSIGNED };
 
 struct KeptState {
@@ -37,29 +50,44 @@ struct Packed {
     int64_t weights_16;  // bf16, or else fp32
     void* remainders;    // or null
     int64_t remainder_bytes;
-    KeptState m, v;           // no v where its entries are null
-    const Segment* segments;  // of each interval; null where nothing depends on the place
+    KeptState m, v;  // no v where its entries are null
+    Segments of_weights, of_states;
     int64_t step;
+
+    // Whether weights may be kept, and spread out again, and nothing is lost.
+    bool exact() const { return !weights_16 || remainder_bytes == 2; }
 };
 
-// A range of a tensor's elements: where it lies, and in its parameter.
+// Entries [first, first + length) of what a tensor keeps, all in one row of their parameter: where they lie in it.
 struct Range {
-    const Packed& packed;
-    Segment segment;
-    int64_t offset, length;
+    const Segment& segment;
+    int64_t first, length, step, row;
 
-    Range(const Packed& packed, int64_t interval, int64_t offset, int64_t length)
-        : packed(packed),
-          segment(packed.segments ? packed.segments[interval] : Segment{0, 0, 0, INT64_MAX, 0, 0, 0}),
-          offset(offset),
-          length(length) {}
+    Range(const Segments& segments, int64_t first, int64_t length, int64_t step)
+        : segment(segments.at(first)), first(first), length(length), step(step), row(place(first) / segment.row) {}
 
     int64_t place(int64_t at) const { return at - segment.entry + segment.first; }
-    int64_t scale_of(int64_t group) const { return group - segment.group + segment.scale; }
+    int64_t place_in_row(int64_t at) const { return place(at) - row * segment.row; }
+    // group: counted from the row's first.
+    int64_t scale_of(int64_t group) const {
+        return row * ((segment.row - 1) / GROUP + 1) + group - segment.group + segment.scale;
+    }
     // Whether no other range has entries of it.
     bool has_all(int64_t group) const {
-        return group * GROUP >= place(offset) && std::min((group + 1) * GROUP, segment.row) <= place(offset + length);
+        const int64_t begin = place_in_row(first);
+        return group * GROUP >= begin && std::min((group + 1) * GROUP, segment.row) <= begin + length;
     }
+};
+
+// Of weights, and of as many states beside them.
+struct Ranges {
+    const Packed& packed;
+    Range weights, states;
+
+    Ranges(const Packed& packed, int64_t offset, int64_t entry, int64_t length)
+        : packed(packed),
+          weights(packed.of_weights, offset, length, packed.step),
+          states(packed.of_states, entry, length, packed.step) {}
 };
 
 // The compiler takes 8-bit vectors apart where one instruction converts them.
@@ -87,7 +115,7 @@ struct RoundingBits {
 
     void fill(const Range& range, int64_t place, int64_t count, uint32_t probe) {
         const int64_t key = range.segment.key;
-        const Noise noise{PER_COUNTER, key & 0xFFFFFFFF, int64_t(uint64_t(key) >> 32), range.packed.step, probe};
+        const Noise noise{PER_COUNTER, key & 0xFFFFFFFF, int64_t(uint64_t(key) >> 32), range.step, probe};
         skip = place % PER_COUNTER;
         uint64_t counter = place / PER_COUNTER;
         for (int64_t done = 0; done < skip + count; done += PER_COUNTER * COUNTERS, counter += COUNTERS)
@@ -143,7 +171,7 @@ inline Floats multiply_add(Floats a, Floats b, Floats c) {
 template <class Take>
 inline void by_group(const Range& range, int64_t at, int64_t count, Take take) {
     for (int64_t i = 0; i < count;) {
-        int64_t place = range.place(at + i);
+        int64_t place = range.place_in_row(at + i);
         int64_t step = std::min(count - i, GROUP - place % GROUP);
         take(place / GROUP, i, step);
         i += step;
@@ -285,6 +313,7 @@ inline void pack(const KeptState& state, const Range& range, int64_t at, int64_t
     if (state.kind == UNSIGNED) return encode_groups<UNSIGNED>(state, range, at, count, values, bits);
     by_lanes(count, [&](int64_t i, auto lanes) {
         Floats value = load(values + i);
+        if (state.kind == FP32) return store_lanes((float*)state.entries + at + i, value, lanes);
         bf16* entries = (bf16*)state.entries + at + i;
         if (state.kind == BF16) return store_some(entries, value, lanes);
         Ints finite = (Ints)(magnitude(value) < __builtin_inff());
@@ -329,12 +358,12 @@ void split(const Packed& packed, int64_t at, int64_t count, const float* masters
     });
 }
 
-// Of 16 bits.
 inline void unpack_weights(const Packed& packed, int64_t at, int64_t count, float* values) {
     if (packed.remainder_bytes == 2) return join<int16_t>(packed, at, count, values);
     if (packed.remainder_bytes == 1) return join<int8_t>(packed, at, count, values);
     by_lanes(count, [&](int64_t i, auto lanes) {
-        store(values + i, load_some((const bf16*)packed.weights + at + i, lanes));
+        store(values + i, packed.weights_16 ? load_some((const bf16*)packed.weights + at + i, lanes)
+                                            : load_lanes<Floats>((const float*)packed.weights + at + i, lanes));
     });
 }
 
@@ -346,6 +375,7 @@ inline void pack_weights(const Packed& packed, const Range& range, int64_t at, i
         return split<int8_t>(packed, at, count, values, bits);
     }
     by_lanes(count, [&](int64_t i, auto lanes) {
+        if (!packed.weights_16) return store_lanes((float*)packed.weights + at + i, load(values + i), lanes);
         store_some((bf16*)packed.weights + at + i, load(values + i), lanes);
     });
 }
@@ -355,30 +385,31 @@ struct Spread {
     float *p = room[0], *m = room[1], *v = room[2];
     alignas(64) float room[3][SPAN + LANES];
 
-    void refer_to(const Packed& packed, int64_t at) {
+    void refer_to(const Packed& packed, int64_t at, int64_t entry) {
         if (!packed.weights_16) p = (float*)packed.weights + at;
-        if (packed.m.kind == FP32) m = (float*)packed.m.entries + at;
-        if (packed.v.kind == FP32) v = (float*)packed.v.entries + at;
+        if (packed.m.kind == FP32) m = (float*)packed.m.entries + entry;
+        if (packed.v.kind == FP32) v = (float*)packed.v.entries + entry;
     }
 };
 
-// Elements [offset, offset + length) in parts: update(begin, count, spread) makes the step of those from `begin` on. The
-// scales of groups that other ranges share must stand in new_scales.
+// Elements in parts: update(begin, count, spread) makes the step of those from number `begin` of the ranges on. The scales
+// of groups that other ranges share must stand in new_scales.
 template <class Update>
-void step_packed(const Range& range, Update update) {
-    const Packed& packed = range.packed;
+void step_packed(const Ranges& ranges, Update update) {
+    const auto& [packed, weights, states] = ranges;
     Spread spread;
     RoundingBits bits;
-    for (int64_t at = range.offset, stop = at + range.length, count; at < stop; at += count) {
-        count = std::min(stop - at, SPAN - range.place(at) % SPAN);
-        spread.refer_to(packed, at);
+    for (int64_t begin = 0, count; begin < states.length; begin += count) {
+        const int64_t at = weights.first + begin, entry = states.first + begin;
+        count = std::min(states.length - begin, SPAN - states.place(entry) % SPAN);
+        spread.refer_to(packed, at, entry);
         if (packed.weights_16) unpack_weights(packed, at, count, spread.p);
-        if (packed.m.kind != FP32) unpack(packed.m, range, at, count, spread.m);
-        if (packed.v.kind != FP32) unpack(packed.v, range, at, count, spread.v);
-        update(at - range.offset, count, spread);
-        if (packed.weights_16) pack_weights(packed, range, at, count, spread.p, bits);
-        if (packed.m.kind != FP32) pack(packed.m, range, at, count, spread.m, bits);
-        if (packed.v.kind != FP32) pack(packed.v, range, at, count, spread.v, bits);
+        if (packed.m.kind != FP32) unpack(packed.m, states, entry, count, spread.m);
+        if (packed.v.kind != FP32) unpack(packed.v, states, entry, count, spread.v);
+        update(begin, count, spread);
+        if (packed.weights_16) pack_weights(packed, weights, at, count, spread.p, bits);
+        if (packed.m.kind != FP32) pack(packed.m, states, entry, count, spread.m, bits);
+        if (packed.v.kind != FP32) pack(packed.v, states, entry, count, spread.v, bits);
     }
 }
 
@@ -391,18 +422,17 @@ inline void raise(float& scale, const float* values, int64_t count) {
 
 // Raises new_scales of the groups that others share to the magnitudes that `update` gives this range's states.
 template <class Update>
-void measure_shared(const Range& range, Update update) {
-    const Packed& packed = range.packed;
-    const int64_t begin = range.place(range.offset), end = begin + range.length;
+void measure_shared(const Packed& packed, const Range& states, Update update) {
+    const int64_t begin = states.place_in_row(states.first), end = begin + states.length;
     const int64_t groups[] = {begin / GROUP, (end - 1) / GROUP};
     for (int i = 0; i < (groups[0] == groups[1] ? 1 : 2); i++) {
-        if (range.has_all(groups[i])) continue;
+        if (states.has_all(groups[i])) continue;
         const int64_t first = std::max(begin, groups[i] * GROUP), last = std::min(end, (groups[i] + 1) * GROUP);
-        const int64_t at = range.offset + first - begin, count = last - first, scale = range.scale_of(groups[i]);
+        const int64_t entry = states.first + first - begin, count = last - first, scale = states.scale_of(groups[i]);
         Spread spread;
         std::memset(spread.p, 0, count * sizeof(float));
-        unpack(packed.m, range, at, count, spread.m);
-        if (packed.v.entries) unpack(packed.v, range, at, count, spread.v);
+        unpack(packed.m, states, entry, count, spread.m);
+        if (packed.v.entries) unpack(packed.v, states, entry, count, spread.v);
         update(first - begin, count, spread);
         if (packed.m.new_scales) raise(packed.m.new_scales[scale], spread.m, count);
         if (packed.v.new_scales) raise(packed.v.new_scales[scale], spread.v, count);

@@ -38,6 +38,8 @@ from ds_memopt.kernels.work import Runs, Tensors
 
 __all__ = ["add_noise", "move"]
 
+TAKES_STORED_GROUPS = False
+
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 GROUP_STATES = "approximation", "second_moment", "update_norm"
 """Their addresses follow those of Adam on what is not transformed, as gwt_kernels.py has them."""
@@ -180,7 +182,7 @@ def step_cut_groups(call: GWTCall) -> None:
         )  # fmt: skip
 
 
-def apply_limited(call: GWTCall) -> None:
+def apply_groups(call: GWTCall) -> None:
     _step(call, call.groups.all, None, advance=False, apply=True)
 
 
