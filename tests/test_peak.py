@@ -1,4 +1,4 @@
-"""Peak memory of a step inside the engine: without a set of gradients, without masters and without state."""
+"""Peak memory of a step: in the engine, without gradients, masters and state; and on what is kept in fewer bits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from zeroth_ranks import BF16, running
 
+from ds_memopt.optimizers import GWT, AdamMini
+from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.shards import in_place_shards
 
 SIZES = {
@@ -188,3 +190,29 @@ def test_a_step_in_backward_takes_weights_residuals_and_the_activations_of_one_h
         expected = weights / (ranks if stage == 3 else 1) + weights / (ranks if stage else 1) + of_passes[method]
         print(method, stage, ranks, peak, peak / expected)
         assert 0.98 <= peak / expected <= 1.05
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "entries"),
+    [
+        (AdamMini, {"head_dim": 4}, 1),
+        (AdamW, {}, 2),
+        (GWT, {"level": 2}, 0.8 * 2 / 4 + 0.2 * 2),
+        (GWT, {"level": 2, "base": "adam_mini", "head_dim": 4}, 0.8 / 4 + 0.2),
+    ],
+)
+def test_a_step_on_a_cpu_spreads_out_no_tensor_that_is_kept_in_fewer_bits(rule, options, entries, monkeypatch):
+    """It takes the new scales, 4 bytes for 128 entries. entries: per weight, of which a fifth are not transformed. An
+    fp32 copy of the weights takes 4 bytes for each, of a state of GWT's groups 0.8."""
+    monkeypatch.setenv("DS_MEMOPT_KERNELS", "cpp")
+    shapes = {"layers.0.mlp.up_proj.weight": (512, 1024), "embed_tokens.weight": (128, 1024)}
+    parameters = {name: torch.nn.Parameter(torch.ones(shape).bfloat16()) for name, shape in shapes.items()}
+    optimizer = rule(parameters.items(), state_dtype="int8", masters="remainder16", **options)
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    with AliveBytes() as alive:
+        before = alive.alive
+        optimizer.step()
+    taken = (alive.peak - before) / sum(parameter.numel() for parameter in parameters.values())
+    assert taken == pytest.approx(entries * 4 / 128, abs=1e-3)
