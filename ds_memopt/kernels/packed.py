@@ -205,7 +205,7 @@ class Storage:
 
 def _zeros_like(tensors: Tensors) -> dict[int, torch.Tensor]:
     """In one piece of memory: one allocation in the place of hundreds. tensors: 1-D."""
-    lengths = list(map(len, tensors.values()))
+    lengths = list(map(torch.Tensor.numel, tensors.values()))
     like = next(iter(tensors.values()), torch.empty(0))
     return dict(zip(tensors, like.new_zeros(sum(lengths)).split(lengths), strict=True))
 
