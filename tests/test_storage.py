@@ -50,10 +50,10 @@ def test_codes_are_right_on_average_and_come_back_as_they_were(code):
     assert decode(encode(scales[:1], scales[:1], dtype, None), scales[:1]) == scales[0]
 
 
-def test_a_second_moment_above_zero_has_a_code_above_zero():
-    values, scales = torch.tensor([1e-20, 0.0, 1.0]), torch.ones(3)
+def test_second_moments_that_are_not_all_zero_have_codes_above_zero():
+    values, scales = torch.tensor([1e-20, 0.0, 1.0, 0.0]), torch.tensor([1.0, 1.0, 1.0, 0.0])
     for bits in BITS:
-        assert encode(values, scales, torch.uint8, bits.expand(3)).tolist() == [1, 0, 255]
+        assert encode(values, scales, torch.uint8, bits.expand(4)).tolist() == [1, 1, 255, 0]
 
 
 def test_what_is_no_number_stays_none():

@@ -6,7 +6,7 @@ from ds_memopt.kernels.codes import CODES, GROUP, join
 from ds_memopt.kernels.compiled import compile_exactly
 from ds_memopt.kernels.descriptors import ColumnPiece, Piece, RowPiece, Table
 from ds_memopt.kernels.noise_formulas import NOISE_KINDS, NoiseSource
-from ds_memopt.kernels.packed import REMAINDER_PROBE, Packing, Segment, Segments, Storage
+from ds_memopt.kernels.packed import STATE_PROBE, Packing, Segment, Segments, Storage
 from ds_memopt.kernels.plain import (
     AdamScalars,
     adam_by_block,
@@ -31,7 +31,7 @@ __all__ = [
     "NoiseSource",
     "Packing",
     "Piece",
-    "REMAINDER_PROBE",
+    "STATE_PROBE",
     "RowPiece",
     "Runs",
     "Segment",

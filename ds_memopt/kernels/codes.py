@@ -20,37 +20,40 @@ GROUP = 128
 CODES = {"signed": torch.int8, "unsigned": torch.uint8}
 """How a state is coded: by its sign or, where it has none, with more codes; and in what."""
 
-_SQUARES, _FOURTH_POWERS = 127.0**2, 255.0**4
+SMALLEST_SCALE = 2.0**-94
+"""What a smaller scale counts as: the number that values are multiplied by, 255^4 / scale, stays finite."""
 
 
 def decode(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """The values, fp32. scales: fp32, of each entry."""
-    code = codes.float()
-    if codes.dtype == torch.uint8:
-        square = (code / 255).square()
-        return square * square * scales
-    return code * code.abs() / _SQUARES * scales
+    unsigned, code = codes.dtype == torch.uint8, codes.float()
+    power = code.square().square() if unsigned else code * code.abs()
+    return power * (1 / _most(unsigned)) * scales.clamp(min=SMALLEST_SCALE)
 
 
 def encode(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, bits: torch.Tensor | None) -> torch.Tensor:
     """The codes of fp32 values. dtype: of `CODES`. scales: of each entry, none smaller than its magnitude.
 
     bits: 8 random ones for each entry, in int32; None: to the nearest code, which gives back what `decode` was given.
-    An entry above zero keeps a code above zero: a second moment of zero would be divided by.
+    Of a group that is not all zero every entry without a sign has a code above zero: a second moment of zero would be
+    divided by.
     """
     unsigned = dtype == torch.uint8
-    share = torch.where(scales > 0, values.abs() / scales, 0)
-    power = share * (_FOURTH_POWERS if unsigned else _SQUARES)
+    factors = scales.clamp(min=SMALLEST_SCALE).reciprocal() * _most(unsigned)
+    power = (values.abs() * factors).clamp(min=1 if unsigned else 0)
     root = power.sqrt().sqrt() if unsigned else power.sqrt()
     if bits is None:
         code = root.round()
-    else:
+    elif unsigned:
         code = root.floor()
-        low, high = _power(code, unsigned), _power(code + 1, unsigned)
-        code = code + (_uniform(bits) * (high - low) < power - low)
-    if unsigned:
-        code = torch.where(share > 0, code.clamp(min=1), code)
-    return (code if unsigned else code * values.sign()).to(dtype)
+        square, step = code.square(), 2 * code + 1
+        gap = step * (2 * square + step)  # to the next fourth power
+        code = code + (_uniform(bits) * gap < power - square.square())
+    else:  # c + 1 where u (2c + 1) < power - c^2, solved for c + 1
+        down = 1 - _uniform(bits)
+        square = (power + (down * down - down)).clamp(min=0)
+        code = (square.double().sqrt().float() + down).floor()  # PyTorch's root in fp32 may be off by an ulp
+    return torch.where(scales > 0, code if unsigned else code * values.sign(), 0).to(dtype)
 
 
 def to_bf16(values: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
@@ -82,9 +85,9 @@ def join(weights: torch.Tensor, remainders: torch.Tensor) -> torch.Tensor:
     return (weights.float().view(torch.int32) + remainders.int() * unit).view(torch.float32)
 
 
-def _power(code: torch.Tensor, unsigned: bool) -> torch.Tensor:
-    square = code.square()
-    return square.square() if unsigned else square
+def _most(unsigned: bool) -> float:
+    """The power of the largest code."""
+    return 255.0**4 if unsigned else 127.0**2
 
 
 def _uniform(bits: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """The noise of zeroth-order training in plain PyTorch: the reference for any other back end, which gives equal bits.
 
-The random bits of a parameter's elements come from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as
-1, 2, 3", SC11), a function from a 128-bit counter and a 64-bit key to four words of 32 bits:
+The random bits of a parameter's elements come from Philox 4x32-10, those of rounding from Philox 4x32-7 (Salmon et al.,
+"Parallel random numbers: as easy as 1, 2, 3", SC11), a function from a 128-bit counter and a 64-bit key to four words
+of 32 bits:
 
     counter = (low word of b, high word of b, step, probe)       with b = element // (elements per counter)
     key     = (low word of k, high word of k)                    with k of the `NoiseSource`
@@ -25,6 +26,9 @@ from ds_memopt.kernels.compiled import compile_exactly
 
 WORD = 0xFFFFFFFF
 """The 32 low bits: words are kept in int64, as PyTorch has few operations on unsigned integers."""
+
+ROUNDS_OF_ROUNDING = 7
+"""Of Philox where its bits round: the fewest with which it passes the tests of randomness in the paper."""
 
 PIECE = {"cpu": 2**18}
 PIECE_ELSEWHERE = 2**22
@@ -67,11 +71,11 @@ def elements(source: NoiseSource, start: int, length: int, device: torch.device)
     return generate(arguments, max(count, 2))[skip : skip + length]  # never 1: see compile_exactly
 
 
-def philox(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor | int]) -> list[torch.Tensor]:
-    """Philox 4x32-10 of four counter words and two key words, element by element; all words are int64 in [0, 2^32)."""
+def philox(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor | int], rounds: int = 10) -> list[torch.Tensor]:
+    """Philox 4x32 of four counter words and two key words, element by element; all words are int64 in [0, 2^32)."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for number in range(10):
+    for number in range(rounds):
         # The product of two words is less than 2^64: int64 holds its bits, if not its sign. What lies above the low
         # 32 bits of c1 and c3, and of a key that has grown over 2^32, is masked away after the next XOR.
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
@@ -81,11 +85,11 @@ def philox(counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor | int]) -
     return [c0, c1 & WORD, c2, c3 & WORD]
 
 
-def _random_words(arguments: torch.Tensor, count: int) -> list[torch.Tensor]:
+def _random_words(arguments: torch.Tensor, count: int, rounds: int = 10) -> list[torch.Tensor]:
     """The four words of `count` counters in turn. arguments: int64 (first b, step, probe, key low, key high)."""
     first, step, probe, *key = arguments
     block = first + torch.arange(count, device=arguments.device)
-    return philox((block & WORD, block >> 32, step, probe), key)
+    return philox((block & WORD, block >> 32, step, probe), key, rounds)
 
 
 def gaussian(arguments: torch.Tensor, count: int) -> torch.Tensor:
@@ -150,7 +154,7 @@ def rounding_bits(arguments: torch.Tensor, count: int) -> torch.Tensor:
 
     arguments: see `_random_words`.
     """
-    words = torch.stack(_random_words(arguments, count), dim=1)
+    words = torch.stack(_random_words(arguments, count, ROUNDS_OF_ROUNDING), dim=1)
     return ((words[:, :, None] >> torch.arange(0, 32, 8, device=words.device)) & 0xFF).int().flatten()
 
 

@@ -19,8 +19,9 @@ from ds_memopt.kernels.codes import GROUP, decode, encode, join, split, to_bf16
 from ds_memopt.kernels.noise_formulas import NoiseSource, elements
 from ds_memopt.kernels.work import Tensors
 
-REMAINDER_PROBE = 0
-"""Tells the noise of remainders from that of states."""
+REMAINDER_PROBE, STATE_PROBE = 0, 1
+"""Tell the noise of remainders from that of states. All states of an entry are rounded by the same bits: each is right
+on average."""
 
 
 class Segment(NamedTuple):

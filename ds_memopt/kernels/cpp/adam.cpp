@@ -6,7 +6,7 @@
 #include <cmath>
 
 #include "common.h"
-#include "packed.h"
+#include "packed_step.h"
 
 namespace {
 
@@ -34,62 +34,71 @@ struct Schedule {
     float* scales;  // of each large run
 };
 
-// p <- p * decay - scale * m, after m has moved.
+inline void move_moment(Floats& m, Floats x, const Scalars& step) { m = m + step.rest1 * (x - m); }
+
+inline void move_second_moment(Floats& v, Floats x, const Scalars& step) { v = v * step.beta2 + step.rest2 * (x * x); }
+
+// By the new moments. scale: of all elements.
+inline void move(Floats& p, Floats m, float scale, const Scalars& step) { p = p * step.decay - scale * m; }
+
+inline void move_by_element(Floats& p, Floats m, Floats v, const Scalars& step) {
+    p = p * step.decay - step.step_size * m / (square_root(v) * step.inverse_root + step.eps);
+}
+
 template <class P, class G, class M>
 void update(void* p_, const void* g_, void* m_, int64_t offset, int64_t entry, int64_t length, float scale,
             const Scalars& step) {
     P* p = (P*)p_ + offset;
     const G* g = (const G*)g_ + offset;
     M* m = (M*)m_ + entry;
-    auto lanes = [&](Floats old_p, Floats x, Floats old_m, Floats& new_p, Floats& new_m) {
-        new_m = old_m + step.rest1 * (x - old_m);
-        new_p = old_p * step.decay - scale * new_m;
-    };
     int64_t i = 0;
-    Floats new_p, new_m;
     for (; i + LANES <= length; i += LANES) {
         prefetch_to_write(p + i);
         prefetch_to_write(m + i);
         prefetch(g + i, length * sizeof(G));  // of the next run, whose squares are summed first
-        lanes(load(p + i), load(g + i), load(m + i), new_p, new_m);
+        Floats new_p = load(p + i), new_m = load(m + i);
+        move_moment(new_m, load(g + i), step);
+        move(new_p, new_m, scale, step);
         store(p + i, new_p);
         store(m + i, new_m);
     }
     if (int64_t rest = length - i) {
-        lanes(load_some(p + i, rest), load_some(g + i, rest), load_some(m + i, rest), new_p, new_m);
+        Floats new_p = load_some(p + i, rest), new_m = load_some(m + i, rest);
+        move_moment(new_m, load_some(g + i, rest), step);
+        move(new_p, new_m, scale, step);
         store_some(p + i, new_p, rest);
         store_some(m + i, new_m, rest);
     }
 }
 
-// The same with a second moment of each element, from the first one's on.
+// v: from the first one's on.
 template <class P, class G, class M>
 void update_by_element(void* p_, const void* g_, void* m_, float* v, int64_t offset, int64_t entry, int64_t length,
                        const Scalars& step) {
     P* p = (P*)p_ + offset;
     const G* g = (const G*)g_ + offset;
     M* m = (M*)m_ + entry;
-    auto lanes = [&](Floats old_p, Floats x, Floats old_m, Floats old_v, Floats& new_p, Floats& new_m, Floats& new_v) {
-        new_m = old_m + step.rest1 * (x - old_m);
-        new_v = old_v * step.beta2 + step.rest2 * (x * x);
-        Floats denominator = square_root(new_v) * step.inverse_root + step.eps;
-        new_p = old_p * step.decay - step.step_size * new_m / denominator;
-    };
     int64_t i = 0;
-    Floats new_p, new_m, new_v;
     for (; i + LANES <= length; i += LANES) {
         prefetch_to_write(p + i);
         prefetch(g + i);
         prefetch_to_write(m + i);
         prefetch_to_write(v + i);
-        lanes(load(p + i), load(g + i), load(m + i), load(v + i), new_p, new_m, new_v);
+        Floats new_p = load(p + i), new_m = load(m + i), new_v = load(v + i);
+        Floats x = load(g + i);
+        move_moment(new_m, x, step);
+        move_second_moment(new_v, x, step);
+        move_by_element(new_p, new_m, new_v, step);
         store(p + i, new_p);
         store(m + i, new_m);
         store(v + i, new_v);
     }
     if (int64_t rest = length - i) {
-        lanes(load_some(p + i, rest), load_some(g + i, rest), load_some(m + i, rest), load_some(v + i, rest), new_p,
-              new_m, new_v);
+        Floats new_p = load_some(p + i, rest), new_m = load_some(m + i, rest), new_v = load_some(v + i, rest);
+        Floats x = load_some(g + i, rest);
+        move_moment(new_m, x, step);
+        move_second_moment(new_v, x, step);
+        move_by_element(new_p, new_m, new_v, step);
         store_some(p + i, new_p, rest);
         store_some(m + i, new_m, rest);
         store_some(v + i, new_v, rest);
@@ -116,14 +125,57 @@ double gradient_squares(const Tensor& tensor, int64_t offset, int64_t length) {
     return sum_of_squares((const float*)tensor.gradient + offset, length);
 }
 
-const void* gradient_at(const Tensor& tensor, int64_t offset) {
-    return (const char*)tensor.gradient + offset * (tensor.halves & 2 ? sizeof(bf16) : sizeof(float));
+// What it gets to `ahead` elements later is fetched.
+inline Floats gradients_at(const Tensor& tensor, int64_t at, int64_t lanes, int64_t ahead) {
+    if (tensor.halves & 2) {
+        const bf16* g = (const bf16*)tensor.gradient + at;
+        prefetch(g, ahead * sizeof(bf16));
+        return load_some(g, lanes);
+    }
+    const float* g = (const float*)tensor.gradient + at;
+    prefetch(g, ahead * sizeof(float));
+    return load_lanes<Floats>(g, lanes);
 }
 
-// The same where what is updated is spread out in fp32, from its entry `at` on. g: from the first one's on.
-void update_spread(Spread& spread, int64_t at, const void* g, const Tensor& tensor, int64_t length, float scale,
-                   const Scalars& step) {
-    UPDATES[tensor.halves & 2](spread.p + at, g, spread.m + at, 0, 0, length, scale, step);
+// Calls act(m, v) with the kinds of what is kept of a tensor as types, v ABSENT where there is none.
+template <class Act>
+void by_kinds(const Packed& packed, Act act) {
+    auto with = [&](auto m) {
+        if (!packed.v.entries) return act(m, KindOf<ABSENT>{});
+        if (packed.v.kind == UNSIGNED) return act(m, KindOf<UNSIGNED>{});
+        act(m, KindOf<FP32>{});
+    };
+    if (packed.m.kind == SIGNED) return with(KindOf<SIGNED>{});
+    with(KindOf<FP32>{});
+}
+
+// offset: of the first.
+inline auto states_mover(const Tensor& tensor, int64_t offset, int64_t ahead, const Scalars step) {
+    return [&tensor, offset, ahead, step](int64_t i, int64_t lanes, Floats& m, Floats& v) {
+        Floats x = gradients_at(tensor, offset + i, lanes, ahead);
+        move_moment(m, x, step);
+        move_second_moment(v, x, step);
+    };
+}
+
+// Elements that have second moments of their own.
+void step_elements(const Ranges& ranges, const Tensor& tensor, const Scalars step) {
+    auto move_weights = [step](int64_t, int64_t count, auto part) {
+        part(0, count, [step](Floats& p, Floats m, Floats v) { move_by_element(p, m, v, step); });
+    };
+    by_kinds(ranges.packed, [&](auto m, auto v) {
+        step_packed<m, v>(ranges, states_mover(tensor, ranges.weights.first, SPAN, step), move_weights);
+    });
+}
+
+// Part of a run.
+void step_chunk(const Ranges& ranges, const Tensor& tensor, float scale, const Scalars step) {
+    auto move_weights = [step, scale](int64_t, int64_t count, auto part) {
+        part(0, count, [step, scale](Floats& p, Floats m, Floats) { move(p, m, scale, step); });
+    };
+    by_kinds(ranges.packed, [&](auto m, auto) {
+        step_packed<m, ABSENT>(ranges, states_mover(tensor, ranges.weights.first, SPAN, step), move_weights);
+    });
 }
 
 float advance(float& v, float mean_square, const Scalars& step) {
@@ -179,10 +231,7 @@ void update_chunks(const Schedule& schedule, const Tensor* tensors, const Scalar
         const Scalars& step = scalars[row.tensor];
         const int64_t entry = entry_of(row, chunk.run) + chunk.start;
         if (packed)
-            step_packed(Ranges(packed[row.tensor], offset, entry, chunk.length),
-                        [&](int64_t begin, int64_t count, Spread& spread) {
-                            update_spread(spread, 0, gradient_at(tensor, offset + begin), tensor, count, scale, step);
-                        });
+            step_chunk(Ranges(packed[row.tensor], offset, entry, chunk.length), tensor, scale, step);
         else
             UPDATES[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, offset, entry, chunk.length, scale,
                                    step);
@@ -195,35 +244,36 @@ void step_runs(const Packed& packed, const Tensor& tensor, const Row& row, const
     const int64_t first = offset_of(row, task.first);
     float* v = tensor.values + block_of(row, task.first);
     float scale = 0;
-    const Ranges ranges(packed, first, entry_of(row, task.first), (task.last - task.first) * row.width);
-    step_packed(ranges, [&](int64_t begin, int64_t count, Spread& spread) {
-        if (row.width == 1 && !advanced) {
-            UPDATES_BY_ELEMENT[tensor.halves & 2](spread.p, gradient_at(tensor, first + begin), spread.m, v + begin, 0, 0,
-                                                  count, step);
-            return;
-        }
-        for (int64_t i = 0, length; i < count; i += length) {
-            const int64_t run = (begin + i) / row.width, within = (begin + i) % row.width, at = first + begin + i;
+    const int64_t entry = entry_of(row, task.first), length = (task.last - task.first) * row.width;
+    if (row.width == 1 && !advanced) {
+        Packed of_elements = packed;
+        of_elements.v = {v - entry, FP32, nullptr, nullptr, 0};
+        return step_elements(Ranges(of_elements, first, entry, length), tensor, step);
+    }
+    auto move_weights = [&, step](int64_t begin, int64_t count, auto part) {
+        for (int64_t start = 0, length; start < count; start += length) {
+            const int64_t run = (begin + start) / row.width, within = (begin + start) % row.width;
             if (within == 0) {
-                if (!advanced) advance(v[run], gradient_squares(tensor, at, row.width) / row.size, step);
+                if (!advanced)
+                    advance(v[run], gradient_squares(tensor, first + begin + start, row.width) / row.size, step);
                 scale = step.step_size / step.denominator(v[run]);
             }
-            length = std::min(count - i, row.width - within);
-            update_spread(spread, i, gradient_at(tensor, at), tensor, length, scale, step);
+            length = std::min(count - start, row.width - within);
+            part(start, length, [step, scale](Floats& p, Floats m, Floats) { move(p, m, scale, step); });
         }
+    };
+    by_kinds(packed, [&](auto m, auto) {
+        step_packed<m, ABSENT>(Ranges(packed, first, entry, length), states_mover(tensor, first, row.width, step),
+                               move_weights);
     });
 }
 
 // Of new states in the groups that a range shares with others.
 void measure(const Packed& packed, const Tensor& tensor, int64_t offset, int64_t entry, int64_t length,
              const Scalars& step) {
-    const Range states(packed.of_states, entry, length, packed.step);
-    measure_shared(packed, states, [&](int64_t begin, int64_t count, Spread& spread) {
-        const void* g = gradient_at(tensor, offset + begin);
-        if (packed.v.entries)
-            UPDATES_BY_ELEMENT[tensor.halves & 2](spread.p, g, spread.m, spread.v, 0, 0, count, step);
-        else
-            update_spread(spread, 0, g, tensor, count, 0, step);
+    by_kinds(packed, [&](auto m, auto v) {
+        const Range states(packed.of_states, entry, length, packed.step);
+        measure_shared<m, v>(packed, states, states_mover(tensor, offset, SPAN, step));
     });
 }
 
@@ -369,11 +419,7 @@ void ds_adam_by_element(const Schedule* s, const Tensor* tensors, const Scalars*
         const int64_t offset = offset_of(row, chunk.run) + chunk.start, entry = entry_of(row, chunk.run) + chunk.start;
         const Scalars& step = scalars[row.tensor];
         if (packed)
-            step_packed(Ranges(packed[row.tensor], offset, entry, chunk.length),
-                        [&](int64_t begin, int64_t count, Spread& spread) {
-                            UPDATES_BY_ELEMENT[tensor.halves & 2](spread.p, gradient_at(tensor, offset + begin), spread.m,
-                                                                  spread.v, 0, 0, count, step);
-                        });
+            step_elements(Ranges(packed[row.tensor], offset, entry, chunk.length), tensor, step);
         else
             UPDATES_BY_ELEMENT[tensor.halves](tensor.parameter, tensor.gradient, tensor.moment, tensor.values + entry,
                                               offset, entry, chunk.length, step);

@@ -41,6 +41,27 @@ typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
+// Halves of 32 bits, and bf16 as fp32: each in one instruction, where the compiler needs up to five.
+#if defined(__AVX512BW__)
+typedef uint16_t Order __attribute__((vector_size(64)));
+constexpr Order LOW = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}, HIGH = LOW + 1;
+constexpr Order TO_HIGH = {16, 0,  16, 1,  16, 2,  16, 3,  16, 4,  16, 5,  16, 6,  16, 7,
+                           16, 8,  16, 9,  16, 10, 16, 11, 16, 12, 16, 13, 16, 14, 16, 15};  // number 16 is zero
+
+inline Halves in_order(Order order, Words values) {
+    return (Halves)_mm512_castsi512_si256(_mm512_permutexvar_epi16((__m512i)order, (__m512i)values));
+}
+inline Halves low_halves(Words values) { return in_order(LOW, values); }
+inline Halves high_halves(Words values) { return in_order(HIGH, values); }
+inline Words to_high_halves(Halves values) {
+    return (Words)_mm512_permutexvar_epi16((__m512i)TO_HIGH, _mm512_zextsi256_si512((__m256i)values));
+}
+#else
+inline Halves low_halves(Words values) { return __builtin_convertvector(values, Halves); }
+inline Halves high_halves(Words values) { return __builtin_convertvector(values >> 16, Halves); }
+inline Words to_high_halves(Halves values) { return __builtin_convertvector(values, Words) << 16; }
+#endif
+
 inline Floats load(const float* from) {
     Floats values;
     std::memcpy(&values, from, sizeof values);
@@ -52,15 +73,14 @@ inline void store(float* to, Floats values) { std::memcpy(to, &values, sizeof va
 inline Floats load(const bf16* from) {
     Halves halves;
     std::memcpy(&halves, from, sizeof halves);
-    return (Floats)(__builtin_convertvector(halves, Words) << 16);
+    return (Floats)to_high_halves(halves);
 }
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 inline void store(bf16* to, Floats values) {
     Words words = (Words)values;
-    Words rounded = (words + 0x7fff + ((words >> 16) & 1)) >> 16;
-    Words is_nan = (Words)(values != values);
-    Halves halves = __builtin_convertvector((rounded & ~is_nan) | (0x7fc0 & is_nan), Halves);
+    Words rounded = words + 0x7fff + ((words >> 16) & 1);
+    Halves halves = high_halves(values == values ? rounded : Words{} + 0x7fc00000);
     std::memcpy(to, &halves, sizeof halves);
 }
 

@@ -211,8 +211,8 @@ void step_packed(const Call& call, const Row& row, int64_t first, int64_t last, 
             if (!mode.by_block) pack(packed.v, states, entry + done, count, v, bits);
         } else if (shared && packed.m.new_scales) {
             const int64_t scale = states.scale_of(place / GROUP);
-            raise(packed.m.new_scales[scale], m, count);
-            if (!mode.by_block) raise(packed.v.new_scales[scale], v, count);
+            raise(packed.m.new_scales[scale], largest(m, count));
+            if (!mode.by_block) raise(packed.v.new_scales[scale], largest(v, count));
         }
     }
 }

@@ -8,8 +8,9 @@
 #include "philox.h"
 
 constexpr int64_t GROUP = 128;  // entries that have one scale
-constexpr int64_t SPAN = 512;  // entries that are spread out at a time
-constexpr uint32_t REMAINDER_PROBE = 0;
+constexpr int64_t SPAN = 2048;  // entries whose random bits are made at a time
+constexpr uint32_t REMAINDER_PROBE = 0, STATE_PROBE = 1;
+constexpr float SMALLEST_SCALE = 0x1p-94f;
 
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef int16_t Shorts __attribute__((vector_size(2 * LANES)));
@@ -34,7 +35,7 @@ struct Segments {
     }
 };
 
-enum Kind : int64_t { FP32, BF16, BF16_AT_RANDOM, SIGNED, UNSIGNED };
+enum Kind : int64_t { FP32, BF16, BF16_AT_RANDOM, SIGNED, UNSIGNED, ABSENT };
 
 struct KeptState {
     void* entries;
@@ -92,9 +93,18 @@ struct Ranges {
 
 // The compiler takes 8-bit vectors apart where one instruction converts them.
 #if defined(__AVX512F__)
+inline Ints to_ints(Shorts values) { return (Ints)_mm512_cvtepi16_epi32((__m256i)values); }
 inline Ints to_ints(Bytes values) { return (Ints)_mm512_cvtepi8_epi32((__m128i)values); }
 inline Ints to_ints(UnsignedBytes values) { return (Ints)_mm512_cvtepu8_epi32((__m128i)values); }
+#if defined(__AVX512VBMI__)
+typedef uint8_t OrderOfBytes __attribute__((vector_size(64)));
+constexpr OrderOfBytes LOWEST = {0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60};
+inline Bytes to_bytes(Ints values) {
+    return (Bytes)_mm512_castsi512_si128(_mm512_permutexvar_epi8((__m512i)LOWEST, (__m512i)values));
+}
+#else
 inline Bytes to_bytes(Ints values) { return (Bytes)_mm512_cvtepi32_epi8((__m512i)values); }
+#endif
 #else
 template <class Narrow>
 inline Ints to_ints(Narrow values) {
@@ -102,10 +112,14 @@ inline Ints to_ints(Narrow values) {
 }
 inline Bytes to_bytes(Ints values) { return __builtin_convertvector(values, Bytes); }
 #endif
-inline Ints to_ints(Shorts values) { return __builtin_convertvector(values, Ints); }
-inline Ints to_ints(Halves values) { return __builtin_convertvector(values, Ints); }
-inline void narrow(Ints values, Bytes& result) { result = to_bytes(values); }
-inline void narrow(Ints values, Shorts& result) { result = __builtin_convertvector(values, Shorts); }
+
+template <class Vector, class T>
+inline Vector load_lanes(const T* from, int64_t lanes) {
+    static_assert(sizeof(Vector) == LANES * sizeof(T));
+    Vector values{};
+    std::memcpy(&values, from, lanes * sizeof(T));
+    return values;
+}
 
 // 8 random bits for each of entries [place, place + count) of a parameter, at most SPAN.
 struct RoundingBits {
@@ -119,14 +133,12 @@ struct RoundingBits {
         skip = place % PER_COUNTER;
         uint64_t counter = place / PER_COUNTER;
         for (int64_t done = 0; done < skip + count; done += PER_COUNTER * COUNTERS, counter += COUNTERS)
-            random_words_in_turn(noise, counter, words + done / 4);
+            random_words_in_turn<ROUNDS_OF_ROUNDING>(noise, counter, words + done / 4);
     }
 
-    Ints operator()(int64_t i) const {
-        UnsignedBytes bits;
-        std::memcpy(&bits, (const uint8_t*)words + skip + i, sizeof bits);
-        return to_ints(bits);
-    }
+    const uint8_t* from(int64_t i) const { return (const uint8_t*)words + skip + i; }
+
+    Ints operator()(int64_t i) const { return to_ints(load_lanes<UnsignedBytes>(from(i), LANES)); }
 };
 
 // act(i, lanes) for entries [i, i + lanes) of `count`: all LANES, known to the compiler, but for the last ones.
@@ -138,14 +150,6 @@ inline void by_lanes(int64_t count, Act act) {
 }
 
 template <class Vector, class T>
-inline Vector load_lanes(const T* from, int64_t lanes) {
-    static_assert(sizeof(Vector) == LANES * sizeof(T));
-    Vector values{};
-    std::memcpy(&values, from, lanes * sizeof(T));
-    return values;
-}
-
-template <class Vector, class T>
 inline void store_lanes(T* to, Vector values, int64_t lanes) {
     static_assert(sizeof(Vector) == LANES * sizeof(T));
     std::memcpy(to, &values, lanes * sizeof(T));
@@ -153,10 +157,18 @@ inline void store_lanes(T* to, Vector values, int64_t lanes) {
 
 inline Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 inline Ints bits_of(Floats values) { return (Ints)values; }
+// Not constants for the compiler: it would make them anew for each vector, by what conversions need, too.
+inline Ints MAGNITUDE = Ints{} + 0x7FFFFFFF, ONES = Ints{} + 1, HALF = Ints{} + 0x8000, NO_NUMBER = Ints{} + 0x7FC00000;
+
 inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
-inline Ints add_where(Ints chosen, Ints a, Ints b) { return a + (chosen & b); }
-inline Ints select(Ints chosen, Ints yes, Ints no) { return (chosen & yes) | (~chosen & no); }
-inline Floats magnitude(Floats values) { return (Floats)(bits_of(values) & 0x7FFFFFFF); }
+inline Floats larger(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return a > b ? a : b;
+#endif
+}
+inline Floats magnitude(Floats values) { return (Floats)(bits_of(values) & MAGNITUDE); }
 
 // In one instruction if there is one: for what is exact, or a guess.
 inline Floats multiply_add(Floats a, Floats b, Floats c) {
@@ -178,132 +190,132 @@ inline void by_group(const Range& range, int64_t at, int64_t count, Take take) {
     }
 }
 
-// To the bit, whatever is divided by `divisor`, without a division for each: the rest of a first guess corrects it.
-struct Divisor {
-    Floats divisor, inverse;
-    bool exact;  // neither it nor its inverse is so small that rests are lost
-
-    explicit Divisor(float divisor)
-        : divisor(broadcast(divisor)), inverse(broadcast(1 / divisor)), exact(divisor > 0x1p-80f && divisor < 0x1p80f) {}
-
-    Floats operator()(Floats values) const {
-#if defined(__AVX512F__)
-        if (exact) {
-            Floats guess = values * inverse;
-            return multiply_add(multiply_add(-guess, divisor, values), inverse, guess);
-        }
-#endif
-        return values / divisor;
-    }
-};
-
-// The whole part of the square or fourth root of the power. One too low where the root is within 1e-5 of the next number:
-// rounding at random then takes the next.
+// The power of the largest code.
 template <Kind KIND>
-inline Ints whole_root(Floats power) {
+constexpr float MOST = KIND == SIGNED ? 127.0f * 127.0f : 255.0f * 255.0f * 255.0f * 255.0f;
+
+inline float in_use(float scale) { return scale < SMALLEST_SCALE ? SMALLEST_SCALE : scale; }
+
+template <Kind KIND>
+inline Floats decode(Ints codes, Floats scale) {
+    Floats code = to_floats(codes), square = code * code;
+    Floats power = KIND == SIGNED ? code * magnitude(code) : square * square;
+    return power * (1 / MOST<KIND>) * scale;
+}
+
+// For powers from 1 on, a guess of the whole part of their fourth root less the uniform number: that, or one less. What
+// rounding at random then adds makes up for it.
+inline Ints whole_root(Floats power, Floats uniform) {
 #if defined(__AVX512F__)
-    Floats positive = (Floats)_mm512_max_ps((__m512)power, (__m512)broadcast(1e-30f));
-    Floats inverse = (Floats)_mm512_rsqrt14_ps((__m512)positive), root;
-    if constexpr (KIND == SIGNED) {
-        root = positive * inverse;
-        root = multiply_add(multiply_add(-root, root, positive), 0.5f * inverse, root);
-    } else {
-        root = (Floats)_mm512_rsqrt14_ps((__m512)inverse);
-        Floats square = root * root;
-        root = multiply_add(multiply_add(-square, square, positive) * (inverse * inverse), 0.25f * root, root);
-    }
+    Floats root = (Floats)_mm512_rsqrt14_ps(_mm512_rsqrt14_ps((__m512)power));
 #else
-    Floats root = square_root(power);
-    if constexpr (KIND == UNSIGNED) root = square_root(root);
+    Floats root = square_root(square_root(power));
 #endif
-    return __builtin_convertvector(root, Ints);
+    return __builtin_convertvector(multiply_add(root, broadcast(1 + 0x1p-12f), -uniform), Ints);
 }
 
+// factor: by which a value becomes the power of a code.
 template <Kind KIND>
-inline Floats decode(Ints codes, float scale) {
-    const Divisor squares(127.0f * 127.0f), most(255.0f);
-    Floats code = to_floats(codes);
-    if constexpr (KIND == SIGNED) return squares(code * magnitude(code)) * scale;
-    Floats share = most(code), square = share * share;
-    return square * square * scale;
-}
-
-template <Kind KIND>
-inline Ints encode(Floats values, const Divisor& scale, Ints random) {
-    Floats share = scale(magnitude(values));
-    Floats power = share * (KIND == SIGNED ? 127.0f * 127.0f : 255.0f * 255.0f * 255.0f * 255.0f);
-    Ints whole = whole_root<KIND>(power);
-    Floats code = to_floats(whole), uniform = multiply_add(to_floats(random), broadcast(0x1p-8f), broadcast(0x1p-9f));
+inline Ints encode(Floats values, Floats factor, Floats random) {
     if constexpr (KIND == SIGNED) {
-        Floats step = multiply_add(code, broadcast(2), broadcast(1));  // to the next square; all of this is exact
-        whole = add_where(uniform * step < multiply_add(-code, code, power), whole, Ints{} + 1);
-        return bits_of(values) < 0 ? -whole : whole;
+        Floats down = multiply_add(random, broadcast(-0x1p-8f), broadcast(1 - 0x1p-9f));
+        Floats square = magnitude(values) * factor + multiply_add(down, down, -down);  // the second is exact
+        Floats code = square_root(larger(square, Floats{})) + down;
+        return __builtin_convertvector((Floats)(bits_of(code) | (bits_of(values) & ~MAGNITUDE)), Ints);
     }
-    Floats low = code * code, high = (code + 1) * (code + 1);
-    low *= low, high *= high;
-    whole = add_where(uniform * (high - low) < power - low, whole, Ints{} + 1);
-    return add_where((whole == 0) & (share > 0), whole, Ints{} + 1);
+    Floats uniform = multiply_add(random, broadcast(0x1p-8f), broadcast(0x1p-9f));
+    Floats power = larger(values * factor, broadcast(1));
+    Ints whole = whole_root(power, uniform);
+    Floats code = to_floats(whole), square = code * code, step = multiply_add(code, broadcast(2), broadcast(1));
+    Floats gap = step * multiply_add(square, broadcast(2), step);  // to the next fourth power; exact, all but the product
+    return uniform * gap < power - square * square ? whole + ONES : whole;
+}
+
+// Entries [at, at + lanes).
+template <Kind KIND>
+inline Floats codes_at(const KeptState& state, int64_t at, int64_t lanes, Floats scale) {
+    using Codes = std::conditional_t<KIND == SIGNED, Bytes, UnsignedBytes>;
+    const int8_t* codes = (const int8_t*)state.entries + at;
+    prefetch_to_write(codes);
+    return decode<KIND>(to_ints(load_lanes<Codes>(codes, lanes)), scale);
 }
 
 template <Kind KIND>
 void decode_groups(const KeptState& state, const Range& range, int64_t at, int64_t count, float* values) {
-    using Codes = std::conditional_t<KIND == SIGNED, Bytes, UnsignedBytes>;
-    const int8_t* codes = (const int8_t*)state.entries + at;
     by_group(range, at, count, [&](int64_t group, int64_t first, int64_t entries) {
-        const float scale = state.scales[range.scale_of(group)];
+        const Floats scale = broadcast(in_use(state.scales[range.scale_of(group)]));
         by_lanes(entries, [&](int64_t i, auto lanes) {
-            prefetch_to_write(codes + first + i);
-            Codes kept = load_lanes<Codes>(codes + first + i, lanes);
-            store(values + first + i, decode<KIND>(to_ints(kept), scale));
+            store(values + first + i, codes_at<KIND>(state, at + first + i, lanes, scale));
         });
     });
 }
 
 // As integers magnitudes have the same order, and what is no number is the largest.
-inline uint32_t largest(const float* values, int64_t count) {
-    Ints most{};
-    by_lanes(count, [&](int64_t i, auto lanes) {
-        Ints size = load_lanes<Ints>(values + i, lanes) & 0x7FFFFFFF;
-        most = larger(size, most);
-    });
+inline void raise(Ints& most, Floats values) { most = larger(bits_of(magnitude(values)), most); }
+
+inline float largest(Ints magnitudes) {
 #if defined(__AVX512F__)
-    return _mm512_reduce_max_epi32((__m512i)most);
+    const int32_t bits = _mm512_reduce_max_epi32((__m512i)magnitudes);
 #else
-    int32_t result = 0;
-    for (int lane = 0; lane < LANES; lane++) result = std::max(result, most[lane]);
-    return result;
+    int32_t bits = 0;
+    for (int lane = 0; lane < LANES; lane++) bits = std::max(bits, magnitudes[lane]);
 #endif
+    float result;
+    std::memcpy(&result, &bits, sizeof result);
+    return result;
+}
+
+inline float largest(const float* values, int64_t count) {
+    Ints most{};
+    by_lanes(count, [&](int64_t i, auto lanes) { raise(most, load_lanes<Floats>(values + i, lanes)); });
+    return largest(most);
+}
+
+// By which values of a group become powers of codes.
+template <Kind KIND>
+inline Floats factor_of(float scale) {
+    return broadcast(1 / in_use(scale) * MOST<KIND>);
 }
 
 template <Kind KIND>
 void encode_groups(const KeptState& state, const Range& range, int64_t at, int64_t count, const float* values,
                    const RoundingBits& bits) {
-    int8_t* codes = (int8_t*)state.entries + at;
     by_group(range, at, count, [&](int64_t group, int64_t first, int64_t entries) {
         float& scale = state.new_scales[range.scale_of(group)];
-        if (range.has_all(group)) {
-            uint32_t found = largest(values + first, entries);
-            std::memcpy(&scale, &found, sizeof scale);
-        }
+        if (range.has_all(group)) scale = largest(values + first, entries);
+        int8_t* codes = (int8_t*)state.entries + at + first;
         if (!(scale > 0)) {  // zero, or no number
-            std::memset(codes + first, 0, entries);
+            std::memset(codes, 0, entries);
             return;
         }
-        const Divisor divisor(scale);
+        const Floats factor = factor_of<KIND>(scale);
         by_lanes(entries, [&](int64_t i, auto lanes) {
-            Ints found = encode<KIND>(load(values + first + i), divisor, bits(first + i));
-            store_lanes(codes + first + i, to_bytes(found), lanes);
+            Ints found = encode<KIND>(load(values + first + i), factor, to_floats(bits(first + i)));
+            store_lanes(codes + i, to_bytes(found), lanes);
         });
     });
+}
+
+// States that are no codes: entries [at, at + lanes).
+inline Floats state_at(const KeptState& state, int64_t at, int64_t lanes) {
+    if (state.kind != FP32) return load_some((const bf16*)state.entries + at, lanes);
+    return load_lanes<Floats>((const float*)state.entries + at, lanes);
+}
+
+// bits: those of the first are number `i`.
+inline void keep_state(const KeptState& state, int64_t at, int64_t lanes, Floats value, const RoundingBits& bits,
+                       int64_t i) {
+    if (state.kind == FP32) return store_lanes((float*)state.entries + at, value, lanes);
+    if (state.kind == BF16) return store_some((bf16*)state.entries + at, value, lanes);
+    Words words = (Words)value, rounded = words + (Words)(bits(i) << 8) + 0x80;
+    rounded = magnitude(value) < __builtin_inff() ? rounded : words;
+    store_lanes((uint16_t*)state.entries + at, high_halves(rounded), lanes);
 }
 
 inline void unpack(const KeptState& state, const Range& range, int64_t at, int64_t count, float* values) {
     if (state.kind == SIGNED) return decode_groups<SIGNED>(state, range, at, count, values);
     if (state.kind == UNSIGNED) return decode_groups<UNSIGNED>(state, range, at, count, values);
-    by_lanes(count, [&](int64_t i, auto lanes) {
-        store(values + i, state.kind == FP32 ? load_lanes<Floats>((const float*)state.entries + at + i, lanes)
-                                             : load_some((const bf16*)state.entries + at + i, lanes));
-    });
+    by_lanes(count, [&](int64_t i, auto lanes) { store(values + i, state_at(state, at + i, lanes)); });
 }
 
 inline void pack(const KeptState& state, const Range& range, int64_t at, int64_t count, const float* values,
@@ -311,130 +323,69 @@ inline void pack(const KeptState& state, const Range& range, int64_t at, int64_t
     if (state.kind >= BF16_AT_RANDOM) bits.fill(range, range.place(at), count, state.probe);
     if (state.kind == SIGNED) return encode_groups<SIGNED>(state, range, at, count, values, bits);
     if (state.kind == UNSIGNED) return encode_groups<UNSIGNED>(state, range, at, count, values, bits);
-    by_lanes(count, [&](int64_t i, auto lanes) {
-        Floats value = load(values + i);
-        if (state.kind == FP32) return store_lanes((float*)state.entries + at + i, value, lanes);
-        bf16* entries = (bf16*)state.entries + at + i;
-        if (state.kind == BF16) return store_some(entries, value, lanes);
-        Ints finite = (Ints)(magnitude(value) < __builtin_inff());
-        Ints rounded = select(finite, bits_of(value) + (bits(i) << 8) + 0x80, bits_of(value));
-        store_lanes((int16_t*)entries, __builtin_convertvector(rounded >> 16, Shorts), lanes);
-    });
+    by_lanes(count, [&](int64_t i, auto lanes) { keep_state(state, at + i, lanes, load(values + i), bits, i); });
 }
 
 template <class Remainder>
-void join(const Packed& packed, int64_t at, int64_t count, float* masters) {
-    using Remainders = std::conditional_t<std::is_same_v<Remainder, int16_t>, Shorts, Bytes>;
+using Remainders = std::conditional_t<std::is_same_v<Remainder, int16_t>, Shorts, Bytes>;
+
+template <class Remainder>
+inline Floats join(const Packed& packed, int64_t at, int64_t lanes) {
     const Remainder* remainders = (const Remainder*)packed.remainders + at;
-    const bf16* weights = (const bf16*)packed.weights + at;
-    by_lanes(count, [&](int64_t i, auto lanes) {
-        prefetch_to_write(remainders + i);
-        prefetch_to_write(weights + i);
-        Ints rest = to_ints(load_lanes<Remainders>(remainders + i, lanes));
-        if constexpr (std::is_same_v<Remainder, int8_t>) rest <<= 8;
-        Ints weight = to_ints(load_lanes<Halves>((const uint16_t*)weights + i, lanes)) << 16;
-        store_lanes(masters + i, (Floats)(weight + rest), LANES);
-    });
+    const uint16_t* weights = (const uint16_t*)packed.weights + at;
+    prefetch_to_write(remainders);
+    prefetch_to_write(weights);
+    Ints rest = to_ints(load_lanes<Remainders<Remainder>>(remainders, lanes));
+    if constexpr (std::is_same_v<Remainder, int8_t>) rest <<= 8;
+    return (Floats)(((Ints)to_high_halves(load_lanes<Halves>(weights, lanes))) + rest);
 }
 
 template <class Remainder>
-void split(const Packed& packed, int64_t at, int64_t count, const float* masters, const RoundingBits& bits) {
-    using Remainders = std::conditional_t<std::is_same_v<Remainder, int16_t>, Shorts, Bytes>;
-    Remainder* remainders = (Remainder*)packed.remainders + at;
-    int16_t* weights = (int16_t*)packed.weights + at;
-    by_lanes(count, [&](int64_t i, auto lanes) {
-        Ints master = load_lanes<Ints>(masters + i, LANES);
-        // The nearest; of two the one above, as a remainder of 2^15 does not fit. Then remainders are the low halves.
-        Ints rounded = (master + 0x8000) >> 16, rest = master << 16 >> 16;
-        rounded = select((master & 0x7FFFFFFF) > 0x7F800000, Ints{} + 0x7FC0, rounded);
-        if constexpr (std::is_same_v<Remainder, int8_t>) {
-            rest = (rest + bits(i)) >> 8;
-            rest = rest < 127 ? rest : 127;
-        }
-        Remainders kept;
-        narrow(rest, kept);
-        store_lanes(weights + i, __builtin_convertvector(rounded, Shorts), lanes);
-        store_lanes(remainders + i, kept, lanes);
-    });
+inline void split(const Packed& packed, int64_t at, int64_t lanes, Floats master, const RoundingBits& bits, int64_t i) {
+    // The nearest; of two the one above, as a remainder of 2^15 does not fit. Then remainders are the low halves.
+    Words words = (Words)master, rounded = master == master ? words + (Words)HALF : (Words)NO_NUMBER;
+    store_lanes((uint16_t*)packed.weights + at, high_halves(rounded), lanes);
+    if constexpr (std::is_same_v<Remainder, int16_t>) {
+        store_lanes((uint16_t*)packed.remainders + at, low_halves(words), lanes);
+    } else {
+        Ints rest = (((Ints)words << 16 >> 16) + bits(i)) >> 8;
+        store_lanes((int8_t*)packed.remainders + at, to_bytes(rest < 127 ? rest : Ints{} + 127), lanes);
+    }
+}
+
+// Entries [at, at + lanes).
+inline Floats weights_at(const Packed& packed, int64_t at, int64_t lanes) {
+    if (packed.remainder_bytes == 2) return join<int16_t>(packed, at, lanes);
+    if (packed.remainder_bytes == 1) return join<int8_t>(packed, at, lanes);
+    if (packed.weights_16) return load_some((const bf16*)packed.weights + at, lanes);
+    prefetch_to_write((const float*)packed.weights + at);
+    return load_lanes<Floats>((const float*)packed.weights + at, lanes);
+}
+
+inline void keep_weights(const Packed& packed, int64_t at, int64_t lanes, Floats values, const RoundingBits& bits,
+                         int64_t i) {
+    if (packed.remainder_bytes == 2) return split<int16_t>(packed, at, lanes, values, bits, i);
+    if (packed.remainder_bytes == 1) return split<int8_t>(packed, at, lanes, values, bits, i);
+    if (packed.weights_16) return store_some((bf16*)packed.weights + at, values, lanes);
+    store_lanes((float*)packed.weights + at, values, lanes);
 }
 
 inline void unpack_weights(const Packed& packed, int64_t at, int64_t count, float* values) {
-    if (packed.remainder_bytes == 2) return join<int16_t>(packed, at, count, values);
-    if (packed.remainder_bytes == 1) return join<int8_t>(packed, at, count, values);
-    by_lanes(count, [&](int64_t i, auto lanes) {
-        store(values + i, packed.weights_16 ? load_some((const bf16*)packed.weights + at + i, lanes)
-                                            : load_lanes<Floats>((const float*)packed.weights + at + i, lanes));
-    });
+    by_lanes(count, [&](int64_t i, auto lanes) { store_lanes(values + i, weights_at(packed, at + i, lanes), lanes); });
 }
 
 inline void pack_weights(const Packed& packed, const Range& range, int64_t at, int64_t count, const float* values,
                          RoundingBits& bits) {
-    if (packed.remainder_bytes == 2) return split<int16_t>(packed, at, count, values, bits);
-    if (packed.remainder_bytes == 1) {
-        bits.fill(range, range.place(at), count, REMAINDER_PROBE);
-        return split<int8_t>(packed, at, count, values, bits);
-    }
+    if (packed.remainder_bytes == 1) bits.fill(range, range.place(at), count, REMAINDER_PROBE);
     by_lanes(count, [&](int64_t i, auto lanes) {
-        if (!packed.weights_16) return store_lanes((float*)packed.weights + at + i, load(values + i), lanes);
-        store_some((bf16*)packed.weights + at + i, load(values + i), lanes);
+        keep_weights(packed, at + i, lanes, load_lanes<Floats>(values + i, lanes), bits, i);
     });
 }
 
-// Entries in fp32: as they lie, or else here, with room for a last vector.
-struct Spread {
-    float *p = room[0], *m = room[1], *v = room[2];
-    alignas(64) float room[3][SPAN + LANES];
-
-    void refer_to(const Packed& packed, int64_t at, int64_t entry) {
-        if (!packed.weights_16) p = (float*)packed.weights + at;
-        if (packed.m.kind == FP32) m = (float*)packed.m.entries + entry;
-        if (packed.v.kind == FP32) v = (float*)packed.v.entries + entry;
-    }
-};
-
-// Elements in parts: update(begin, count, spread) makes the step of those from number `begin` of the ranges on. The scales
-// of groups that other ranges share must stand in new_scales.
-template <class Update>
-void step_packed(const Ranges& ranges, Update update) {
-    const auto& [packed, weights, states] = ranges;
-    Spread spread;
-    RoundingBits bits;
-    for (int64_t begin = 0, count; begin < states.length; begin += count) {
-        const int64_t at = weights.first + begin, entry = states.first + begin;
-        count = std::min(states.length - begin, SPAN - states.place(entry) % SPAN);
-        spread.refer_to(packed, at, entry);
-        if (packed.weights_16) unpack_weights(packed, at, count, spread.p);
-        if (packed.m.kind != FP32) unpack(packed.m, states, entry, count, spread.m);
-        if (packed.v.kind != FP32) unpack(packed.v, states, entry, count, spread.v);
-        update(begin, count, spread);
-        if (packed.weights_16) pack_weights(packed, weights, at, count, spread.p, bits);
-        if (packed.m.kind != FP32) pack(packed.m, states, entry, count, spread.m, bits);
-        if (packed.v.kind != FP32) pack(packed.v, states, entry, count, spread.v, bits);
-    }
-}
-
-inline void raise(float& scale, const float* values, int64_t count) {
+inline void raise(float& scale, float magnitude) {
     // Not below 0, or no number: ordered as integers, so that the order of threads changes nothing.
-    uint32_t found = largest(values, count), *known = (uint32_t*)&scale, before = __atomic_load_n(known, __ATOMIC_RELAXED);
+    uint32_t found, *known = (uint32_t*)&scale, before = __atomic_load_n(known, __ATOMIC_RELAXED);
+    std::memcpy(&found, &magnitude, sizeof found);
     while (before < found && !__atomic_compare_exchange_n(known, &before, found, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-    }
-}
-
-// Raises new_scales of the groups that others share to the magnitudes that `update` gives this range's states.
-template <class Update>
-void measure_shared(const Packed& packed, const Range& states, Update update) {
-    const int64_t begin = states.place_in_row(states.first), end = begin + states.length;
-    const int64_t groups[] = {begin / GROUP, (end - 1) / GROUP};
-    for (int i = 0; i < (groups[0] == groups[1] ? 1 : 2); i++) {
-        if (states.has_all(groups[i])) continue;
-        const int64_t first = std::max(begin, groups[i] * GROUP), last = std::min(end, (groups[i] + 1) * GROUP);
-        const int64_t entry = states.first + first - begin, count = last - first, scale = states.scale_of(groups[i]);
-        Spread spread;
-        std::memset(spread.p, 0, count * sizeof(float));
-        unpack(packed.m, states, entry, count, spread.m);
-        if (packed.v.entries) unpack(packed.v, states, entry, count, spread.v);
-        update(first - begin, count, spread);
-        if (packed.m.new_scales) raise(packed.m.new_scales[scale], spread.m, count);
-        if (packed.v.new_scales) raise(packed.v.new_scales[scale], spread.v, count);
     }
 }

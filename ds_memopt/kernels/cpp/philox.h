@@ -1,4 +1,4 @@
-// Random bits of noise and of rounding: Philox 4x32-10, see ../noise_formulas.py.
+// Random bits of noise, Philox 4x32-10, and of rounding, Philox 4x32-7: see ../noise_formulas.py.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 #endif
 
 constexpr int COUNTERS = 16;  // at a time: loops over them become vectors
-constexpr int ROUNDS = 10;
+constexpr int ROUNDS = 10, ROUNDS_OF_ROUNDING = 7;
 
 // As rows of the caller's table. per_counter: elements that a counter gives.
 struct Noise {
@@ -20,6 +20,7 @@ struct RandomWords {
 
 #if defined(__AVX512F__)
 // Words of 8 counters, each the low half of 64 bits. What the high halves hold changes nothing.
+template <int ROUNDS>
 struct WideWords {
     __m512i of[4];
 
@@ -50,9 +51,10 @@ struct WideWords {
 #endif
 
 // Of the counters [first, first + COUNTERS).
+template <int ROUNDS = ::ROUNDS>
 inline void random_words(const Noise& noise, uint64_t first, RandomWords& words) {
 #if defined(__AVX512F__)
-    const WideWords low(noise, first), high(noise, first + COUNTERS / 2);
+    const WideWords<ROUNDS> low(noise, first), high(noise, first + COUNTERS / 2);
     for (int word = 0; word < 4; ++word) {
         _mm256_storeu_si256((__m256i*)words.of[word], _mm512_cvtepi64_epi32(low.of[word]));
         _mm256_storeu_si256((__m256i*)words.of[word] + 1, _mm512_cvtepi64_epi32(high.of[word]));
@@ -82,11 +84,12 @@ inline void random_words(const Noise& noise, uint64_t first, RandomWords& words)
 }
 
 // The same, counter by counter.
+template <int ROUNDS>
 inline void random_words_in_turn(const Noise& noise, uint64_t first, uint32_t* words) {
 #if defined(__AVX512F__)
-    const WideWords parts[] = {{noise, first}, {noise, first + COUNTERS / 2}};
+    const WideWords<ROUNDS> parts[] = {{noise, first}, {noise, first + COUNTERS / 2}};
     const __m512i low = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), high = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
-    for (const WideWords& part : parts) {
+    for (const auto& part : parts) {
         const __m512i front = part.pair(0, 1), back = part.pair(2, 3);
         _mm512_storeu_si512(words, _mm512_permutex2var_epi64(front, low, back));
         _mm512_storeu_si512(words + 16, _mm512_permutex2var_epi64(front, high, back));
@@ -94,7 +97,7 @@ inline void random_words_in_turn(const Noise& noise, uint64_t first, uint32_t* w
     }
 #else
     RandomWords by_word;
-    random_words(noise, first, by_word);
+    random_words<ROUNDS>(noise, first, by_word);
     for (int lane = 0; lane < COUNTERS; ++lane)
         for (int word = 0; word < 4; ++word) words[4 * lane + word] = by_word.of[word][lane];
 #endif

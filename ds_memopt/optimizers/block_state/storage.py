@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Self
 import torch
 
 from ds_memopt.blocks import Contiguous, ParamBlocks, Tiled
-from ds_memopt.kernels import CODES, GROUP, REMAINDER_PROBE, Packing, Segment, Segments
+from ds_memopt.kernels import CODES, GROUP, STATE_PROBE, Packing, Segment, Segments
 from ds_memopt.optimizers.base.hyper_parameters import AdamHyperParameters, choice, hyper_parameter
 from ds_memopt.optimizers.block_state.block_index import BlockIndex
 from ds_memopt.optimizers.probes.noise import name_hash
@@ -181,7 +181,7 @@ def packings_of(
     tensors: local ones, 1-D, by number and key; of none, too, maxima are completed.
     """
     packings = {}
-    for probe, (key, layout) in enumerate(states.items(), REMAINDER_PROBE + 1):
+    for key, layout in states.items():
         if not is_packed(key, layout, kept):
             continue
         coded = code_key(key) in kept
@@ -189,7 +189,7 @@ def packings_of(
         packings[key] = Packing(
             kept={number: of_tensor[code_key(key) if coded else key] for number, of_tensor in tensors.items()},
             segments=segments_of(layout, indexes, structures, groups),
-            probe=probe,
+            probe=STATE_PROBE,
             scales={number: of_tensor[scale_key(key)] for number, of_tensor in tensors.items()} if coded else None,
             groups=groups,
             nearest=layout.code == "signed",
