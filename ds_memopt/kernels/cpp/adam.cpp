@@ -125,7 +125,6 @@ double gradient_squares(const Tensor& tensor, int64_t offset, int64_t length) {
     return sum_of_squares((const float*)tensor.gradient + offset, length);
 }
 
-// What it gets to `ahead` elements later is fetched.
 inline Floats gradients_at(const Tensor& tensor, int64_t at, int64_t lanes, int64_t ahead) {
     if (tensor.halves & 2) {
         const bf16* g = (const bf16*)tensor.gradient + at;
@@ -137,7 +136,7 @@ inline Floats gradients_at(const Tensor& tensor, int64_t at, int64_t lanes, int6
     return load_lanes<Floats>(g, lanes);
 }
 
-// Calls act(m, v) with the kinds of what is kept of a tensor as types, v ABSENT where there is none.
+// Calls act(m, v) with the kinds of a tensor's states as constants, as `GroupState` has them.
 template <class Act>
 void by_kinds(const Packed& packed, Act act) {
     auto with = [&](auto m) {
@@ -149,7 +148,7 @@ void by_kinds(const Packed& packed, Act act) {
     with(KindOf<FP32>{});
 }
 
-// offset: of the first.
+// offset: of the first. ahead: elements to the gradient that is fetched meanwhile.
 inline auto states_mover(const Tensor& tensor, int64_t offset, int64_t ahead, const Scalars step) {
     return [&tensor, offset, ahead, step](int64_t i, int64_t lanes, Floats& m, Floats& v) {
         Floats x = gradients_at(tensor, offset + i, lanes, ahead);

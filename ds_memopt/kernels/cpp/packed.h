@@ -136,9 +136,9 @@ struct RoundingBits {
             random_words_in_turn<ROUNDS_OF_ROUNDING>(noise, counter, words + done / 4);
     }
 
-    const uint8_t* from(int64_t i) const { return (const uint8_t*)words + skip + i; }
-
-    Ints operator()(int64_t i) const { return to_ints(load_lanes<UnsignedBytes>(from(i), LANES)); }
+    Ints operator()(int64_t i) const {
+        return to_ints(load_lanes<UnsignedBytes>((const uint8_t*)words + skip + i, LANES));
+    }
 };
 
 // act(i, lanes) for entries [i, i + lanes) of `count`: all LANES, known to the compiler, but for the last ones.
@@ -157,6 +157,7 @@ inline void store_lanes(T* to, Vector values, int64_t lanes) {
 
 inline Floats to_floats(Ints values) { return __builtin_convertvector(values, Floats); }
 inline Ints bits_of(Floats values) { return (Ints)values; }
+
 // Not constants for the compiler: it would make them anew for each vector, by what conversions need, too.
 inline Ints MAGNITUDE = Ints{} + 0x7FFFFFFF, ONES = Ints{} + 1, HALF = Ints{} + 0x8000, NO_NUMBER = Ints{} + 0x7FC00000;
 

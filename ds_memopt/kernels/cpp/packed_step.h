@@ -1,5 +1,5 @@
-// A step on what is kept in fewer bits: see packed.h. A group of entries is spread out, updated and, but for codes, kept
-// again in one pass, so that the processor works on one vector's codes while it waits for the roots of another.
+// A step on what is kept in fewer bits, see packed.h: a group of entries at a time, first its states, then its weights while
+// the states are kept. So the processor makes codes while it waits for the roots and quotients of weights.
 #pragma once
 
 #include "packed.h"
@@ -7,7 +7,8 @@
 template <Kind KIND>
 using KindOf = std::integral_constant<Kind, KIND>;
 
-// A state of the entries of a group: taken spread out, left in fp32 as the step makes it, and kept. Nothing if ABSENT.
+// A state of the entries of a group: taken spread out, left in fp32 as the step makes it, and kept. Nothing if ABSENT. FP32
+// stands for all that are no codes.
 template <Kind KIND>
 struct GroupState {
     static constexpr bool CODED = KIND == SIGNED || KIND == UNSIGNED;
