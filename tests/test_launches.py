@@ -21,6 +21,7 @@ from ds_memopt.optimizers import GWT, METHODS, AdamMini
 from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.optimizers.block_state.block_index import BlockIndex
 from ds_memopt.optimizers.block_state.sharded_optimizer import OptimizerCall, ShardedOptimizer
+from ds_memopt.optimizers.block_state.storage import REMAINDER, Kept
 from ds_memopt.shards import (
     Interval,
     Layout,
@@ -59,7 +60,7 @@ GROUPS = [[name for name in SHAPES if len(SHAPES[name]) == length] for length in
 class Rule(NamedTuple):
     """launches, copies: at most, in a step of a param group, of kernels and of PyTorch, and of tables to the device.
 
-    bytes, dense: of an element by the formula, and of one that GWT leaves as it is.
+    bytes, dense: of an element by the formula, and of one that GWT leaves as it is. dtype: of weights and gradients.
     """
 
     method: type[ShardedOptimizer]
@@ -68,7 +69,10 @@ class Rule(NamedTuple):
     copies: int
     bytes: int
     dense: int
+    dtype: torch.dtype = torch.float32
 
+
+SMALLEST = {"state_dtype": "int8", "masters": "remainder8"}
 
 RULES = {
     "AdamMini": Rule(AdamMini, {"head_dim": HEAD}, 3, 1, 20, 20),
@@ -77,6 +81,9 @@ RULES = {
     # The update's size must be known, of all ranks, before anything is updated.
     "GWT with limiter": Rule(GWT, {"level": 2}, 4, 1, 22, 28),
     "GWT over Adam-mini": Rule(GWT, {"level": 2, "base": "adam_mini", "head_dim": HEAD}, 7, 2, 23, 24),
+    # The gradient is read twice: blocks' second moments advance before what is packed is touched.
+    "AdamMini, int8": Rule(AdamMini, {"head_dim": HEAD} | SMALLEST, 4, 1, 12, 12, torch.bfloat16),
+    "AdamW, int8": Rule(AdamW, SMALLEST, 2, 1, 12, 12, torch.bfloat16),
 }
 
 
@@ -153,7 +160,8 @@ def on_a_gpu_that_is_not_there(monkeypatch):
     # Steps are counted on the CPU, where a fake tensor has no value either.
     time = itertools.count(1.0)
     monkeypatch.setattr(OptimizerCall, "advance", lambda call: dict.fromkeys(call.parameters, next(time)))
-    monkeypatch.setattr(Seams, "begin_sum", lambda seams, slots: lambda: None)
+    for begin in ("begin_sum", "begin_max"):
+        monkeypatch.setattr(Seams, begin, lambda seams, slots: lambda: None)
     for cached in (back_ends._load, launches._upload):
         cached.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -165,27 +173,27 @@ def on_a_gpu_that_is_not_there(monkeypatch):
 @functools.cache
 def optimizer_of(name: str, group: int) -> ShardedOptimizer:
     rule, names = RULES[name], GROUPS[group]
-    named = [(name, torch.nn.Parameter(torch.empty(SHAPES[name], device="meta"))) for name in names]
+    named = [(name, torch.nn.Parameter(torch.empty(SHAPES[name], dtype=rule.dtype, device="meta"))) for name in names]
     return rule.method(named, lr=1e-4, weight_decay=0.1, **rule.options)
 
 
-def call_of(optimizer: ShardedOptimizer, place: Place, names: list[str | None]) -> OptimizerCall:
-    tensors = {number: torch.empty(length, device="cuda") for number, length in enumerate(place.lengths)}
+def call_of(optimizer: ShardedOptimizer, place: Place, names: list[str | None], dtype: torch.dtype) -> OptimizerCall:
+    tensors = {number: torch.empty(n, dtype=dtype, device="cuda") for number, n in enumerate(place.lengths)}
     indexes = {
         structure: BlockIndex(place.layout, blocks, names, list(tensors.values()))
-        for structure, blocks in optimizer.structures.items()
+        for structure, blocks in (optimizer.structures | optimizer._groups_of_entries).items()
     }
 
-    def state(number: int, structure: str | None) -> torch.Tensor:
+    def state(number: int, kept: Kept) -> torch.Tensor:
+        structure = kept.layout.structure
         length = place.lengths[number] if structure is None else indexes[structure].num_blocks[number]
-        return torch.empty(length, device="cuda")
+        return torch.empty(length, dtype=kept.dtype or torch.float32, device="cuda")
 
-    states = {
-        number: {key: state(number, structure) for key, (structure, _, _) in optimizer.states.items()}
-        for number in tensors
-    }
+    keys = {key: kept for key, kept in optimizer.kept.items() if key != REMAINDER or dtype == torch.bfloat16}
+    states = {number: {"step": 0.0} | {key: state(number, kept) for key, kept in keys.items()} for number in tensors}
     gradients = {number: torch.empty_like(tensor) for number, tensor in tensors.items()}
-    return OptimizerCall(tensors, gradients, states, dict.fromkeys(tensors, optimizer.param_groups[0]), indexes)
+    groups = dict.fromkeys(tensors, optimizer.param_groups[0])
+    return optimizer._with_storage(OptimizerCall(tensors, gradients, states, groups, indexes))
 
 
 def descriptors(call: OptimizerCall) -> int:
@@ -201,14 +209,17 @@ def descriptors(call: OptimizerCall) -> int:
     return sum(tensor.nbytes for tensor in kept)
 
 
-@pytest.mark.parametrize("place, ranks, rank", CASES)
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "name, place, ranks, rank",
+    [(name, *case) for name, rule in RULES.items() for case in CASES if rule.dtype == torch.float32 or case[1] == 6],
+)
 def test_a_step_of_llama_2_7b(name, place, ranks, rank):
-    """Measured: AdamMini up to 3 launches and 1.04 x the formula, the second read of heads; the others 1.00 x."""
+    """Measured: AdamMini up to 3 launches and 1.04 x the formula, the second read of heads; the others 1.00 x, and
+    1.01 x with the scales of codes. Unpacked states would be tensors of gigabytes."""
     rule, moved, formula = RULES[name], 0, 0
     for group, names in enumerate(GROUPS):
         optimizer, on_rank = optimizer_of(name, group), PLACES[place](names, ranks, rank)
-        call = call_of(optimizer, on_rank, names if place == "FSDP2" else [None])
+        call = call_of(optimizer, on_rank, names if place == "FSDP2" else [None], rule.dtype)
         optimizer.update(call)  # which builds what later steps find
         with launches.recorded() as books, Operations() as operations:
             optimizer.update(call)

@@ -16,7 +16,7 @@ from ds_memopt.kernels.noise_formulas import NoiseSource
 from ds_memopt.kernels.packed import Storage
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTRule, GWTScalars
-from ds_memopt.kernels.work import Runs, Tensors, Work
+from ds_memopt.kernels.work import Blocks, Runs, Tensors, Work
 
 if TYPE_CHECKING:
     from ds_memopt.kernels.stored_weights import Moved, Step
@@ -86,8 +86,8 @@ class BackEnd(Protocol):
     Tensors are this rank's elements or entries, 1-D and contiguous, by their number in the call. Scalars say which
     tensors move, or else gradients: runs of others are left alone. Empty runs and empty tensors are welcome.
     slots: [slots, width], what ranks share of cut blocks, see `Runs`.
-    TAKES_STORAGE: whether `adam_mini` and `adam_by_element` take weights and states as a `Storage` keeps them, and
-    there is `measure_shared_groups`. TAKES_STORED_GROUPS: whether those of a `GWTCall` do.
+    TAKES_STORAGE: whether it steps on weights and states as a `Storage` keeps them, by the functions `..._as_kept`.
+    TAKES_STORED_GROUPS: whether it does so those of a `GWTCall`.
     """
 
     TAKES_STORAGE: bool
@@ -111,12 +111,8 @@ class BackEnd(Protocol):
         runs: Runs,
         scalars: Mapping[int, AdamScalars],
         mean_squares: torch.Tensor | None,
-        storage: Storage | None = None,
     ) -> None:
-        """Adam with one second moment per block. mean_squares: slots of cut blocks; None: each run is a whole block.
-
-        storage: its `new_scales` hold those of shared groups already, and get the others.
-        """
+        """Adam with one second moment per block. mean_squares: slots of cut blocks; None: each run is a whole block."""
 
     def adam_by_element(
         self,
@@ -126,24 +122,33 @@ class BackEnd(Protocol):
         second_moments: Tensors,
         runs: Runs,
         scalars: Mapping[int, AdamScalars],
-        storage: Storage | None = None,
     ) -> None:
-        """Adam with one second moment per element, at the runs' entries. storage: as in `adam_mini`."""
+        """Adam with one second moment per element, at the runs' entries."""
 
-    def measure_shared_groups(
+    def adam_mini_as_kept(
         self,
         parameters: Tensors,
         gradients: Tensors,
         moments: Tensors,
-        second_moments: Tensors | None,
-        work: Work,
+        second_moments: Tensors,
+        blocks: Blocks,
         scalars: Mapping[int, AdamScalars],
         storage: Storage,
     ) -> None:
-        """Raise `storage.new_scales`, zeros, of groups of codes that do not lie in one part of the step that follows.
+        """The whole step of `calls.adam_mini` on what is kept in fewer bits: several launches, and its collectives, the
+        sums of cut blocks and then the maxima of cut groups, as where this is unpacked."""
 
-        second_moments: of elements; None: that step is `adam_mini`.
-        """
+    def adam_by_element_as_kept(
+        self,
+        parameters: Tensors,
+        gradients: Tensors,
+        moments: Tensors,
+        second_moments: Tensors,
+        blocks: Blocks,
+        scalars: Mapping[int, AdamScalars],
+        storage: Storage,
+    ) -> None:
+        """The same of `calls.adam_by_element`; the maxima of each state in turn."""
 
     def advance_second_moments(
         self,

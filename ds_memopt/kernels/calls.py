@@ -29,8 +29,12 @@ def adam_mini(
     storage: Storage | None = None,
 ) -> None:
     """Adam with one second moment per block. A collective where ranks share blocks, or groups of codes."""
-    fused = back_end_of(blocks.work, parameters, gradients, moments, second_moments, storage=storage)
-    if fused is None and storage is not None:
+    tensors = parameters, gradients, moments, second_moments
+    fused = back_end_of(blocks.work, *tensors, storage=storage)
+    if storage is not None:
+        if fused is not None:
+            fused.adam_mini_as_kept(*tensors, blocks, scalars, storage)
+            return
         with storage.unpacked(parameters, {"exp_avg": moments}) as (masters, states):
             adam_mini(masters, gradients, states["exp_avg"], second_moments, blocks, scalars)
         return
@@ -39,21 +43,14 @@ def adam_mini(
         blocks.complete(mean_squares)
         plain.adam_mini(parameters, gradients, moments, second_moments, mean_squares, blocks.pieces, scalars)
         return
-    tensors = parameters, gradients, moments, second_moments
     slots = blocks.new_slots(1)
     if blocks.num_slots:
         fused.sum_cut_squares(gradients, blocks.work.cut, slots)
     wait = blocks.begin_sum(slots)
-    if storage is not None:
-        fused.measure_shared_groups(parameters, gradients, moments, None, blocks.work, scalars, storage)
-        storage.complete_new_scales()
-    kept = () if storage is None else (storage,)
-    fused.adam_mini(*tensors, blocks.work.whole, scalars, None, *kept)
+    fused.adam_mini(*tensors, blocks.work.whole, scalars, None)
     wait()
     if len(blocks.work.cut):
-        fused.adam_mini(*tensors, blocks.work.cut, scalars, slots, *kept)
-    if storage is not None:
-        storage.keep_new_scales()
+        fused.adam_mini(*tensors, blocks.work.cut, scalars, slots)
 
 
 def adam_by_element(
@@ -76,13 +73,10 @@ def adam_by_element(
             adam_by_element(masters, gradients, states["exp_avg"], states["exp_avg_sq"], blocks, scalars)
     elif fused is None:
         plain.adam_by_element(*tensors, blocks.pieces, scalars)
-    elif storage is None:
-        fused.adam_by_element(*tensors, blocks.work.whole, scalars)
+    elif storage is not None:
+        fused.adam_by_element_as_kept(*tensors, blocks, scalars, storage)
     else:
-        fused.measure_shared_groups(*tensors, blocks.work, scalars, storage)
-        storage.complete_new_scales()
-        fused.adam_by_element(*tensors, blocks.work.whole, scalars, storage)
-        storage.keep_new_scales()
+        fused.adam_by_element(*tensors, blocks.work.whole, scalars)
 
 
 def gwt(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -17,7 +17,7 @@ import torch
 
 from ds_memopt.kernels.codes import GROUP, decode, encode, join, split, to_bf16
 from ds_memopt.kernels.noise_formulas import NoiseSource, elements
-from ds_memopt.kernels.work import Tensors
+from ds_memopt.kernels.work import Tensors, Work
 
 REMAINDER_PROBE, STATE_PROBE = 0, 1
 """Tell the noise of remainders from that of states. All states of an entry are rounded by the same bits: each is right
@@ -66,7 +66,19 @@ class Segments:
 
 
 class Maxima(Protocol):
-    """Groups of entries, by number of tensor; ranks share some."""
+    """Groups of entries, by number of tensor; ranks share some. work: their runs; the cut ones have slots."""
+
+    work: Work
+
+    @property
+    def num_slots(self) -> int:
+        """How many groups ranks share, on all of them."""
+
+    def new_slots(self, width: int) -> torch.Tensor:
+        """Memory for `width` numbers of each shared group."""
+
+    def begin_max(self, slots: torch.Tensor) -> Callable[[], None]:
+        """Begin to make slots those of all ranks, in place; returns what waits."""
 
     def new_blocks(self, numbers: Mapping[int, torch.Tensor]) -> dict[int, torch.Tensor]:
         """For each of these tensors zeros, one per group."""
@@ -168,15 +180,15 @@ class Storage:
     @functools.cached_property
     def new_scales(self) -> dict[str, dict[int, torch.Tensor]]:
         """Of states in codes, by key: zeros, for a kernel that finds them. It still needs the old ones."""
-        return {key: _zeros_like(packing.scales) for key, packing in self._coded.items()}
+        return {key: _zeros_like(packing.scales) for key, packing in self.coded.items()}
 
     def complete_new_scales(self) -> None:
         """Make those of shared groups those of all ranks, by the collectives of `Packing.pack`."""
-        for key, packing in self._coded.items():
+        for key, packing in self.coded.items():
             packing.groups.complete_maxima(self.new_scales[key])
 
     def keep_new_scales(self) -> None:
-        for key, packing in self._coded.items():
+        for key, packing in self.coded.items():
             found = self.new_scales[key]
             torch._foreach_copy_([packing.scales[number] for number in found], list(found.values()))
 
@@ -185,7 +197,8 @@ class Storage:
         return next((self.states[key].segments for key in keys if key in self.states), None)
 
     @property
-    def _coded(self) -> dict[str, Packing]:
+    def coded(self) -> dict[str, Packing]:
+        """The states in codes."""
         return {key: packing for key, packing in self.states.items() if packing.scales is not None}
 
     def masters(self, weights: Tensors) -> dict[int, torch.Tensor]:

@@ -21,7 +21,7 @@ from ds_memopt.kernels.cpp.noise_on_cpu import add_noise, move
 from ds_memopt.kernels.packed import Segment, Segments, Storage
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTScalars
-from ds_memopt.kernels.work import Runs, Tensors, Work
+from ds_memopt.kernels.work import Blocks, Runs, Tensors, Work
 
 __all__ = ["add_noise", "move"]
 
@@ -72,6 +72,7 @@ def adam_mini(
     mean_squares: torch.Tensor | None,
     storage: Storage | None = None,
 ) -> None:
+    """storage: its `new_scales` hold those of shared groups already, and get the others."""
     schedule = schedules.of_blocks(runs) if mean_squares is None else schedules.of_cut_blocks(runs)
     tensors = _table(schedule, parameters, gradients, moments, second_moments)
     packed = None if storage is None else _packed(storage, parameters, {"exp_avg": moments})
@@ -94,20 +95,45 @@ def adam_by_element(
     _run("ds_adam_by_element", schedule, tensors, _scalars(schedule, scalars, _adam), packed)
 
 
-def measure_shared_groups(
+def adam_mini_as_kept(
     parameters: Tensors,
     gradients: Tensors,
     moments: Tensors,
-    second_moments: Tensors | None,
-    work: Work,
+    second_moments: Tensors,
+    blocks: Blocks,
     scalars: Mapping[int, AdamScalars],
     storage: Storage,
 ) -> None:
-    if second_moments is None:
-        parts, states = [schedules.of_blocks(work.whole), schedules.of_cut_blocks(work.cut)], {"exp_avg": moments}
-    else:
-        parts, states = [schedules.of_elements(work.whole)], {"exp_avg": moments, "exp_avg_sq": second_moments}
+    tensors, work = (parameters, gradients, moments, second_moments), blocks.work
+    slots = blocks.new_slots(1)
+    if blocks.num_slots:
+        sum_cut_squares(gradients, work.cut, slots)
+    wait = blocks.begin_sum(slots)
+    parts = [schedules.of_blocks(work.whole), schedules.of_cut_blocks(work.cut)]
+    _measure_parts(parts, parameters, gradients, {"exp_avg": moments}, scalars, storage)
+    storage.complete_new_scales()
+    adam_mini(*tensors, work.whole, scalars, None, storage)
+    wait()
+    if len(work.cut):
+        adam_mini(*tensors, work.cut, scalars, slots, storage)
+    storage.keep_new_scales()
+
+
+def adam_by_element_as_kept(
+    parameters: Tensors,
+    gradients: Tensors,
+    moments: Tensors,
+    second_moments: Tensors,
+    blocks: Blocks,
+    scalars: Mapping[int, AdamScalars],
+    storage: Storage,
+) -> None:
+    tensors, work = (parameters, gradients, moments, second_moments), blocks.work
+    parts, states = [schedules.of_elements(work.whole)], {"exp_avg": moments, "exp_avg_sq": second_moments}
     _measure_parts(parts, parameters, gradients, states, scalars, storage)
+    storage.complete_new_scales()
+    adam_by_element(*tensors, work.whole, scalars, storage)
+    storage.keep_new_scales()
 
 
 def _measure_parts(
@@ -118,6 +144,7 @@ def _measure_parts(
     scalars: Mapping[int, AdamScalars],
     storage: Storage,
 ) -> None:
+    """Raise `storage.new_scales`, zeros, of groups of codes that do not lie in one part of the step that follows."""
     packed = _packed(storage, parameters, states)
     for schedule in parts if storage.new_scales else ():
         tensors = _table(schedule, parameters, gradients, states["exp_avg"], {})

@@ -1,50 +1,50 @@
 """The back end for a GPU: Triton kernels, compiled at first use. See `BackEnd` for the functions.
 
-It computes in fp32 and covers parameters, gradients and first moments in fp32, bf16 and fp16, in any mixture: tensors
-of other dtypes than the rest go into a launch of their own.
+It computes in fp32 and covers parameters, gradients and first moments in fp32, bf16 and fp16, in any mixture, and for
+AdamMini and AdamW whatever a `Storage` keeps: tensors of other dtypes than the rest go into a launch of their own.
 """
 
 from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import triton
-import triton.language as tl
 
 from ds_memopt.kernels.back_ends import GWTCall
+from ds_memopt.kernels.codes import CODES
 from ds_memopt.kernels.gpu import adam_kernels, gwt_kernels
 from ds_memopt.kernels.gpu.launches import (
-    HELD,
+    DTYPES,
     TILE,
     Matrices,
     Tables,
-    blocks_of,
-    elements_of,
+    adam_scalars,
     holders_of,
     launch,
+    launches_of,
+    launches_that_fill,
     matrices_of,
-    num_tensors,
+    moved_by,
     schedule_of,
     tables_of,
 )
 from ds_memopt.kernels.gpu.noise_on_gpu import add_noise, move
+from ds_memopt.kernels.gpu.packed_on_gpu import adam_by_element_as_kept, adam_mini_as_kept
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTScalars
 from ds_memopt.kernels.work import Runs, Tensors
 
-__all__ = ["add_noise", "move"]
+__all__ = ["adam_by_element_as_kept", "adam_mini_as_kept", "add_noise", "move"]
 
 TAKES_STORED_GROUPS = False
 
-DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 GROUP_STATES = "approximation", "second_moment", "update_norm"
 """Their addresses follow those of Adam on what is not transformed, as gwt_kernels.py has them."""
 
-TAKES_STORAGE = False
+TAKES_STORAGE = True
 
 
 def check() -> None:
@@ -59,7 +59,7 @@ def check() -> None:
 
 
 def reason_against(tensors: list[torch.Tensor]) -> str:
-    for dtype in {tensor.dtype for tensor in tensors} - DTYPES.keys():
+    for dtype in {tensor.dtype for tensor in tensors} - {*DTYPES, *CODES.values()}:
         return f"{str(dtype).removeprefix('torch.')} on a GPU"
     if not all(map(torch.Tensor.is_contiguous, tensors)):
         return "tensors that are not contiguous"
@@ -67,14 +67,14 @@ def reason_against(tensors: list[torch.Tensor]) -> str:
 
 
 def sum_cut_squares(gradients: Tensors, runs: Runs, slots: torch.Tensor) -> None:
-    for first, (numbers, (g,), device) in _launches_that_fill(slots, [runs], gradients):
+    for first, (numbers, (g,), device) in launches_that_fill(slots, [runs], gradients):
         schedule, holders = schedule_of(runs, "blocks", device), holders_of(runs, len(slots), device)
-        tables = _tables([runs], numbers, ({}, gradients), {}, _adam, device)
+        tables = tables_of([runs], numbers, ({}, gradients), {}, adam_scalars, device)
         tiles = first * -(-len(slots) // TILE)
         launch(
             adam_kernels.cut_squares, len(runs) + tiles, schedule.rows, len(runs), tables.addresses, holders, slots,
             len(slots), G=DTYPES[g], FIRST=first,
-            moved=_moved(runs, numbers, g.itemsize, 0, 0, 4, fixed=first * slots.nbytes),
+            moved=moved_by(runs, numbers, g.itemsize, 0, 0, 4, fixed=first * slots.nbytes),
         )  # fmt: skip
 
 
@@ -112,17 +112,17 @@ def _adam_by_block(
     """Without parameters and moments the second moments alone advance."""
     own, move = slots is None, bool(parameters)
     moving = parameters, gradients, moments
-    for numbers, dtypes, device in _launches([runs], *(moving if move else [gradients]), moving=scalars):
+    for numbers, dtypes, device in launches_of([runs], *(moving if move else [gradients]), moving=scalars):
         p, g, m = dtypes if move else (*dtypes,) * 3
         schedule = schedule_of(runs, "blocks", device)
-        tables = _tables([runs], numbers, (*moving, second_moments), scalars, _adam, device)
+        tables = tables_of([runs], numbers, (*moving, second_moments), scalars, adam_scalars, device)
         written = move * (p.itemsize + m.itemsize)
         read = written + (own or move) * g.itemsize
         launch(
             adam_kernels.adam_by_block, len(schedule.programs), schedule.rows, schedule.programs, tables.addresses,
             tables.scalars, tables.scalars if own else slots,
             P=DTYPES[p], G=DTYPES[g], M=DTYPES[m], SUMS="own" if own else "slots", MOVE=move, ALIGNED=tables.aligned,
-            moved=_moved(runs, numbers, read, written, 4, 4, again=g.itemsize if own and move else 0),
+            moved=moved_by(runs, numbers, read, written, 4, 4, again=g.itemsize if own and move else 0),
         )  # fmt: skip
 
 
@@ -135,25 +135,25 @@ def adam_by_element(
     scalars: Mapping[int, AdamScalars],
 ) -> None:
     tensors = parameters, gradients, moments, second_moments
-    for numbers, (p, g, m), device in _launches([runs], *tensors[:3], moving=scalars):
+    for numbers, (p, g, m), device in launches_of([runs], *tensors[:3], moving=scalars):
         schedule = schedule_of(runs, "elements", device)
-        tables = _tables([runs], numbers, tensors, scalars, _adam, device)
+        tables = tables_of([runs], numbers, tensors, scalars, adam_scalars, device)
         launch(
             adam_kernels.adam_by_element, len(schedule.programs), schedule.rows, schedule.programs, tables.addresses,
             tables.scalars, P=DTYPES[p], G=DTYPES[g], M=DTYPES[m], ALIGNED=tables.aligned,
-            moved=_moved(runs, numbers, p.itemsize + g.itemsize + m.itemsize + 4, p.itemsize + m.itemsize + 4),
+            moved=moved_by(runs, numbers, p.itemsize + g.itemsize + m.itemsize + 4, p.itemsize + m.itemsize + 4),
         )  # fmt: skip
 
 
 def sum_cut_groups(call: GWTCall) -> None:
     runs, slots, period = call.groups.cut, call.sums, call.rule.period
-    for first, (numbers, (_, g, _), device) in _launches_that_fill(slots, [runs], *_typed(call), moving=call.scalars):
+    for first, (numbers, (_, g, _), device) in launches_that_fill(slots, [runs], *_typed(call), moving=call.scalars):
         schedule, holders = schedule_of(runs, "groups", device, period), holders_of(runs, len(slots), device)
         programs = -(-len(slots) // gwt_kernels.LANES.value)
         launch(
             gwt_kernels.cut_groups, programs, schedule.rows, _tables_of(call, numbers, device).addresses, holders,
             slots, *slots.shape, period, G=DTYPES[g], SQUARES=slots.shape[1] > 1, FIRST=first,
-            moved=_moved(runs, numbers, g.itemsize, 0, 0, 4 * slots.shape[1], fixed=first * slots.nbytes),
+            moved=moved_by(runs, numbers, g.itemsize, 0, 0, 4 * slots.shape[1], fixed=first * slots.nbytes),
         )  # fmt: skip
 
 
@@ -166,16 +166,14 @@ def step_cut_groups(call: GWTCall) -> None:
         _step(call, call.groups.cut, None, advance=True, apply=True)
         return
     runs = [call.groups.all]
-    for first, (numbers, (_, g, _), device) in _launches_that_fill(
-        call.norms, runs, *_typed(call), moving=call.scalars
-    ):
+    for first, (numbers, (_, g, _), device) in launches_that_fill(call.norms, runs, *_typed(call), moving=call.scalars):
         tables, matrices = _tables_of(call, numbers, device), _matrices_of(call, device)
         of_groups = 4 if call.by_block else 8
         launch(
             gwt_kernels.matrix_norms, len(call.norms), matrices.table, matrices.cut, tables.addresses, tables.scalars,
             call.sums, call.sums.shape[1], call.norms, matrices.previous, matrices.shares,
             G=DTYPES[g], K=call.rule.period, BY_BLOCK=call.by_block, FIRST=first,
-            moved=_moved(
+            moved=moved_by(
                 call.groups.cut, numbers, g.itemsize, 0, of_groups, of_groups,
                 fixed=matrices.shares.nbytes + matrices.table.nbytes + call.norms.nbytes,
             ),
@@ -190,7 +188,7 @@ def _step(call: GWTCall, runs: Runs, dense: Runs | None, *, advance: bool, apply
     """A launch of groups, and of what is not transformed; `dense` None: of groups alone."""
     period, limited, by_block = call.rule.period, call.norms is not None, call.by_block
     together = [runs] if dense is None else [runs, dense]
-    for numbers, (p, g, m), device in _launches(together, *_typed(call), moving=call.scalars):
+    for numbers, (p, g, m), device in launches_of(together, *_typed(call), moving=call.scalars):
         schedule, tables = schedule_of(runs, "groups", device, period), _tables_of(call, numbers, device)
         of_dense = schedule if dense is None else schedule_of(dense, "blocks" if by_block else "elements", device)
         num_dense = 0 if dense is None else len(of_dense.programs)
@@ -218,10 +216,10 @@ def _moved_by_step(
 ) -> Callable[[], tuple[int, int]]:
     p, g, m = (dtype.itemsize for dtype in dtypes)
     of_group, of_element = (4, 0) if call.by_block else (8, 4)
-    of_groups = _moved(runs, numbers, g + apply * p, apply * p, of_group, advance * of_group)
+    of_groups = moved_by(runs, numbers, g + apply * p, apply * p, of_group, advance * of_group)
     if dense is None:
         return of_groups
-    of_dense = _moved(dense, numbers, p + g + m + of_element, p + m + of_element, 4 * call.by_block)
+    of_dense = moved_by(dense, numbers, p + g + m + of_element, p + m + of_element, 4 * call.by_block)
     return lambda: tuple(map(sum, zip(of_groups(), of_dense(), strict=True)))
 
 
@@ -237,7 +235,7 @@ def _tables_of(call: GWTCall, numbers: Sequence[int], device: torch.device) -> T
         states = (call.states.get(name, {}) for name in GROUP_STATES)
         second = call.states["block_exp_avg_sq" if call.by_block else "exp_avg_sq"]
         tensors = *_typed(call), second, *states
-        call.kept[key] = _tables([call.groups.all, call.dense], numbers, tensors, call.scalars, _gwt, device)
+        call.kept[key] = tables_of([call.groups.all, call.dense], numbers, tensors, call.scalars, _gwt, device)
     return call.kept[key]
 
 
@@ -245,76 +243,6 @@ def _matrices_of(call: GWTCall, device: torch.device) -> Matrices:
     return matrices_of(call.groups, len(call.norms), device, call.rule.period)
 
 
-def _launches(
-    runs: Sequence[Runs], *tensors: Tensors, moving: Iterable[int] | None = None
-) -> Iterator[tuple[list[int], tuple[torch.dtype, ...], torch.device]]:
-    """What has runs and moves, by dtypes: numbers of tensors, dtypes of one of `tensors` each, and the device."""
-    combinations: dict[tuple, list[int]] = {}
-    for number in tensors[0] if moving is None else moving:
-        key = tuple(of_call[number].dtype for of_call in tensors), tensors[0][number].device
-        combinations.setdefault(key, []).append(number)
-    of_runs = {number for some in runs for number in some.column("tensor").tolist()}
-    for (dtypes, device), numbers in combinations.items():
-        # All of them, so that the tables of whole and of cut blocks are the same, and are copied once.
-        if not of_runs.isdisjoint(numbers):
-            yield numbers, dtypes, device
-
-
-def _launches_that_fill(
-    memory: torch.Tensor, runs: Sequence[Runs], *tensors: Tensors, moving: Iterable[int] | None = None
-) -> Iterator[tuple[bool, tuple]]:
-    """At least one, and whether it is the first, which fills what no run of this rank does."""
-    nothing = [], (torch.float32,) * len(tensors), memory.device
-    for number, of_launch in enumerate([*_launches(runs, *tensors, moving=moving)] or [nothing]):
-        yield number == 0, of_launch
-
-
-def _tables(
-    runs: Sequence[Runs],
-    numbers: Sequence[int],
-    tensors: Sequence[Tensors],
-    scalars: Mapping[int, Any],
-    of: Callable[[Any], tuple[float, ...]],
-    device: torch.device,
-) -> Tables:
-    """Of these tensors; kernels leave runs of others alone."""
-    count = max([1, *map(num_tensors, runs), *(number + 1 for number in numbers)])
-    of_launch = [{number: of_call[number] for number in numbers if number in of_call} for of_call in tensors]
-    steps = {number: of(scalars[number]) for number in numbers if number in scalars}
-    return tables_of(count, of_launch, steps, device)
-
-
-def _moved(
-    runs: Runs,
-    numbers: Sequence[int],
-    read: int,
-    written: int,
-    read_of_blocks: int = 0,
-    written_of_blocks: int = 0,
-    again: int = 0,
-    fixed: int = 0,
-) -> Callable[[], tuple[int, int]]:
-    """Bytes of a launch from those of an element and of a block.
-
-    again: of elements that a program reads anew. fixed: what is read or written whatever the runs are.
-    """
-
-    def moved() -> tuple[int, int]:
-        elements, blocks = elements_of(runs, numbers), blocks_of(runs, numbers)
-        once_more = elements_of(runs, numbers, longer_than=HELD) * again
-        return (
-            elements * read + once_more + blocks * read_of_blocks + fixed,
-            elements * written + blocks * written_of_blocks,
-        )
-
-    return moved
-
-
-def _adam(step: AdamScalars) -> tuple[float, ...]:
-    """In the order of adam_kernels.py."""
-    return 1 - step.beta1, 1 - step.beta2, step.eps, step.decay, step.step_size, 1 / step.root
-
-
 def _gwt(step: GWTScalars) -> tuple[float, ...]:
     """In the order of adam_kernels.py."""
-    return *_adam(step.dense), 1 / step.correction, step.step_size
+    return *adam_scalars(step.dense), 1 / step.correction, step.step_size

@@ -98,6 +98,13 @@ def _squares_of_short(values, first, width, alive):
 def cut_squares(rows, num_rows, addresses, holders, slots, num_slots, G: tl.constexpr, FIRST: tl.constexpr):
     """Each row's one run's share in its block's mean square, to its slot. FIRST: zeros to all other slots."""
     program = tl.program_id(0).to(tl.int64)
+    squares_of_cut_row(program, rows, num_rows, addresses, holders, slots, num_slots, G, FIRST)
+
+
+@triton.jit
+def squares_of_cut_row(
+    program, rows, num_rows, addresses, holders, slots, num_slots, G: tl.constexpr, FIRST: tl.constexpr
+):  # fmt: skip
     if program < num_rows:
         row = rows + program * NUM_FIELDS
         tensor, width, slot = tl.load(row + TENSOR), tl.load(row + WIDTH), tl.load(row + SLOT)
@@ -107,9 +114,9 @@ def cut_squares(rows, num_rows, addresses, holders, slots, num_slots, G: tl.cons
         elif FIRST:
             tl.store(slots + slot, 0.0)
     else:
-        slot = (program - num_rows) * TILE + tl.arange(0, TILE)
-        holder = tl.load(holders + slot, mask=slot < num_slots, other=0)
-        tl.store(slots + slot, tl.zeros([TILE], tl.float32), mask=holder < 0)
+        every = (program - num_rows) * TILE + tl.arange(0, TILE)
+        holder = tl.load(holders + every, mask=every < num_slots, other=0)
+        tl.store(slots + every, tl.zeros([TILE], tl.float32), mask=holder < 0)
 
 
 @triton.jit

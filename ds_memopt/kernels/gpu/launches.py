@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import triton.language as tl
 
+from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.work import FIELDS, Runs, Tensors, Work
 
 PROGRAM = 2**14
@@ -42,6 +44,10 @@ SPANS: dict[str, Callable[[Runs, int], np.ndarray]] = {
     "groups": lambda runs, period: _over(_count(runs), PROGRAM // period),
 }
 """For each kind of kernel how many programs each piece takes."""
+
+
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+"""Of what is kept as it is."""
 
 
 class Launch(NamedTuple):
@@ -102,7 +108,7 @@ def recorded() -> Iterator[list[Launch]]:
 
 def schedule_of(runs: Runs, kind: str, device: torch.device, period: int = 1) -> Schedule:
     """The runs, and programs for them; longest first, so that no long one is left over at the end."""
-    return _kept(runs, (kind, device, period), lambda: _schedule(runs, kind, device, period))
+    return kept_with(runs, (kind, device, period), lambda: _schedule(runs, kind, device, period))
 
 
 def _schedule(runs: Runs, kind: str, device: torch.device, period: int) -> Schedule:
@@ -122,7 +128,7 @@ def _order(runs: Runs, kind: str) -> np.ndarray:
 
 def holders_of(runs: Runs, slots: int, device: torch.device) -> torch.Tensor:
     """For each slot which of these rows is of its block; -1 where none is on this rank."""
-    return _kept(runs, ("holders", device, slots), lambda: _holders(runs, slots, device))
+    return kept_with(runs, ("holders", device, slots), lambda: _holders(runs, slots, device))
 
 
 def _holders(runs: Runs, slots: int, device: torch.device) -> torch.Tensor:
@@ -132,7 +138,7 @@ def _holders(runs: Runs, slots: int, device: torch.device) -> torch.Tensor:
 
 
 def matrices_of(work: Work, places: int, device: torch.device, period: int) -> Matrices:
-    return _kept(work.whole, ("matrices", device, places, period), lambda: _matrices(work, places, device, period))
+    return kept_with(work.whole, ("matrices", device, places, period), lambda: _matrices(work, places, device, period))
 
 
 def _matrices(work: Work, places: int, device: torch.device, period: int) -> Matrices:
@@ -149,13 +155,13 @@ def _matrices(work: Work, places: int, device: torch.device, period: int) -> Mat
     return Matrices(torch.from_numpy(table).to(device), floats[0], torch.from_numpy(cut).to(device), floats[1])
 
 
-def _kept(runs: Runs, key: tuple, build: Callable[[], Any]) -> Any:
+def kept_with(runs: Runs, key: tuple, build: Callable[[], Any]) -> Any:
     if ("gpu", *key) not in runs.schedules:
         runs.schedules["gpu", *key] = build()
     return runs.schedules["gpu", *key]
 
 
-def tables_of(
+def _tables(
     count: int, tensors: Sequence[Tensors], scalars: Mapping[int, tuple[float, ...]], device: torch.device
 ) -> Tables:
     """Tables of `count` tensors. tensors: up to ADDRESSES of each; one that is not there has the address 0."""
@@ -186,6 +192,52 @@ def _upload(data: bytes, device: torch.device, stream: int) -> torch.Tensor:
 
 def address(tensor: torch.Tensor) -> int:
     return tensor.data_ptr()
+
+
+def launches_of(
+    runs: Sequence[Runs], *tensors: Tensors, moving: Iterable[int] | None = None
+) -> Iterator[tuple[list[int], tuple[torch.dtype | None, ...], torch.device]]:
+    """What has runs and moves, by dtypes: numbers of tensors, dtypes of one of `tensors` each, and the device.
+
+    A dtype is None where there is no tensor.
+    """
+    combinations: dict[tuple, list[int]] = {}
+    for number in tensors[0] if moving is None else moving:
+        key = tuple(_dtype(of_call.get(number)) for of_call in tensors), tensors[0][number].device
+        combinations.setdefault(key, []).append(number)
+    of_runs = {number for some in runs for number in some.column("tensor").tolist()}
+    for (dtypes, device), numbers in combinations.items():
+        # All of them, so that the tables of whole and of cut blocks are the same, and are copied once.
+        if not of_runs.isdisjoint(numbers):
+            yield numbers, dtypes, device
+
+
+def _dtype(tensor: torch.Tensor | None) -> torch.dtype | None:
+    return None if tensor is None else tensor.dtype
+
+
+def launches_that_fill(
+    memory: torch.Tensor, runs: Sequence[Runs], *tensors: Tensors, moving: Iterable[int] | None = None
+) -> Iterator[tuple[bool, tuple]]:
+    """At least one, and whether it is the first, which fills what no run of this rank does."""
+    nothing = [], (torch.float32,) * len(tensors), memory.device
+    for number, of_launch in enumerate([*launches_of(runs, *tensors, moving=moving)] or [nothing]):
+        yield number == 0, of_launch
+
+
+def tables_of(
+    runs: Sequence[Runs],
+    numbers: Sequence[int],
+    tensors: Sequence[Tensors],
+    scalars: Mapping[int, Any],
+    of: Callable[[Any], tuple[float, ...]],
+    device: torch.device,
+) -> Tables:
+    """Of these tensors; kernels leave runs of others alone."""
+    count = max([1, *map(num_tensors, runs), *(number + 1 for number in numbers)])
+    of_launch = [{number: of_call[number] for number in numbers if number in of_call} for of_call in tensors]
+    steps = {number: of(scalars[number]) for number in numbers if number in scalars}
+    return _tables(count, of_launch, steps, device)
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, moved: Callable[[], tuple[int, int]], **constants: Any) -> None:
@@ -224,3 +276,34 @@ def _over(total: np.ndarray, size: np.ndarray | int) -> np.ndarray:
 
 def num_tensors(runs: Runs) -> int:
     return int(runs.column("tensor").max(initial=-1)) + 1
+
+
+def moved_by(
+    runs: Runs,
+    numbers: Sequence[int],
+    read: float,
+    written: float,
+    read_of_blocks: int = 0,
+    written_of_blocks: int = 0,
+    again: int = 0,
+    fixed: int = 0,
+) -> Callable[[], tuple[int, int]]:
+    """Bytes of a launch from those of an element and of a block.
+
+    again: of elements that a program reads anew. fixed: what is read or written whatever the runs are.
+    """
+
+    def moved() -> tuple[int, int]:
+        elements, blocks = elements_of(runs, numbers), blocks_of(runs, numbers)
+        once_more = elements_of(runs, numbers, longer_than=HELD) * again
+        return (
+            round(elements * read) + once_more + blocks * read_of_blocks + fixed,
+            round(elements * written) + blocks * written_of_blocks,
+        )
+
+    return moved
+
+
+def adam_scalars(step: AdamScalars) -> tuple[float, ...]:
+    """In the order of adam_kernels.py."""
+    return 1 - step.beta1, 1 - step.beta2, step.eps, step.decay, step.step_size, 1 / step.root

@@ -22,7 +22,7 @@ FIRST_PROGRAM = tl.constexpr(PART_FIELDS.index("first_program"))
 
 
 @triton.jit
-def _random_words(first, step, probe, key_low, key_high, COUNT: tl.constexpr):
+def random_words(first, step, probe, key_low, key_high, COUNT: tl.constexpr):
     """Philox 4x32-10 of counters [first, first + COUNT)."""
     block = first + tl.arange(0, COUNT)
     c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
@@ -72,12 +72,12 @@ def _box_muller(v, w):
 def _noise(first, step, probe, key_low, key_high, GAUSSIAN: tl.constexpr):
     """Elements of counters from `first` on, [TILE] fp32."""
     if GAUSSIAN:
-        w0, w1, w2, w3 = _random_words(first, step, probe, key_low, key_high, TILE // 4)
+        w0, w1, w2, w3 = random_words(first, step, probe, key_low, key_high, TILE // 4)
         z0, z1 = _box_muller(w0, w1)
         z2, z3 = _box_muller(w2, w3)
         z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
     else:
-        w0, w1, w2, w3 = _random_words(first, step, probe, key_low, key_high, TILE // 128)
+        w0, w1, w2, w3 = random_words(first, step, probe, key_low, key_high, TILE // 128)
         words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
         signs = (words[:, None] >> tl.arange(0, 32)[None, :].to(tl.uint32)) << 31
         z = tl.reshape(signs | 0x3F800000, [TILE]).to(tl.float32, bitcast=True)

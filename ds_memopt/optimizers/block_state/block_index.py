@@ -327,6 +327,10 @@ class BlockIndex:
         """Begin to sum slots over the ranks, in place; returns what waits. A collective where there are any."""
         return self.seams.begin_sum(slots) if self.num_slots else lambda: None
 
+    def begin_max(self, slots: torch.Tensor) -> Callable[[], None]:
+        """As `begin_sum`, with the largest of what the ranks have."""
+        return self.seams.begin_max(slots) if self.num_slots else lambda: None
+
 
 def split_at(piece: RowPiece, begin: int, starts: np.ndarray) -> Iterator[tuple[RowPiece, int, int]]:
     """A piece whose first element is element `begin` of its parameter, in parts of which each row lies in one block.
