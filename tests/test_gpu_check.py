@@ -71,12 +71,14 @@ def test_the_report_is_whole(written):
     parts = {name: entry["result"] for name, entry in report["parts"].items()}
     assert report["compared"] == "cpp" and report["device"] in text
     compared = {row["method"] for row in parts["correctness"]}
-    assert compared == set(gpu_check.VARIANTS) >= set(METHODS)
+    assert compared == {*gpu_check.VARIANTS, *gpu_check.PACKED} >= set(METHODS)
     assert any(row["difference"] > 0 for row in parts["correctness"])  # not plain PyTorch beside itself
     assert {row["method"] for row in parts["training"]} == {"AdamW, torch's fused", *METHODS}
     assert all(row["tokens_per_s"] > 0 and row["predicted_gib"] > 0 for row in parts["training"])
     per_parameter = {row["method"]: row["bytes_per_parameter"] for row in parts["steps"]["rows"]}
     assert per_parameter["AdamMini"] == pytest.approx(20, abs=0.5)
+    packed = {row["method"]: row["bytes_per_parameter"] for row in parts["packed"]}
+    assert packed["AdamMini, int8, remainder8"] == pytest.approx(10, abs=0.3)
     assert len(report["goals"]) == 6 and all(goal["met"] is None for goal in report["goals"])
     assert "not judged" in text and all(f"| {name} |" in text for name in METHODS)
 
@@ -107,11 +109,17 @@ def test_a_wrong_step_and_a_part_that_raises_fail_the_check(monkeypatch):
     monkeypatch.delenv(back_ends.VARIABLE, raising=False)
     monkeypatch.setattr(METHODS["AdamMini"], "update", wrong)
     monkeypatch.setattr(gpu_check, "VARIANTS", {"AdamMini": ("AdamMini", {})})
-    parts = {"correctness": gpu_check.check_correctness, "steps": broken, "probe": broken, "training": lambda _: []}
+    packed = "AdamMini, int8, remainder8"
+    monkeypatch.setattr(gpu_check, "PACKED", {packed: gpu_check.PACKED[packed]})
+    broken_parts, empty = dict.fromkeys(("steps", "probe"), broken), dict.fromkeys(("packed", "training"), lambda _: [])
+    parts = {"correctness": gpu_check.check_correctness} | broken_parts | empty
     monkeypatch.setattr(gpu_check, "PARTS", parts)
     report = gpu_check.run(settings())
-    rows = {row["dtype"]: row for row in report["parts"]["correctness"]["result"]}
+    found = report["parts"]["correctness"]["result"]
+    rows = {row["dtype"]: row for row in found if row["method"] == "AdamMini"}
     assert not rows["float32"]["ok"] and rows["float32"]["difference"] == pytest.approx(0.01, rel=0.2)
+    (of_packed,) = (row for row in found if row["method"] == packed)
+    assert not of_packed["ok"] and of_packed["difference"] == pytest.approx(0.01, rel=0.2)
     told = "\n".join(report["failures"])
     assert "steps: ValueError: no memory" in told and "method AdamMini, shape small, dtype float32" in told
 

@@ -25,9 +25,12 @@ import torch
 from gpu_memory import largest_micro_batch, predicted_peak
 from plain_llama import PlainLlama, Shape, build
 
+from ds_memopt.kernels import join
 from ds_memopt.kernels.back_ends import BACK_ENDS, VARIABLE, back_end_for, status
 from ds_memopt.measure import GIB, peak_memory_gib, reset_peak_memory
 from ds_memopt.optimizers import METHODS
+from ds_memopt.optimizers.adamw import AdamW
+from ds_memopt.optimizers.block_state.storage import REMAINDER
 
 COMPARED = {
     "small": Shape(40, 2, 4, 53, 67),
@@ -50,9 +53,28 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """What the steps are compared with: methods and their options."""
 
+PACKED: dict[str, tuple[str, dict[str, Any]]] = {
+    f"{method}, {', '.join(options.values())}": (method, options)
+    for method, options in (
+        ("AdamMini", {"state_dtype": "int8"}),
+        ("AdamMini", {"state_dtype": "int8", "masters": "remainder16"}),
+        ("AdamMini", {"state_dtype": "int8", "masters": "remainder8"}),
+        ("AdamW", {"state_dtype": "bf16", "masters": "remainder16"}),
+        ("AdamW", {"state_dtype": "int8", "masters": "remainder8"}),
+    )
+}
+"""States, and masters of bf16 weights, in fewer bits. They are rounded at random, by the same bits; a sum in another
+order makes another code here and there."""
+
+RULES = METHODS | {"AdamW": AdamW}
+
 STEPS_COMPARED = 3
 LIMIT = 1e-5
 """Of the largest difference to plain PyTorch's movement, in fp32; sums in another order give about 1e-6."""
+PACKED_LIMIT = 1e-4
+"""Of the difference of packed masters as a whole, over their movement; 1e-5 on a CPU, with wrong bits 4e-4 or more."""
+CODES_LIMIT = 1e-3
+"""Of the share of codes that differ; 1e-4 on a CPU, with wrong scales 4e-3, with wrong bits a third."""
 
 
 class Settings(NamedTuple):
@@ -70,10 +92,11 @@ class Settings(NamedTuple):
 
 def new_optimizer(settings: Settings, method: str, model: PlainLlama, **options: Any) -> Any:
     """With what a method needs where all sequences are equally long; for a trial nothing is compiled."""
-    options |= METHODS[method].for_equal_lengths
+    rule = RULES[method]
+    options |= rule.for_equal_lengths
     if settings.small:
-        options |= METHODS[method].accepted({"compiled": False})
-    return METHODS[method].from_model(model, **options)
+        options |= rule.accepted({"compiled": False})
+    return rule.from_model(model, **options)
 
 
 def new_model(shape: Shape, dtype: torch.dtype, device: torch.device) -> PlainLlama:
@@ -108,9 +131,17 @@ def kernels(word: str | None) -> Iterator[None]:
                 os.environ[VARIABLE] = before
 
 
-def moved(settings: Settings, variant: str, shape: Shape, dtype: torch.dtype) -> list[tuple[torch.Tensor, ...]]:
-    """Each parameter before and after some steps; random gradients where the method takes them from backward."""
-    (method, options), device = VARIANTS[variant], settings.device
+class Stepped(NamedTuple):
+    """before, after: each parameter, as fp32 masters where something is kept of them. codes: packed states."""
+
+    before: list[torch.Tensor]
+    after: list[torch.Tensor]
+    codes: list[torch.Tensor]
+
+
+def stepped(settings: Settings, variant: str, shape: Shape, dtype: torch.dtype) -> Stepped:
+    """After some steps; random gradients where the method takes them from backward."""
+    (method, options), device = (VARIANTS | PACKED)[variant], settings.device
     model = new_model(shape, dtype, device)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = new_optimizer(settings, method, model, lr=0.01, weight_decay=0.1, **options)
@@ -124,17 +155,26 @@ def moved(settings: Settings, variant: str, shape: Shape, dtype: torch.dtype) ->
             gradient = torch.randn(p.shape, dtype=dtype, device=device, generator=generator)
             p.grad = gradient if p.requires_grad else None
         optimizer.step()
-    return [(old, new.detach()) for old, new in zip(before, model.parameters(), strict=True)]
+    after, codes = [], []
+    for p in model.parameters():
+        state = optimizer.state.get(p, {}) if variant in PACKED else {}
+        after.append(join(p.detach(), state[REMAINDER]) if REMAINDER in state else p.detach())
+        codes += [kept for key, kept in state.items() if key.endswith("_code") or kept.dtype == torch.bfloat16]
+    return Stepped(before, after, codes)
 
 
 def compare(settings: Settings, variant: str, shape: Shape, dtype: torch.dtype) -> tuple[float, float]:
     """The largest difference to plain PyTorch's weights over the largest movement of their parameter, and the largest
-    of a weight over what it may be. In 16 bits a weight may be rounded to its neighbour in each step."""
+    of a weight over what it may be. In 16 bits a weight may be rounded to its neighbour in each step. Of what is packed
+    the difference as a whole, and as much over what it and the share of different codes may be."""
     with kernels("plain"):
-        plain = moved(settings, variant, shape, dtype)
+        plain = stepped(settings, variant, shape, dtype)
+    fused = stepped(settings, variant, shape, dtype)
+    if variant in PACKED:
+        return _compare_packed(plain, fused)
     worst = excess = 0.0
-    for (before, expected), (_, found) in zip(plain, moved(settings, variant, shape, dtype), strict=True):
-        before, expected, found = (tensor.double() for tensor in (before, expected, found))
+    for tensors in zip(plain.before, plain.after, fused.after, strict=True):
+        before, expected, found = (tensor.double() for tensor in tensors)
         distance, difference = (expected - before).abs().max().item(), (found - expected).abs()
         allowed = torch.full_like(expected, LIMIT * distance)
         if dtype == torch.bfloat16:
@@ -144,11 +184,25 @@ def compare(settings: Settings, variant: str, shape: Shape, dtype: torch.dtype) 
     return worst, excess
 
 
+def _compare_packed(plain: Stepped, fused: Stepped) -> tuple[float, float]:
+    before, expected, found = (torch.cat([p.flatten() for p in kept]).double() for kept in (*plain[:2], fused.after))
+    apart = ((found - expected).norm() / (expected - before).norm()).item()
+    different = sum((ours != theirs).sum().item() for ours, theirs in zip(fused.codes, plain.codes, strict=True))
+    share = different / sum(kept.numel() for kept in plain.codes)
+    return apart, max(apart / PACKED_LIMIT, share / CODES_LIMIT)
+
+
+def weights_dtype(options: dict[str, Any]) -> torch.dtype:
+    """What weights are in beside packed states."""
+    return torch.bfloat16 if "masters" in options else torch.float32
+
+
 def check_correctness(settings: Settings) -> list[dict[str, Any]]:
     rows = []
-    for variant in VARIANTS:
+    for variant, (_, options) in (VARIANTS | PACKED).items():
+        dtypes = (torch.float32, torch.bfloat16) if variant in VARIANTS else (weights_dtype(options),)
         for name, shape in settings.shapes.items():
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in dtypes:
                 row = {"method": variant, "shape": name, "dtype": str(dtype).removeprefix("torch.")}
                 try:
                     worst, excess = compare(settings, variant, shape, dtype)
@@ -220,6 +274,28 @@ def measure_steps(settings: Settings) -> dict[str, Any]:
         for name, one in seconds.items()
     ]
     return {"parameters": count, "copy_bytes_per_s": bandwidth, "rows": rows}
+
+
+def measure_packed(settings: Settings) -> list[dict[str, Any]]:
+    """Steps on what is packed: their time, what must move, and on a GPU what a step allocates besides."""
+    rows, device = [], settings.device
+    for name, (method, options) in PACKED.items():
+        model = new_model(settings.model, weights_dtype(options), device)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer = new_optimizer(settings, method, model, lr=1e-6, **options)
+        seconds = paired(device, {name: optimizer.step}, settings.steps)[name]
+        count = sum(p.numel() for p in model.parameters())
+        row = {"method": name, "ms": 1e3 * seconds, "bytes_per_parameter": optimizer.step_bytes() / count}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            optimizer.step()
+            row["allocated_per_parameter"] = (torch.cuda.max_memory_allocated(device) - before) / count
+        rows.append(row)
+        del model, optimizer
+        gc.collect()
+    return rows
 
 
 def measure_probe(settings: Settings) -> dict[str, Any]:
@@ -307,6 +383,7 @@ def goals(found: dict[str, Any], small: bool) -> list[dict[str, Any]]:
 PARTS: dict[str, Callable[[Settings], Any]] = {
     "correctness": check_correctness,
     "steps": measure_steps,
+    "packed": measure_packed,
     "probe": measure_probe,
     "training": measure_training,
 }
@@ -361,6 +438,9 @@ def as_markdown(report: dict[str, Any]) -> str:
         lines += [f"## A step on {steps['parameters']:,} parameters in fp32", ""]
         lines += [f"A copy moves {steps['copy_bytes_per_s'] / 1e9:,.0f} GB/s.", ""]
         lines += _table(steps["rows"], ("method", "ms", "ratio", "bytes_per_parameter", "of_copy_bandwidth"))
+    if parts["packed"]:
+        lines += ["## A step on packed weights and states", "", "allocated_per_parameter: bytes, during the step.", ""]
+        lines += _table(parts["packed"], ("method", "ms", "bytes_per_parameter", "allocated_per_parameter"))
     if parts["training"]:
         sequences, length = report["tokens"]
         lines += [f"## Training in bf16, {sequences} sequences of {length} tokens", ""]

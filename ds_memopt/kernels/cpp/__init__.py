@@ -21,7 +21,7 @@ from ds_memopt.kernels.cpp.noise_on_cpu import add_noise, move
 from ds_memopt.kernels.packed import Segment, Segments, Storage
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTScalars
-from ds_memopt.kernels.work import Blocks, Runs, Tensors, Work
+from ds_memopt.kernels.work import Blocks, Runs, Tensors
 
 __all__ = ["add_noise", "move"]
 
