@@ -45,8 +45,7 @@ class GWTCall:
     states: by the names of `ds_memopt.optimizers.GWT`; v is "second_moment", or "block_exp_avg_sq" at a run's `outer`,
     and n is "update_norm", one for each interval. groups: their runs. dense: runs of what is not transformed.
     sums: [slots, 1 or 2]; norms: [places], if there is a limiter; memory until a function sets them. storage: how
-    parameters and states are kept, if some are in fewer bits; the `advance` of states in codes leaves them as they are,
-    but raises `storage.new_scales` of groups that do not lie in one part of the step, and `apply` keeps them.
+    parameters and states are kept, if some are in fewer bits; those in codes are kept by `finish_as_kept` alone.
     kept: what a back end derives for the functions that follow.
 
     Between the halves a back end may leave in p what it likes.
@@ -86,12 +85,8 @@ class BackEnd(Protocol):
     Tensors are this rank's elements or entries, 1-D and contiguous, by their number in the call. Scalars say which
     tensors move, or else gradients: runs of others are left alone. Empty runs and empty tensors are welcome.
     slots: [slots, width], what ranks share of cut blocks, see `Runs`.
-    TAKES_STORAGE: whether it steps on weights and states as a `Storage` keeps them, by the functions `..._as_kept`.
-    TAKES_STORED_GROUPS: whether it does so those of a `GWTCall`.
+    Functions `..._as_kept` step on weights and states as a `Storage` keeps them, and those of a `GWTCall` do.
     """
-
-    TAKES_STORAGE: bool
-    TAKES_STORED_GROUPS: bool
 
     def check(self) -> None:
         """Make it ready. Raises RuntimeError with the reason where it cannot run here."""
@@ -173,6 +168,10 @@ class BackEnd(Protocol):
     def apply_groups(self, call: GWTCall) -> None:
         """`apply` of all groups, and n <- |u| / growth, once `norms` and new scales are complete."""
 
+    def finish_as_kept(self, call: GWTCall) -> None:
+        """Of a call with a storage all that is left, once `norms` are complete; in the place of `apply_groups`. Its
+        collectives are the maxima of cut groups, of each state in turn."""
+
     def add_noise(
         self,
         out: torch.Tensor,
@@ -240,16 +239,11 @@ def back_end_for(device: torch.device) -> BackEnd | None:
     return back_end
 
 
-def back_end_of(
-    work: Work | None, *tensors: Tensors, uncovered: str = COLUMNS, storage: Storage | None = None
-) -> BackEnd | None:
-    """The fused back end for a call, or None for plain PyTorch. uncovered: why no back end covers it without `work`.
-
-    storage: None, too, where the back end cannot take the tensors as they are kept.
-    """
+def back_end_of(work: Work | None, *tensors: Tensors, uncovered: str = COLUMNS) -> BackEnd | None:
+    """The fused back end for a call, or None for plain PyTorch. uncovered: why no back end covers it without `work`."""
     every = [tensor for of_call in tensors for tensor in of_call.values()]
     back_end = back_end_for(every[0].device) if every else None
-    if back_end is None or (storage is not None and not back_end.TAKES_STORAGE):
+    if back_end is None:
         return None
     if reason := uncovered if work is None else back_end.reason_against(every):
         tell_of_plain(reason)

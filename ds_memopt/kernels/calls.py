@@ -30,7 +30,7 @@ def adam_mini(
 ) -> None:
     """Adam with one second moment per block. A collective where ranks share blocks, or groups of codes."""
     tensors = parameters, gradients, moments, second_moments
-    fused = back_end_of(blocks.work, *tensors, storage=storage)
+    fused = back_end_of(blocks.work, *tensors)
     if storage is not None:
         if fused is not None:
             fused.adam_mini_as_kept(*tensors, blocks, scalars, storage)
@@ -67,7 +67,7 @@ def adam_by_element(
     A collective where ranks share groups of codes.
     """
     tensors = parameters, gradients, moments, second_moments
-    fused = back_end_of(blocks.work, *tensors, storage=storage)
+    fused = back_end_of(blocks.work, *tensors)
     if fused is None and storage is not None:
         with storage.unpacked(parameters, {"exp_avg": moments, "exp_avg_sq": second_moments}) as (masters, states):
             adam_by_element(masters, gradients, states["exp_avg"], states["exp_avg_sq"], blocks, scalars)
@@ -96,8 +96,8 @@ def gwt(
     work = None if rule.paper else _gwt_work(blocks)
     uncovered = 'variant="paper" of GWT' if rule.paper else COLUMNS
     tensors = parameters, gradients, *states.values()
-    fused = back_end_of(work and work[0], *tensors, uncovered=uncovered, storage=storage)
-    if storage is not None and (fused is None or not fused.TAKES_STORED_GROUPS):
+    fused = back_end_of(work and work[0], *tensors, uncovered=uncovered)
+    if fused is None and storage is not None:
         with storage.unpacked(parameters, states) as (masters, unpacked):
             gwt(masters, gradients, unpacked, blocks, rule, scalars)
     elif fused is None:
@@ -144,11 +144,9 @@ def _fused_gwt(
     if limited:
         matrices.begin_sum(norms.narrow(0, 0, matrices.num_slots))()
     if storage is not None:
-        storage.complete_new_scales()
-    if call.in_halves:
+        fused.finish_as_kept(call)
+    elif limited:
         fused.apply_groups(call)
-    if storage is not None:
-        storage.keep_new_scales()
 
 
 def _advance_second_moments(

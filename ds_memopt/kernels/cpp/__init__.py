@@ -25,7 +25,6 @@ from ds_memopt.kernels.work import Blocks, Runs, Tensors
 
 __all__ = ["add_noise", "move"]
 
-TAKES_STORAGE = TAKES_STORED_GROUPS = True
 
 DTYPES = {torch.float32, torch.bfloat16, *CODES.values()}
 
@@ -184,6 +183,13 @@ def apply_groups(call: GWTCall) -> None:
     if call.waits_for_scales:
         _step_dense(call, advance=False, apply=True)
     _step_groups(call, call.groups.all, advance=False, apply=True)
+
+
+def finish_as_kept(call: GWTCall) -> None:
+    call.storage.complete_new_scales()
+    if call.in_halves:
+        apply_groups(call)
+    call.storage.keep_new_scales()
 
 
 def _step_dense(call: GWTCall, *, advance: bool, apply: bool) -> None:

@@ -32,19 +32,16 @@ from ds_memopt.kernels.gpu.launches import (
     tables_of,
 )
 from ds_memopt.kernels.gpu.noise_on_gpu import add_noise, move
+from ds_memopt.kernels.gpu.packed_gwt_on_gpu import adam_of, finish_as_kept, measure_groups
 from ds_memopt.kernels.gpu.packed_on_gpu import adam_by_element_as_kept, adam_mini_as_kept
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.plain_gwt import GWTScalars
 from ds_memopt.kernels.work import Runs, Tensors
 
-__all__ = ["adam_by_element_as_kept", "adam_mini_as_kept", "add_noise", "move"]
+__all__ = ["adam_by_element_as_kept", "adam_mini_as_kept", "add_noise", "move", "finish_as_kept"]
 
-TAKES_STORED_GROUPS = False
-
-GROUP_STATES = "approximation", "second_moment", "update_norm"
+GROUP_STATES = "update_norm", "approximation", "second_moment"
 """Their addresses follow those of Adam on what is not transformed, as gwt_kernels.py has them."""
-
-TAKES_STORAGE = True
 
 
 def check() -> None:
@@ -158,10 +155,15 @@ def sum_cut_groups(call: GWTCall) -> None:
 
 
 def step_whole_groups(call: GWTCall) -> None:
-    _step(call, call.groups.whole, call.dense, advance=True, apply=call.norms is None)
+    if call.storage is None:
+        _step(call, call.groups.whole, call.dense, advance=True, apply=call.norms is None)
 
 
 def step_cut_groups(call: GWTCall) -> None:
+    if call.storage is not None:
+        if call.norms is not None:
+            measure_groups(call)
+        return
     if call.norms is None:
         _step(call, call.groups.cut, None, advance=True, apply=True)
         return
@@ -230,6 +232,8 @@ def _typed(call: GWTCall) -> tuple[Tensors, Tensors, Tensors]:
 
 def _tables_of(call: GWTCall, numbers: Sequence[int], device: torch.device) -> Tables:
     """The same for all launches of a call."""
+    if call.storage is not None:
+        return adam_of(call).tables(numbers, device)
     key = tuple(numbers), device
     if key not in call.kept:
         states = (call.states.get(name, {}) for name in GROUP_STATES)

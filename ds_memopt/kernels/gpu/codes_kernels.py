@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ds_memopt.kernels import codes
-from ds_memopt.kernels.gpu.noise_kernels import random_words
+from ds_memopt.kernels.gpu.noise_kernels import philox, random_words
 from ds_memopt.kernels.noise_formulas import FORMULAS
 
 GROUP = tl.constexpr(codes.GROUP)
@@ -23,6 +23,16 @@ def rounding_bits(group, step, probe, key_low, key_high, GROUPS: tl.constexpr):
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     of_bytes = (words[:, None] >> (8 * tl.arange(0, 4)).to(tl.uint32)[None, :]) & 0xFF
     return tl.reshape(of_bytes, [GROUPS, GROUP]).to(tl.int32)
+
+
+@triton.jit
+def rounding_bits_at(place, step, probe, key_low, key_high, TOGETHER: tl.constexpr):
+    """8 random bits for each of TOGETHER entries, 1, 2 or 4, from a multiple of it on: [N] -> [N, TOGETHER]."""
+    w0, w1, w2, w3 = philox(place // PER_COUNTER, step, probe, key_low, key_high)
+    word = (place // 4) % 4
+    chosen = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
+    byte = (place % 4).to(tl.uint32)[:, None] + tl.arange(0, TOGETHER).to(tl.uint32)[None, :]
+    return ((chosen[:, None] >> (8 * byte)) & 0xFF).to(tl.int32)
 
 
 @triton.jit

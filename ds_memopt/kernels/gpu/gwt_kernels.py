@@ -45,9 +45,9 @@ LANES = tl.constexpr(128)  # slots that a program takes
 SHARES = tl.constexpr(1024)  # shares that are added up at once
 
 BLOCK_SECOND_MOMENT = tl.constexpr(3)
-APPROXIMATION = tl.constexpr(4)
-SECOND_MOMENT = tl.constexpr(5)
-UPDATE_NORM = tl.constexpr(6)
+UPDATE_NORM = tl.constexpr(4)
+APPROXIMATION = tl.constexpr(5)
+SECOND_MOMENT = tl.constexpr(6)
 
 NUM_MATRIX_FIELDS = tl.constexpr(len(launches.MATRIX_FIELDS))
 OF_MATRIX_TENSOR = tl.constexpr(launches.MATRIX_FIELDS.index("tensor"))
@@ -86,7 +86,7 @@ def cut_groups(
 
 
 @triton.jit
-def _sums(x, GROUPS: tl.constexpr, K: tl.constexpr):
+def sums_of_groups(x, GROUPS: tl.constexpr, K: tl.constexpr):
     """[GROUPS, K] -> [GROUPS]"""
     if K == 32:
         x = _halved(x, GROUPS, 16)
@@ -129,8 +129,8 @@ def _step(
         mean = tl.zeros([GROUPS], tl.float32) + tl.load(sums + slot * sums_width)
         square = tl.zeros([GROUPS], tl.float32) + tl.load(sums + slot * sums_width + sums_width - 1)
     else:
-        mean = _sums(x, GROUPS, K) * (1.0 / K)
-        square = _sums(x * x, GROUPS, K) / size
+        mean = sums_of_groups(x, GROUPS, K) * (1.0 / K)
+        square = sums_of_groups(x * x, GROUPS, K) / size
     moment = tl.load(m + block, mask=alive, other=0.0)
     if BY_BLOCK:
         outer = tl.load(row + OUTER) + line * tl.load(row + OUTER_STRIDE)
@@ -157,6 +157,17 @@ def _step(
         squares = square + shift * shift + shift * mean * (2.0 * K) / size
         share = tl.sum(tl.where(alive, squares / (denominator * denominator), 0.0)) * width
     return share
+
+
+@triton.jit
+def limit(addresses, tensor, matrix, interval, norms, previous, limiter):
+    """By what a matrix's update is divided; the size that it then has is kept."""
+    norm = tl.sqrt_rn(tl.maximum(tl.load(norms + matrix), 0.0))
+    growth = tl.div_rn(norm, tl.maximum(tl.load(previous + matrix), 1.0))
+    growth = tl.div_rn(tl.maximum(growth, limiter), limiter)
+    # All programs of a matrix write the same, and none reads it.
+    tl.store(pointer(addresses, tensor, UPDATE_NORM, tl.float32) + interval, tl.div_rn(norm, growth))
+    return growth
 
 
 @triton.jit
@@ -200,13 +211,8 @@ def _groups(
     if tl.load(addresses + tensor * ADDRESSES + 1) != 0:
         share, growth = 0.0, 1.0
         if LIMITED and APPLY:
-            matrix = tl.load(row + MATRIX)
-            norm = tl.sqrt_rn(tl.maximum(tl.load(norms + matrix), 0.0))
-            growth = tl.div_rn(norm, tl.maximum(tl.load(previous + matrix), 1.0))
-            growth = tl.div_rn(tl.maximum(growth, limiter), limiter)
-            # All programs of a matrix write the same, and none reads it.
-            update_norm = pointer(addresses, tensor, UPDATE_NORM, tl.float32) + tl.load(row + INTERVAL)
-            tl.store(update_norm, tl.div_rn(norm, growth))
+            matrix, interval = tl.load(row + MATRIX), tl.load(row + INTERVAL)
+            growth = limit(addresses, tensor, matrix, interval, norms, previous, limiter)
         # Lines lie in different blocks of denominators.
         one_by_one = (tl.load(row + ROW_STRIDE) == count * width) & (tl.load(row + BLOCK_STRIDE) == count)
         end_to_end = (lines == 1) | one_by_one

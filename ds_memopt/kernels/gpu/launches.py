@@ -28,10 +28,10 @@ TILE = 2**11
 HELD = 2**16
 """Elements of a run up to which its second read in a program is taken to come from a cache."""
 
-ADDRESSES = 7
+ADDRESSES = 12
 """Places for the addresses of a tensor."""
 
-SCALARS = 8
+SCALARS = 9
 """Places for the scalars of a tensor."""
 
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}

@@ -24,7 +24,12 @@ FIRST_PROGRAM = tl.constexpr(PART_FIELDS.index("first_program"))
 @triton.jit
 def random_words(first, step, probe, key_low, key_high, COUNT: tl.constexpr):
     """Philox 4x32-10 of counters [first, first + COUNT)."""
-    block = first + tl.arange(0, COUNT)
+    return philox(first + tl.arange(0, COUNT), step, probe, key_low, key_high)
+
+
+@triton.jit
+def philox(block, step, probe, key_low, key_high):
+    """Philox 4x32-10 of counters, int64."""
     c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
     c2, c3 = tl.zeros_like(c0) + step.to(tl.uint32), tl.zeros_like(c0) + probe.to(tl.uint32)
     k0, k1 = tl.zeros_like(c0) + key_low.to(tl.uint32), tl.zeros_like(c0) + key_high.to(tl.uint32)

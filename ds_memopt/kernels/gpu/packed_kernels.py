@@ -36,11 +36,11 @@ from ds_memopt.kernels.gpu.codes_kernels import (
 )
 
 SPAN_FIELDS = (
-    "tensor", "first", "last", "shift", "to_scale", "key_low", "key_high", "first_slot", "last_slot", "first_piece",
-    "last_piece",
+    "tensor", "first", "last", "shift", "to_entry", "to_scale", "key_low", "key_high", "first_slot", "last_slot",
+    "first_piece", "last_piece",
 )  # fmt: skip
-"""Elements [first, last) of a parameter lie at element + shift of a tensor, the scale of group i at i + to_scale. Slots
-of the first and the last group, or -1; pieces [first, last)."""
+"""Elements [first, last) of a parameter lie at element + shift of a tensor, their states to_entry further on, the scale
+of group i at i + to_scale. Slots of the first and the last group, or -1; pieces [first, last)."""
 
 PIECE_FIELDS = "first", "last", "width", "block"
 """Elements [first, last) of a parameter are runs of `width`, of one block each, from `block` of the tensor on."""
@@ -50,6 +50,7 @@ TENSOR = tl.constexpr(SPAN_FIELDS.index("tensor"))
 FIRST = tl.constexpr(SPAN_FIELDS.index("first"))
 LAST = tl.constexpr(SPAN_FIELDS.index("last"))
 SHIFT = tl.constexpr(SPAN_FIELDS.index("shift"))
+TO_ENTRY = tl.constexpr(SPAN_FIELDS.index("to_entry"))
 TO_SCALE = tl.constexpr(SPAN_FIELDS.index("to_scale"))
 KEY_LOW = tl.constexpr(SPAN_FIELDS.index("key_low"))
 KEY_HIGH = tl.constexpr(SPAN_FIELDS.index("key_high"))
@@ -60,11 +61,11 @@ LAST_PIECE = tl.constexpr(SPAN_FIELDS.index("last_piece"))
 
 NUM_PIECE_FIELDS = tl.constexpr(len(PIECE_FIELDS))
 
-REMAINDERS = tl.constexpr(4)
-SCALES_OF_FIRST = tl.constexpr(5)
-SCALES_OF_SECOND = tl.constexpr(6)
-"""Places of addresses, after those of Adam."""
-STEP = tl.constexpr(6)
+REMAINDERS = tl.constexpr(5)
+SCALES_OF_FIRST = tl.constexpr(6)
+SCALES_OF_SECOND = tl.constexpr(7)
+"""Places of addresses, after those of Adam and GWT's update norms."""
+STEP = tl.constexpr(8)
 """Place among the scalars."""
 
 REMAINDER_PROBE = tl.constexpr(packed.REMAINDER_PROBE)
@@ -158,7 +159,7 @@ def adam(
         first, last, shift = tl.load(span + FIRST), tl.load(span + LAST), tl.load(span + SHIFT)
         number = tl.load(programs + 2 * program + 1).to(tl.int64)
         group = first // GROUP + number * (PROGRAM // GROUP)
-        if ALIGNED and (first | last | shift) % VECTOR == 0:
+        if ALIGNED and (first | last | shift | tl.load(span + TO_ENTRY)) % VECTOR == 0:
             _adam(
                 span, group, first, last, shift, pieces, addresses, scalars, slots_of_first, slots_of_second,
                 P, G, M, V, R, BY_BLOCK, PROBE_OF_FIRST, PROBE_OF_SECOND, VECTOR,
@@ -186,22 +187,24 @@ def _adam(
     step = scalar(scalars, tensor, STEP).to(tl.int64)
     key_low, key_high = tl.load(span + KEY_LOW), tl.load(span + KEY_HIGH)
     first, last, shift = first // MULTIPLE * MULTIPLE, last // MULTIPLE * MULTIPLE, shift // MULTIPLE * MULTIPLE
+    to_entry = tl.load(span + TO_ENTRY) // MULTIPLE * MULTIPLE
     lane = GROUP * tl.arange(0, GROUPS)[:, None] + tl.arange(0, GROUP)[None, :]
     for start in range(group, tl.minimum(group + PROGRAM // GROUP, tl.cdiv(last, GROUP)), GROUPS):
         groups, begin = start + tl.arange(0, GROUPS), start * GROUP
         mask = _lanes_in(lane, begin, first, last, MULTIPLE)
         at = begin + shift + lane
+        entry = begin + shift + to_entry + lane
         alive, scale = groups < tl.cdiv(last, GROUP), groups + tl.load(span + TO_SCALE)
         slot = tl.where(groups == first // GROUP, first_slot, -1)
         slot = tl.where(groups == (last - 1) // GROUP, last_slot, slot)
         x = tl.load(g + at, mask=mask, other=0.0).to(tl.float32)
-        moment = _unpack(m, at, mask, scales_of_first, scale, alive, M)
+        moment = _unpack(m, entry, mask, scales_of_first, scale, alive, M)
         moment += scalar(scalars, tensor, REST1) * (x - moment)
         if BY_BLOCK:
             first_piece, last_piece = tl.load(span + FIRST_PIECE), tl.load(span + LAST_PIECE)
             values = _of_blocks(v, pieces, first_piece, last_piece, start, lane, mask)
         else:
-            values = _unpack(v, at, mask, scales_of_second, scale, alive, V)
+            values = _unpack(v, entry, mask, scales_of_second, scale, alive, V)
             values += scalar(scalars, tensor, REST2) * (x * x - values)
         weights = tl.load(p + at, mask=mask, other=0)
         if R is not None:
@@ -221,12 +224,12 @@ def _adam(
         else:
             tl.store(p + at, masters.to(P), mask=mask)
         _pack(
-            m, at, mask, moment, scales_of_first, scale, alive, slots_of_first, slot, start, step,
+            m, entry, mask, moment, scales_of_first, scale, alive, slots_of_first, slot, start, step,
             tl.full([], PROBE_OF_FIRST, tl.int64), key_low, key_high, M, False,
         )  # fmt: skip
         if not BY_BLOCK:
             _pack(
-                v, at, mask, values, scales_of_second, scale, alive, slots_of_second, slot, start, step,
+                v, entry, mask, values, scales_of_second, scale, alive, slots_of_second, slot, start, step,
                 tl.full([], PROBE_OF_SECOND, tl.int64), key_low, key_high, V, True,
             )  # fmt: skip
 
@@ -257,16 +260,17 @@ def sums_and_maxima(
         place = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         mask = (place >= first[:, None]) & (place < last[:, None])
         at = place + tl.load(span + SHIFT, mask=alive, other=0)[:, None]
+        entry = at + tl.load(span + TO_ENTRY, mask=alive, other=0)[:, None]
         scale = group + tl.load(span + TO_SCALE, mask=alive, other=0)
         x = tl.load(tl.cast(gradients, tl.pointer_type(G))[:, None] + at, mask=mask, other=0.0).to(tl.float32)
         written = slot < num_slots if FIRST_LAUNCH else alive
         of_tensors = addresses + tensor * ADDRESSES
-        moment = _unpack_each(of_tensors, 2, SCALES_OF_FIRST, at, mask, scale, alive, M)
+        moment = _unpack_each(of_tensors, 2, SCALES_OF_FIRST, entry, mask, scale, alive, M)
         rest1 = tl.load(scalars + tensor * SCALARS + REST1)[:, None]
         moment += rest1 * (x - moment)
         tl.store(slots_of_first + slot, _largest(moment, mask).to(tl.float32, bitcast=True), mask=written)
         if V is not None:
-            values = _unpack_each(of_tensors, 3, SCALES_OF_SECOND, at, mask, scale, alive, V)
+            values = _unpack_each(of_tensors, 3, SCALES_OF_SECOND, entry, mask, scale, alive, V)
             rest2 = tl.load(scalars + tensor * SCALARS + REST2)[:, None]
             values += rest2 * (x * x - values)
             tl.store(slots_of_second + slot, _largest(values, mask).to(tl.float32, bitcast=True), mask=written)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from ds_memopt.kernels.gpu.launches import (
 )
 from ds_memopt.kernels.gpu.packed_kernels import PIECE_FIELDS, SPAN_FIELDS
 from ds_memopt.kernels.noise_formulas import WORD
-from ds_memopt.kernels.packed import Maxima, Segments, Storage
+from ds_memopt.kernels.packed import Maxima, Segment, Segments, Storage
 from ds_memopt.kernels.plain import AdamScalars
 from ds_memopt.kernels.work import FIELDS, Blocks, Runs, Tensors, Work
 
@@ -56,20 +56,23 @@ class Spans(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A step. by_block: second moments are those of blocks. maxima: for each state in codes memory of its slots.
+    """A step of Adam. by_block: second moments are those of blocks, which other launches advance.
 
-    kept: tables, for the launches that follow.
+    scalars: as a row of `Tables`. maxima: for each state in codes memory of its slots. beside: tensors that other
+    launches need besides, whose `runs` these are. kept: tables, for the launches that follow.
     """
 
     parameters: Tensors
     gradients: Tensors
     moments: Tensors
     second_moments: Tensors
-    blocks: Blocks
-    scalars: Mapping[int, AdamScalars]
+    work: Work
+    scalars: Mapping[int, tuple[float, ...]]
     storage: Storage
     by_block: bool
     maxima: Mapping[str, torch.Tensor]
+    beside: Sequence[Tensors] = ()
+    runs: Sequence[Runs] = ()
     kept: dict[tuple[int, ...], Tables] = field(default_factory=dict)
 
     @property
@@ -82,19 +85,20 @@ class Call:
         key = tuple(numbers)
         if key not in self.kept:
             scales = (self.storage.coded[state].scales if state in self.maxima else {} for state in STATES)
-            steps = {number: (*adam_scalars(self.scalars[number]), self.storage.steps[number]) for number in numbers}
-            tensors = *self.typed, *scales
-            self.kept[key] = tables_of([self.blocks.work.all], numbers, tensors, steps, tuple, device)
+            norms, *others = self.beside or [{}]
+            tensors = *self.typed[:4], norms, self.storage.remainders, *scales, *others
+            self.kept[key] = tables_of([self.work.all, *self.runs], numbers, tensors, self.scalars, tuple, device)
         return self.kept[key]
 
     def spans(self, device: torch.device) -> Spans:
-        segments, key = self.storage.segments_of(*STATES) or self.storage.segments, ("spans", device)
-        return kept_with(self.blocks.work.whole, key, lambda: _spans(self.blocks.work, segments, self.groups, device))
+        return kept_with(
+            self.work.whole, ("spans", device), lambda: _spans(self.work, self.storage, self.groups, device)
+        )
 
     @property
     def groups(self) -> Maxima | None:
         """Those of codes: all states have the same."""
-        return next((packing.groups for packing in self.storage.coded.values()), None)
+        return next((self.storage.coded[key].groups for key in STATES if key in self.storage.coded), None)
 
     def slots_of(self, key: str, otherwise: torch.Tensor) -> torch.Tensor:
         """The maxima of a state, or what a kernel is given in their place."""
@@ -110,15 +114,16 @@ def adam_mini_as_kept(
     scalars: Mapping[int, AdamScalars],
     storage: Storage,
 ) -> None:
-    call = _call(parameters, gradients, moments, second_moments, blocks, scalars, storage, by_block=True)
+    tensors, maxima = (parameters, gradients, moments, second_moments), new_maxima(storage)
+    call = Call(*tensors, blocks.work, _scalars(scalars, storage), storage, True, maxima)
     sums = blocks.new_slots(1)
-    _sums_and_maxima(call, sums)
-    waits = [blocks.begin_sum(sums), *_begin_maxima(call)]
+    sums_and_maxima(call, sums)
+    waits = [blocks.begin_sum(sums), *begin_maxima(storage, maxima)]
     _advance(call, blocks.work.whole, None)
     for wait in waits:
         wait()
     _advance(call, blocks.work.cut, sums)
-    _step(call)
+    step(call)
 
 
 def adam_by_element_as_kept(
@@ -130,40 +135,47 @@ def adam_by_element_as_kept(
     scalars: Mapping[int, AdamScalars],
     storage: Storage,
 ) -> None:
-    call = _call(parameters, gradients, moments, second_moments, blocks, scalars, storage, by_block=False)
-    _sums_and_maxima(call, None)
-    for wait in _begin_maxima(call):
+    tensors, maxima = (parameters, gradients, moments, second_moments), new_maxima(storage)
+    call = Call(*tensors, blocks.work, _scalars(scalars, storage), storage, False, maxima)
+    sums_and_maxima(call, None)
+    for wait in begin_maxima(storage, maxima):
         wait()
-    _step(call)
+    step(call)
 
 
-def _call(*arguments: Any, by_block: bool) -> Call:
-    storage = arguments[-1]
-    maxima = {key: packing.groups.new_slots(1) for key, packing in storage.coded.items()}
-    return Call(*arguments, by_block, maxima)
+def _scalars(scalars: Mapping[int, AdamScalars], storage: Storage) -> dict[int, tuple[float, ...]]:
+    return {number: (*adam_scalars(of_step), 0.0, 0.0, storage.steps[number]) for number, of_step in scalars.items()}
 
 
-def _begin_maxima(call: Call) -> list[Callable[[], None]]:
+def new_maxima(storage: Storage) -> dict[str, torch.Tensor]:
+    """For each state in codes memory of the slots of groups that ranks share."""
+    return {key: packing.groups.new_slots(1) for key, packing in storage.coded.items()}
+
+
+def begin_maxima(storage: Storage, maxima: Mapping[str, torch.Tensor]) -> list[Callable[[], None]]:
     """Begin to complete them over the ranks; returns what waits."""
-    return [call.storage.coded[key].groups.begin_max(slots) for key, slots in call.maxima.items()]
+    return [storage.coded[key].groups.begin_max(slots) for key, slots in maxima.items()]
 
 
-def _sums_and_maxima(call: Call, sums: torch.Tensor | None) -> None:
-    """sums: memory for those of cut blocks' squares."""
+def sums_and_maxima(call: Call, sums: torch.Tensor | None) -> None:
+    """What ranks share; sums: memory for those of cut blocks' squares."""
     num_sums, num_slots = len(sums) if sums is not None else 0, call.groups.num_slots if call.groups is not None else 0
-    memory = [*call.maxima.values()] + [sums] * (sums is not None)
+    memory = [call.maxima[key] for key in STATES if key in call.maxima] + [sums] * (sums is not None)
     if not num_sums + num_slots:
         return
-    cut = call.blocks.work.cut
+    cut = call.work.cut
     for first, (numbers, (_, g, m, v, _), device) in launches_that_fill(
-        memory[0], [call.blocks.work.all], *call.typed, moving=call.scalars
+        memory[0], [call.work.all], *call.typed, moving=call.scalars
     ):
         spans, tables = call.spans(device), call.tables(numbers, device)
         of_sums = len(cut) + first * -(-num_sums // TILE) if num_sums else 0
+        of_cut = spans.spans, 0, spans.holders
+        if num_sums:
+            of_cut = schedule_of(cut, "blocks", device).rows, len(cut), holders_of(cut, num_sums, device)
         of_maxima = -(-num_slots // packed_kernels.GROUPS.value)
         launch(
-            packed_kernels.sums_and_maxima, of_sums + of_maxima, schedule_of(cut, "blocks", device).rows, len(cut),
-            holders_of(cut, num_sums, device), memory[-1], num_sums, of_sums, spans.spans, spans.holders,
+            packed_kernels.sums_and_maxima, of_sums + of_maxima, *of_cut, memory[-1], num_sums, of_sums, spans.spans,
+            spans.holders,
             *(call.slots_of(key, memory[0]) for key in STATES), num_slots, tables.addresses, tables.scalars,
             G=KINDS[g], M=KINDS[m], V=None if call.by_block else KINDS[v], FIRST_LAUNCH=first,
             moved=moved_by(
@@ -185,8 +197,8 @@ def _advance(call: Call, runs: Runs, sums: torch.Tensor | None) -> None:
         )  # fmt: skip
 
 
-def _step(call: Call) -> None:
-    runs = call.blocks.work.all
+def step(call: Call) -> None:
+    runs = call.work.all
     for numbers, (p, g, m, v, r), device in launches_of([runs], *call.typed, moving=call.scalars):
         spans, tables = call.spans(device), call.tables(numbers, device)
         kept = p.itemsize + m.itemsize + (r.itemsize if r is not None else 0) + len(call.maxima) * 4 / GROUP
@@ -202,27 +214,26 @@ def _step(call: Call) -> None:
         )  # fmt: skip
 
 
-def _spans(work: Work, segments: Segments, groups: Maxima | None, device: torch.device) -> Spans:
-    slots = _slots(groups) if groups is not None else {}
+def _spans(work: Work, storage: Storage, groups: Maxima | None, device: torch.device) -> Spans:
+    slots = slots_of(groups)
     holders = np.full(groups.num_slots if groups is not None else 0, -1, dtype=np.int64)
     spans, pieces, programs = [], [], []
-    by_interval: dict[tuple[int, int], list[dict[str, int]]] = {}
-    for values in work.all.rows.tolist():
-        row = dict(zip(FIELDS, values, strict=True))
-        assert row["rows"] == 1, "runs of blocks lie one after the other"
-        by_interval.setdefault((row["tensor"], row["interval"]), []).append(row)
-    for (tensor, interval), rows in by_interval.items():
+    for (tensor, _), rows in by_interval(work.all).items():
+        assert all(row["rows"] == 1 for row in rows), "runs of blocks lie one after the other"
         offset, count = min(row["offset"] for row in rows), sum(row["count"] * row["width"] for row in rows)
-        part = segments[tensor][interval]
-        assert (part.entry, part.count) == (offset, count), "segments are those of the intervals"
+        to_entry = rows[0]["entry"] - rows[0]["offset"]
+        part = segment_at(storage.segments, tensor, offset)
+        of_state = next((storage.states[key].segments for key in STATES if key in storage.states), None)
+        kept = part if of_state is None else segment_at(of_state, tensor, offset + to_entry)
+        assert (part.count, part.first) == (kept.count, kept.first) == (count, part.first), "segments are the intervals"
         first, last, shift = part.first, part.first + count, offset - part.first
         ends = first // GROUP, (last - 1) // GROUP
-        of_ends = [slots.get((tensor, end - part.group + part.scale), -1) for end in ends]
+        of_ends = [slots.get((tensor, end - kept.group + kept.scale), -1) for end in ends]
         for end, slot in enumerate(of_ends):
             if slot >= 0:
                 holders[slot] = 2 * len(spans) + end
         programs += [(len(spans), number) for number in range(-(-(ends[1] - ends[0] + 1) // (PROGRAM // GROUP)))]
-        beside = part.scale - part.group, part.key & WORD, part.key >> 32, *of_ends
+        beside = to_entry, kept.scale - kept.group, part.key & WORD, part.key >> 32, *of_ends
         spans.append((tensor, first, last, shift, *beside, len(pieces), len(pieces) + len(rows)))
         for row in rows:
             begin = row["offset"] - shift
@@ -232,7 +243,22 @@ def _spans(work: Work, segments: Segments, groups: Maxima | None, device: torch.
     return Spans(*(torch.from_numpy(array).to(device) for array in arrays))
 
 
-def _slots(groups: Maxima) -> dict[tuple[int, int], int]:
+def by_interval(runs: Runs) -> dict[tuple[int, int], list[dict[str, int]]]:
+    """The runs, by tensor and interval."""
+    found: dict[tuple[int, int], list[dict[str, int]]] = {}
+    for values in runs.rows.tolist():
+        row = dict(zip(FIELDS, values, strict=True))
+        found.setdefault((row["tensor"], row["interval"]), []).append(row)
+    return found
+
+
+def segment_at(segments: Segments, tensor: int, entry: int) -> Segment:
+    return next(part for part in segments[tensor] if part.entry == entry and part.count)
+
+
+def slots_of(groups: Maxima | None) -> dict[tuple[int, int], int]:
     """Of cut groups, by tensor and place of the scale."""
+    if groups is None:
+        return {}
     columns = (groups.work.cut.column(name).tolist() for name in ("tensor", "block", "slot"))
     return {(tensor, block): slot for tensor, block, slot in zip(*columns, strict=True)}
