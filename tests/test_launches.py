@@ -67,8 +67,8 @@ class Rule(NamedTuple):
     options: dict
     launches: int
     copies: int
-    bytes: int
-    dense: int
+    bytes: float
+    dense: float
     dtype: torch.dtype = torch.float32
 
 
@@ -83,6 +83,7 @@ RULES = {
     "GWT over Adam-mini": Rule(GWT, {"level": 2, "base": "adam_mini", "head_dim": HEAD}, 7, 2, 23, 24),
     # The gradient is read twice: blocks' second moments advance before what is packed is touched.
     "AdamMini, int8": Rule(AdamMini, {"head_dim": HEAD} | SMALLEST, 4, 1, 12, 12, torch.bfloat16),
+    "GWT, int8": Rule(GWT, {"level": 2} | SMALLEST, 7, 1, 11.5, 12, torch.bfloat16),
     "AdamW, int8": Rule(AdamW, SMALLEST, 2, 1, 12, 12, torch.bfloat16),
 }
 

@@ -26,7 +26,15 @@ from test_kernels import HYPER, METHODS, beginning, check_update_norms, expected
 from test_packed_kernels import check_packed_step, check_that_no_number_spreads  # noqa: E402
 
 from ds_memopt.kernels import back_ends, codes, gpu  # noqa: E402
-from ds_memopt.kernels.gpu import adam_kernels, codes_kernels, gwt_kernels, launches, packed_kernels  # noqa: E402
+from ds_memopt.kernels.gpu import (  # noqa: E402
+    adam_kernels,
+    codes_kernels,
+    gwt_kernels,
+    launches,
+    packed_gwt_kernels,
+    packed_gwt_on_gpu,
+    packed_kernels,
+)
 from ds_memopt.kernels.noise_formulas import NoiseSource, elements  # noqa: E402
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,6 +77,7 @@ def within_what_the_interpreter_can_do():
         patch.setattr(test_kernels, "STEPS", STEPS)
         patch.setattr(test_packed_kernels, "STEPS", STEPS)
         patch.setattr(packed_kernels, "GROUPS", triton.language.constexpr(64))  # at once: a tile takes as long as any
+        patch.setattr(packed_gwt_on_gpu, "TILE", 2**14)
         patch.setattr(launches, "start", locked)
         patch.setattr(triton.runtime.interpreter, "_convert_float", rounded)
         caches = beginning, expected, test_packed_kernels.unpacked
@@ -187,15 +196,17 @@ def test_alignment_changes_no_bit(method):
 
 
 @in_interpreter
-@pytest.mark.parametrize("method, storage", [
-    ("AdamMini", ("bfloat16", "int8", "remainder8")),
-    ("AdamW", ("float32", "int8", "fp32")),
-    ("AdamW", ("bfloat16", "bf16", "remainder16")),
+@pytest.mark.parametrize("method, storage, cuts", [
+    ("AdamMini", ("bfloat16", "int8", "remainder8"), [2, 51, 15_001]),
+    ("AdamW", ("float32", "int8", "fp32"), [2, 51, 15_001]),
+    ("AdamW", ("bfloat16", "bf16", "remainder16"), [15_001]),
+    ("GWT", ("bfloat16", "int8", "remainder8"), [333, 701]),
+    ("GWT over Adam-mini", ("bfloat16", "bf16", "remainder16"), [701]),
 ])  # fmt: skip
-def test_triton_makes_the_step_of_unpacked_tensors(method, storage):
-    """Groups and blocks are cut. Measured: masters 1e-5 of the distance moved apart, and no code differs. Where ranks
-    leave a group's scale at their own maxima 4e-3 of the codes do, with wrong bits of rounding a third of them."""
-    check_packed_step("triton", method, storage, [2, 51, 15_001])
+def test_triton_makes_the_step_of_unpacked_tensors(method, storage, cuts):
+    """Groups of all kinds and blocks are cut. Measured: masters 1e-5 of the distance moved apart, and no code differs.
+    Where ranks leave a group's scale at their own maxima 4e-3 of the codes do, with wrong bits of rounding a third."""
+    check_packed_step("triton", method, storage, cuts)
 
 
 @in_interpreter
@@ -282,6 +293,7 @@ TYPES = {
     "num_sum_programs": "i32",
 }  # fmt: skip
 GWT_CONSTANTS = {"K": 4, "BY_BLOCK": False}
+CODES = {"M": triton.language.int8, "V": triton.language.uint8}
 SMALLEST = {"P": triton.language.int16, "G": triton.language.bfloat16, "M": triton.language.int8}
 
 
@@ -311,10 +323,13 @@ def test_kernels_compile_for_a_gpu_and_load_four_words_at_once(kernel, constants
 def test_packed_steps_compile_for_a_gpu_and_load_four_entries_at_once(tmp_path, monkeypatch):
     """Four gradients or weights are two words."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    probes = {"PROBE_OF_FIRST": 1, "PROBE_OF_SECOND": 2, "ALIGNED": True}
-    for by_block, v in ((True, triton.language.float32), (False, triton.language.uint8)):
-        constants = SMALLEST | probes | {"V": v, "R": triton.language.int8, "BY_BLOCK": by_block}
-        assembly = assembly_of(packed_kernels.adam, constants, maxnreg=packed_kernels.REGISTERS)
+    probes = {"PROBE_OF_FIRST": 1, "PROBE_OF_SECOND": 2, "ALIGNED": True, "R": triton.language.int8}
+    of_gwt = CODES | GWT_CONSTANTS | {"LIMITED": True, "APPLY": True, "EACH": 32, "GROUPS": 2}
+    for kernel, constants, registers in (
+        (packed_kernels.adam, {"V": triton.language.float32, "BY_BLOCK": True}, packed_kernels.REGISTERS),
+        (packed_gwt_kernels.packed_gwt, of_gwt, None),
+    ):
+        assembly = assembly_of(kernel, SMALLEST | probes | constants, maxnreg=registers)
         assert len(re.findall(r"ld\.global\.v2\.b32", assembly)) == 2
         assert not re.search(r"fma\.rn\.f32|atom", assembly)
 
@@ -323,6 +338,7 @@ def test_packed_steps_compile_for_a_gpu_and_load_four_entries_at_once(tmp_path, 
 @pytest.mark.parametrize("kernel, constants", [
     (adam_kernels.cut_squares, {"FIRST": True}),
     (packed_kernels.sums_and_maxima, {"M": triton.language.int8, "V": None, "FIRST_LAUNCH": True}),
+    (packed_gwt_kernels.maxima_of_groups, GWT_CONSTANTS | CODES | {"FIRST_LAUNCH": True}),
     (gwt_kernels.cut_groups, {"FIRST": True, "SQUARES": True}),
     (gwt_kernels.matrix_norms, GWT_CONSTANTS | {"FIRST": True}),
 ], ids=lambda value: getattr(value, "__name__", ""))  # fmt: skip
