@@ -61,6 +61,7 @@ PACKED: dict[str, tuple[str, dict[str, Any]]] = {
         ("AdamMini", {"state_dtype": "int8", "masters": "remainder8"}),
         ("AdamW", {"state_dtype": "bf16", "masters": "remainder16"}),
         ("AdamW", {"state_dtype": "int8", "masters": "remainder8"}),
+        ("GWT", {"state_dtype": "int8", "masters": "remainder8"}),
     )
 }
 """States, and masters of bf16 weights, in fewer bits. They are rounded at random, by the same bits; a sum in another
