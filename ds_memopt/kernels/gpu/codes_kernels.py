@@ -4,12 +4,16 @@ import triton
 import triton.language as tl
 
 from ds_memopt.kernels import codes
-from ds_memopt.kernels.gpu.noise_kernels import philox, random_words
-from ds_memopt.kernels.noise_formulas import FORMULAS
+from ds_memopt.kernels.gpu.noise_kernels import philox
+from ds_memopt.kernels.noise_formulas import FORMULAS, ROUNDS_OF_ROUNDING
 
 GROUP = tl.constexpr(codes.GROUP)
 PER_COUNTER = tl.constexpr(FORMULAS["rounding"][1])
+ROUNDS = tl.constexpr(ROUNDS_OF_ROUNDING)
+SMALLEST_SCALE = tl.constexpr(codes.SMALLEST_SCALE)
 SQUARES = tl.constexpr(127.0**2)
+INVERSE_SQUARES = tl.constexpr(1 / 127.0**2)
+INVERSE_FOURTH_POWERS = tl.constexpr(1 / 255.0**4)
 FOURTH_POWERS = tl.constexpr(255.0**4)
 NO_NUMBER = tl.constexpr(0x7FC0)
 """In bf16."""
@@ -18,8 +22,8 @@ NO_NUMBER = tl.constexpr(0x7FC0)
 @triton.jit
 def rounding_bits(group, step, probe, key_low, key_high, GROUPS: tl.constexpr):
     """8 random bits for each entry of the groups from number `group` of a parameter on, int32 [GROUPS, GROUP]."""
-    first = group * (GROUP // PER_COUNTER)
-    w0, w1, w2, w3 = random_words(first, step, probe, key_low, key_high, GROUPS * (GROUP // PER_COUNTER))
+    counters = group * (GROUP // PER_COUNTER) + tl.arange(0, GROUPS * (GROUP // PER_COUNTER))
+    w0, w1, w2, w3 = philox(counters, step, probe, key_low, key_high, ROUNDS)
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     of_bytes = (words[:, None] >> (8 * tl.arange(0, 4)).to(tl.uint32)[None, :]) & 0xFF
     return tl.reshape(of_bytes, [GROUPS, GROUP]).to(tl.int32)
@@ -28,7 +32,7 @@ def rounding_bits(group, step, probe, key_low, key_high, GROUPS: tl.constexpr):
 @triton.jit
 def rounding_bits_at(place, step, probe, key_low, key_high, TOGETHER: tl.constexpr):
     """8 random bits for each of TOGETHER entries, 1, 2 or 4, from a multiple of it on: [N] -> [N, TOGETHER]."""
-    w0, w1, w2, w3 = philox(place // PER_COUNTER, step, probe, key_low, key_high)
+    w0, w1, w2, w3 = philox(place // PER_COUNTER, step, probe, key_low, key_high, ROUNDS)
     word = (place // 4) % 4
     chosen = tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3)))
     byte = (place % 4).to(tl.uint32)[:, None] + tl.arange(0, TOGETHER).to(tl.uint32)[None, :]
@@ -46,39 +50,37 @@ def decode(kept, scales):
     """Codes, int8 or uint8, as fp32."""
     code = kept.to(tl.float32)
     if kept.dtype.is_uint8():
-        share = tl.div_rn(code, 255.0)
-        share *= share
-        values = share * share * scales
+        square = code * code
+        share = square * square * INVERSE_FOURTH_POWERS
     else:
-        values = tl.div_rn(code * tl.abs(code), SQUARES) * scales
-    return values
+        share = code * tl.abs(code) * INVERSE_SQUARES
+    return share * _clamped(scales)
 
 
 @triton.jit
-def _power(code, UNSIGNED: tl.constexpr):
-    square = code * code
-    if UNSIGNED:
-        square *= square
-    return square
+def _clamped(scales):
+    """What is no number stays so."""
+    return tl.where(scales < SMALLEST_SCALE, SMALLEST_SCALE, scales)
 
 
 @triton.jit
 def encode(values, scales, bits, DTYPE: tl.constexpr):
     """The codes of fp32 values, int8 or uint8."""
     UNSIGNED: tl.constexpr = DTYPE.is_uint8()
-    positive = scales > 0
-    share = tl.where(positive, tl.div_rn(tl.abs(values), tl.where(positive, scales, 1.0)), 0.0)
-    if UNSIGNED:
-        power = share * FOURTH_POWERS
-        code = tl.floor(tl.sqrt_rn(tl.sqrt_rn(power)))
-    else:
-        power = share * SQUARES
-        code = tl.floor(tl.sqrt_rn(power))
-    low, high = _power(code, UNSIGNED), _power(code + 1.0, UNSIGNED)
+    factors = tl.div_rn(1.0, _clamped(scales)) * (FOURTH_POWERS if UNSIGNED else SQUARES)
+    power = tl.abs(values) * factors
     uniform = (bits.to(tl.float32) + 0.5) * 0.00390625
-    code += tl.where(uniform * (high - low) < power - low, 1.0, 0.0)
-    code = tl.where(share > 0, tl.maximum(code, 1.0), code) if UNSIGNED else tl.where(values < 0, -code, code)
-    return code.to(tl.int32).to(DTYPE)
+    if UNSIGNED:
+        power = tl.maximum(power, 1.0)
+        code = tl.floor(tl.sqrt_rn(tl.sqrt_rn(power)))
+        square, step = code * code, 2.0 * code + 1.0
+        gap = step * (2.0 * square + step)  # to the next fourth power
+        code += tl.where(uniform * gap < power - square * square, 1.0, 0.0)
+    else:
+        down = 1.0 - uniform
+        code = tl.floor(tl.sqrt_rn(tl.maximum(power + (down * down - down), 0.0)) + down)
+        code = tl.where(values < 0, -code, code)
+    return tl.where(scales > 0, code, 0.0).to(tl.int32).to(DTYPE)
 
 
 @triton.jit

@@ -22,18 +22,18 @@ FIRST_PROGRAM = tl.constexpr(PART_FIELDS.index("first_program"))
 
 
 @triton.jit
-def random_words(first, step, probe, key_low, key_high, COUNT: tl.constexpr):
+def _random_words(first, step, probe, key_low, key_high, COUNT: tl.constexpr):
     """Philox 4x32-10 of counters [first, first + COUNT)."""
-    return philox(first + tl.arange(0, COUNT), step, probe, key_low, key_high)
+    return philox(first + tl.arange(0, COUNT), step, probe, key_low, key_high, 10)
 
 
 @triton.jit
-def philox(block, step, probe, key_low, key_high):
-    """Philox 4x32-10 of counters, int64."""
+def philox(block, step, probe, key_low, key_high, ROUNDS: tl.constexpr):
+    """Philox 4x32 of counters, int64."""
     c0, c1 = block.to(tl.uint32), (block >> 32).to(tl.uint32)
     c2, c3 = tl.zeros_like(c0) + step.to(tl.uint32), tl.zeros_like(c0) + probe.to(tl.uint32)
     k0, k1 = tl.zeros_like(c0) + key_low.to(tl.uint32), tl.zeros_like(c0) + key_high.to(tl.uint32)
-    for _ in tl.static_range(10):
+    for _ in tl.static_range(ROUNDS):
         high0, high1 = tl.umulhi(c0, 0xD2511F53), tl.umulhi(c2, 0xCD9E8D57)
         c1, c3, c0, c2 = c2 * 0xCD9E8D57, c0 * 0xD2511F53, high1 ^ c1 ^ k0, high0 ^ c3 ^ k1
         k0 += 0x9E3779B9
@@ -77,12 +77,12 @@ def _box_muller(v, w):
 def _noise(first, step, probe, key_low, key_high, GAUSSIAN: tl.constexpr):
     """Elements of counters from `first` on, [TILE] fp32."""
     if GAUSSIAN:
-        w0, w1, w2, w3 = random_words(first, step, probe, key_low, key_high, TILE // 4)
+        w0, w1, w2, w3 = _random_words(first, step, probe, key_low, key_high, TILE // 4)
         z0, z1 = _box_muller(w0, w1)
         z2, z3 = _box_muller(w2, w3)
         z = tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
     else:
-        w0, w1, w2, w3 = random_words(first, step, probe, key_low, key_high, TILE // 128)
+        w0, w1, w2, w3 = _random_words(first, step, probe, key_low, key_high, TILE // 128)
         words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
         signs = (words[:, None] >> tl.arange(0, 32)[None, :].to(tl.uint32)) << 31
         z = tl.reshape(signs | 0x3F800000, [TILE]).to(tl.float32, bitcast=True)
