@@ -313,7 +313,8 @@ def _run_folder(path: Path, optimizer: str, state: float, losses: list[float]) -
     rows = [
         {"step": 10 * i, "tokens": 1000 * i, "loss": loss, "validation_loss": loss + 0.5 if i % 2 == 0 else None,
          "tokens_per_s": 10.0 if i == 1 else 100.0 + i, "peak_rss_gib": 0.25 * i, "bytes_sent_per_step": 3 * 1024**2,
-         "optimizer_state_bytes_per_parameter": state}
+         "optimizer_state_bytes_per_parameter": state if i < 4 else 0.0,
+         "held_gib": {"weights": 0.5, "masters": 1.0, "gradients": 0.25} | ({"step": 0.5, "m": 1.5} if i < 4 else {})}
         for i, loss in enumerate(losses, start=1)
     ]  # fmt: skip
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -335,6 +336,9 @@ def test_comparison_table_and_plot(tmp_path):
     assert by_name["peak memory of a rank, GiB (resident set)"] == ["1.000", "1.000"]
     assert by_name["optimizer-state bytes/parameter"] == ["8.000", "4.013"]
     assert by_name["sent per rank and step, MiB"] == ["3.00", "3.00"]
+    # Not of the last row, in which there was no state, as after a change of blocks.
+    kinds = {kind: by_name[f"{kind} of rank 0, MiB"][0] for kind in ("weights", "masters", "gradients", "states")}
+    assert kinds == {"weights": "512.00", "masters": "1024.00", "gradients": "256.00", "states": "2048.00"}
     comparison.plot(runs, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
 

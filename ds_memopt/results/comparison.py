@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ds_memopt.measure import MIB
+from ds_memopt.measure import GIB, MIB
 from ds_memopt.results import plots
 from ds_memopt.results.record import read_json, read_metrics
 from ds_memopt.results.schema import PEAKS, MetricsRow
+
+STORED = ("weights", "masters", "gradients")
+"""Kinds of what a rank holds from step to step; the others are states of the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,8 @@ class Summary:
     """A run in numbers; units as in `MetricsRow`, whose names the fields have.
 
     validation_loss and accuracy are the last ones, accuracy_before is the first; None if there is none. tokens_per_s:
-    the median over the `steady` rows. peak_gib: the highest; peak_of: what it is. What else there is: of the last row.
+    the median over the `steady` rows. peak_gib: the highest; peak_of: what it is. held_gib and
+    optimizer_state_bytes_per_parameter: the most. What else there is: of the last row.
     """
 
     run: str
@@ -33,6 +37,7 @@ class Summary:
     peak_of: str
     optimizer_state_bytes_per_parameter: float
     bytes_sent_per_step: int
+    held_gib: dict[str, float] | None
 
 
 def summarize(folder: Path, damaged: list[str] | None = None) -> Summary:
@@ -56,8 +61,12 @@ def summarize(folder: Path, damaged: list[str] | None = None) -> Summary:
         tokens_per_s=statistics.median(row["tokens_per_s"] for row in steady(rows)),
         peak_gib=max(map(peak_gib, rows)),
         peak_of=next(what for key, what in PEAKS.items() if key in last),
-        optimizer_state_bytes_per_parameter=last["optimizer_state_bytes_per_parameter"],
+        # Where blocks take turns, a new one has no state yet.
+        optimizer_state_bytes_per_parameter=max(row["optimizer_state_bytes_per_parameter"] for row in rows),
         bytes_sent_per_step=last["bytes_sent_per_step"],
+        held_gib=max(
+            (row["held_gib"] for row in rows if "held_gib" in row), key=lambda h: sum(h.values()), default=None
+        ),
     )
 
 
@@ -89,7 +98,17 @@ def figures(runs: list[Summary]) -> dict[str, list[str]]:
     if all(run.accuracy is None for run in runs):
         del columns["validation accuracy before"], columns["final validation accuracy"]
     cells = {name: [number(getattr(run, field), form) for run in runs] for name, (field, form) in columns.items()}
+    for kind in (*STORED, "states") if any(run.held_gib for run in runs) else ():
+        cells[f"{kind} of rank 0, MiB"] = [number(_held_mib(run, kind), ".2f") for run in runs]
     return cells | {"sent per rank and step, MiB": [f"{run.bytes_sent_per_step / MIB:.2f}" for run in runs]}
+
+
+def _held_mib(run: Summary, kind: str) -> float | None:
+    """Of a kind in STORED, or of all states of the optimizer; None where the run did not tell, as older ones."""
+    if run.held_gib is None:
+        return None
+    kinds = [kind] if kind in STORED else run.held_gib.keys() - {*STORED}
+    return sum(run.held_gib.get(each, 0.0) for each in kinds) * GIB / MIB
 
 
 def steps(folder: Path, damaged: list[str] | None = None) -> list[MetricsRow]:
