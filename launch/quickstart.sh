@@ -30,7 +30,7 @@ sed 's/"switch_every": 100/"switch_every": 12/' ds_configs/zero2_badam.json >"$f
 pretrain adamw 5e-4 ds_configs/zero2_adamw.json "$@"
 pretrain adam_mini 2.5e-4 ds_configs/zero2_adam_mini.json "$@"
 pretrain gwt 3e-3 ds_configs/zero2_gwt.json "$@"
-pretrain badam 1e-3 "$folder/badam.json" "$@"
+pretrain badam 2e-3 "$folder/badam.json" "$@"
 echo
 python launch/compare.py "$folder"/{adamw,adam_mini,gwt,badam} --plot "$folder/loss.png"
 echo
