@@ -7,12 +7,16 @@ from typing import Any
 from ds_memopt.support import SUPPORT
 
 __version__ = "0.1.0"
-__all__ = [*SUPPORT, "load", "register", "save"]
+__all__ = [*SUPPORT, "PortableCheckpoint", "load", "register", "save"]
 
 
 def __getattr__(name: str) -> Any:
-    """The methods, `save` and `load`, imported at their first use: torch takes seconds, and a command's --help needs
-    none of it."""
+    """The methods, `save`, `load` and `PortableCheckpoint`, imported at their first use: torch takes seconds, and a
+    command's --help needs none of it."""
+    if name == "PortableCheckpoint":
+        from ds_memopt import trainer_checkpoints
+
+        return trainer_checkpoints.PortableCheckpoint
     if name in ("save", "load"):
         from ds_memopt import checkpoint
 

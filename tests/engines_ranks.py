@@ -39,6 +39,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 TRAINER_FILES = (
     "zero2_adam_mini", "zero3_adam_mini", "zero2_offload_adam_mini", "zero3_gwt", "zero2_badam", "zero3_badam",
 )  # fmt: skip
+SAVED, CHECKPOINT = "zero2_adam_mini", "zero2_adam_mini/checkpoint-2"
 ROTATION = {"switch_every": 1, "include_embedding": True, "include_lm_head": True, "eps": 1e-5}
 """What BAdam is given besides HYPER in the runs of 4 steps: 4 blocks of one step each. For eps see exactness.py."""
 OPTIONS = {"BAdam": ROTATION}
@@ -58,8 +59,9 @@ class InOrderTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def trainer(folder: Path, file: str) -> dict[str, torch.Tensor]:
-    """transformers' Trainer with nothing but the JSON of ds_configs, "auto" values included."""
+def trainer(folder: Path, file: str, resume: Path | None = None) -> dict[str, torch.Tensor]:
+    """transformers' Trainer with nothing but the JSON of ds_configs, "auto" values included. SAVED saves portable
+    checkpoints, too; resume: one to go on from."""
     ds_memopt.register()
     config = json.loads((CONFIGS / f"{file}.json").read_text())
     config["gradient_clipping"] = "auto"
@@ -75,10 +77,13 @@ def trainer(folder: Path, file: str) -> dict[str, torch.Tensor]:
         gradient_accumulation_steps=2, num_train_epochs=1, learning_rate=HYPER["lr"], adam_beta1=0.9, adam_beta2=0.95,
         weight_decay=HYPER["weight_decay"], warmup_steps=2, max_grad_norm=0.5, deepspeed=config, report_to=[],
         adam_epsilon=(ROTATION if "badam" in file else HYPER)["eps"], gradient_checkpointing="badam" in file,
-        use_cpu=True, save_strategy="no", logging_steps=1, disable_tqdm=True,
+        use_cpu=True, save_strategy="steps" if file == SAVED else "no", save_steps=1, save_total_limit=3,
+        logging_steps=1, disable_tqdm=True,
     )  # fmt: skip
     run = InOrderTrainer(model=llama(), args=arguments, train_dataset=rows())
-    run.train()
+    if file == SAVED or resume:
+        run.add_callback(ds_memopt.PortableCheckpoint(run))
+    run.train(resume_from_checkpoint=resume and str(resume))
     assert type(run.deepspeed.basic_optimizer).__name__ == config["optimizer"]["type"]
     weights = full_parameters(run.deepspeed.module)
     run.deepspeed.destroy()
@@ -307,6 +312,8 @@ def everything(folder: Path) -> dict:
     results["traffic"], results["fsdp2 traffic"] = traffic(), fsdp2_traffic()
     for file in TRAINER_FILES:
         results[file] = trainer(folder / file, file)
+    results["resumed"] = trainer(folder / "resumed", "zero3_adam_mini", folder / CHECKPOINT)
+    results["folder"] = folder
     for name, method in FIRST_ORDER.items():
         results[f"empty shards {name}"] = empty_shards(method)
         for stage in (2, 3):
