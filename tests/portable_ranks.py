@@ -8,9 +8,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime import engine as engine_module
-from every_method_ranks import hyper_of
+from every_method_ranks import hyper_of, plain_step
 from tiny import (
+    GLOBAL_BATCH,
     HYPER,
     bf16_llama,
     ds_config,
@@ -38,20 +40,26 @@ METHOD_HYPER = {
     "GWT": HYPER | {"level": 2},
     "BAdam": HYPER | {"switch_every": 3, "order": "ascending", "always_active": ["norm"], "keep_residual": True},
     "MeZO": ZO,
+    "CAME": {"lr": 1e-3, "weight_decay": 0.1},
+    "IPSGD": {"lr": 1e-2, "weight_decay": 0.1},
+    "Addax": {"lr": 1e-2, "epsilon": 1e-3, "alpha": 0.1, "length_threshold": None},
 }
 """BAdam's block changes inside a leg and is resumed inside a visit."""
 CASES = [
-    *((method, False) for method in METHOD_HYPER), ("AdamMini", True), ("BAdam", True), ("MeZO", True),
+    *((method, False) for method in METHOD_HYPER), ("AdamMini", True), ("BAdam", True), ("MeZO", True), ("IPSGD", True),
 ]  # fmt: skip
 """The runs: method, and whether in bf16."""
 
 
 def build(method: str, leg: str, bf16: bool) -> Any:
     """An engine, or (model, optimizer)."""
-    hyper = METHOD_HYPER[method]
-    in_place = method == "MeZO"
+    hyper, changes = METHOD_HYPER[method], {}
+    if method == "Addax":
+        half = GLOBAL_BATCH // dist.get_world_size()
+        hyper, changes = hyper | {"zo_batch": half, "fo_batch": half}, {"train_micro_batch_size_per_gpu": 2 * half}
+    in_place = method in METHODS and METHODS[method].writes_weights
     if leg.startswith("zero") or leg == "alone" and bf16:
-        config = ds_config(int(leg[-1]) if leg[-1].isdigit() else 0, method, hyper)
+        config = ds_config(int(leg[-1]) if leg[-1].isdigit() else 0, method, hyper, **changes)
         if bf16:
             config["bf16"] = {"enabled": True}
         model = llama_under_zero_init(config) if leg == "zero3" and not bf16 else llama()
@@ -70,11 +78,19 @@ def train_on(run: Any, data: list[torch.Tensor]) -> None:
         train(run, data)
         return
     model, optimizer = run
-    if not isinstance(optimizer, METHODS["MeZO"]):
+    if isinstance(optimizer, torch.optim.AdamW):
         train_plain(model, optimizer, data)
         return
     for batch in data:
-        optimizer.step(lambda batch=batch: model(input_ids=batch, labels=batch).loss)
+        plain_step(optimizer, model, batch)
+
+
+def data_of(method: str) -> list[torch.Tensor]:
+    """This rank's rows of each step. Addax's halves are global batches of their own, on any number of ranks."""
+    if method != "Addax":
+        return local(STEPS * len(LEGS))
+    rows = local(2 * STEPS * len(LEGS))
+    return [torch.cat(both) for both in zip(rows[::2], rows[1::2], strict=True)]
 
 
 def module_of(run: Any) -> torch.nn.Module:
@@ -90,7 +106,7 @@ def run_leg(folder: Path, number: int) -> dict:
         if number:
             found = ds_memopt.load(run, place)
             assert found == {"step": number * STEPS, "extra": {"leg": list(LEGS)[number - 1]}, "settings": {}}
-        data = local(STEPS * len(LEGS))
+        data = data_of(method)
         train_on(run, data[number * STEPS : (number + 1) * STEPS])
         ds_memopt.save(run, place, (number + 1) * STEPS, extra={"leg": leg}, keep=2)
         results[method, bf16] = {"weights": full_parameters(module_of(run))}
