@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from deepspeed.runtime import engine as engine_module
 from every_method_ranks import hyper_of, plain_step
 from tiny import (
@@ -28,6 +29,8 @@ from tiny import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import ds_memopt
+from ds_memopt.checkpoint import OptimizerState
+from ds_memopt.engines.processes import of_all_ranks
 from ds_memopt.optimizers import METHODS
 
 STEPS = 2  # of each leg
@@ -101,6 +104,8 @@ def run_leg(folder: Path, number: int) -> dict:
     """Go on where the leg before ended; returns whole weights at this leg's end. Of the first and the last leg also
     those of the run that never moves; of the first those of a run that is resumed there."""
     leg, results = list(LEGS)[number], {}
+    if leg in ("zero3", "alone", "fsdp2"):  # 3, 1 and 2 ranks
+        results["sharded"] = sharded_state(folder)
     for method, bf16 in CASES:
         place, run = folder / f"{method}{bf16}", build(method, leg, bf16)
         if number:
@@ -127,6 +132,35 @@ def run_leg(folder: Path, number: int) -> dict:
             train_on(run, data)
             results[method, bf16]["whole"] = full_parameters(module_of(run))
             run.destroy()
+    return results
+
+
+SHARDED = {
+    "AdamMini": HYPER, "GWT": HYPER | {"level": 2}, "CAME": {"lr": 1e-3}, "IPSGD": {"lr": 1e-3},
+    "AdamMini, int8": HYPER | {"state_dtype": "int8", "masters": "remainder16"},
+}  # fmt: skip
+"""What torch.distributed.checkpoint carries over: method and hyper-parameters; all but the first three in bf16."""
+
+
+def sharded_state(folder: Path) -> dict[str, list]:
+    """Under FSDP2 on three ranks: train and save with torch.distributed.checkpoint. On fewer: load.
+
+    Returns the optimizer's state that each rank has, and its learning rate.
+    """
+    results = {}
+    for case, hyper in SHARDED.items():
+        word, loads = case.partition(",")[0], dist.get_world_size() < 3
+        model = bf16_llama(seed=int(loads)) if word == "IPSGD" or "int8" in case else llama(seed=int(loads))
+        model = shard_fsdp2(model) if dist.get_world_size() > 1 else model
+        optimizer = METHODS[word].from_model(model, **hyper)
+        if not loads:
+            for batch in local(STEPS):
+                plain_step(optimizer, model, batch)
+            optimizer.param_groups[0]["lr"] = 0.5
+        state = {"model": model.state_dict(), "optimizer": OptimizerState(model, optimizer)}
+        (dcp.load if loads else dcp.save)(state, checkpoint_id=folder / f"{case}, sharded")
+        parts = [part._replace(values=part.values.clone()) for part in optimizer.named_state()]
+        results[case] = of_all_ranks((parts, optimizer.param_groups[0]["lr"])), full_parameters(model)
     return results
 
 

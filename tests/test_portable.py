@@ -8,17 +8,18 @@ import os
 import random
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from portable_ranks import CASES, LEGS, MOVES, move, numbers, run_leg, save_again_and_again
+from portable_ranks import CASES, LEGS, MOVES, SHARDED, move, numbers, run_leg, save_again_and_again
 from spawn import CONTEXT, run_ranks
 from tiny import HYPER, batches, bf16_llama, distance, equal, full_parameters, llama, train_plain
 
 import ds_memopt
-from ds_memopt.checkpoint import Index
+from ds_memopt.checkpoint import Index, OptimizerState
 from ds_memopt.checkpoint.owners import Claim, share_out
 from ds_memopt.checkpoint.part_files import PartFiles, key_in_file
 
@@ -61,8 +62,35 @@ def test_bit_for_bit_where_nothing_changes(legs, method, bf16):
     assert equal(legs[0][method, bf16]["resumed"], legs[0][method, bf16]["unbroken"])
 
 
+@pytest.mark.parametrize("case", SHARDED)
+def test_torch_saves_on_three_ranks_and_loads_on_fewer(legs, case):
+    """By torch.distributed.checkpoint under FSDP2, and in one process: bit for bit, blocks that were cut included."""
+    (three, weights), *fewer = (legs[number]["sharded"][case] for number in (1, 2, 3))
+    saved = state_of(three)
+    if case != "IPSGD":  # it has no blocks
+        held = [(*part[:2], entry) for parts, _ in three for part in parts for entry in range(part.start, part.stop)]
+        cut = {entry for entry, times in Counter(held).items() if times > 1 and entry[1] != "step"}
+        assert cut
+    assert any(values.any() for (_, key), values in saved.items() if key != "step")
+    for ranks, loaded in fewer:
+        assert equal(state_of(ranks), saved) and equal(loaded, weights)
+        assert {lr for _, lr in ranks} == {0.5}
+
+
+def state_of(ranks: list) -> dict[tuple[str, str], torch.Tensor]:
+    """Put together from the parts of all ranks."""
+    parts = [part for of_rank, _ in ranks for part in of_rank]
+    whole: dict[tuple[str, str], torch.Tensor] = {}
+    for part in parts:
+        size = max(other.stop for other in parts if other[:2] == part[:2])
+        whole.setdefault(part[:2], torch.full((size,), -1, dtype=part.values.dtype))[part.start : part.stop] = (
+            part.values
+        )
+    return whole
+
+
 def test_each_entry_is_written_once(legs, folder):
-    for place in folder.iterdir():
+    for place in (folder / f"{method}{bf16}" for method, bf16 in CASES):
         index = Index.read(place / "step10")
         ends: dict[tuple[str, str], int] = {}
         for entry in sorted(index.entries):
@@ -291,3 +319,13 @@ def test_schedules_and_buffers_are_restored(run, tmp_path):
     ds_memopt.load((again, other, schedule), tmp_path)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
     assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] and schedule.last_epoch == 3
+
+
+def test_torch_is_not_given_state_that_it_would_lose(run):
+    with pytest.raises(
+        ValueError, match="OptimizerState does not know AdamW. Use ds_memopt.save and load, or for torch"
+    ):
+        OptimizerState(*run)
+    model = llama()
+    with pytest.raises(ValueError, match="OptimizerState does not know BAdam"):
+        OptimizerState(model, ds_memopt.BAdam.from_model(model, lr=1e-3, switch_every=2))

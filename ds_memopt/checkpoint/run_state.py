@@ -249,8 +249,7 @@ class Run:
 
     def load_numbers(self, index: Index) -> None:
         """Learning rates, scheduler, counters."""
-        for group, numbers in zip(self.optimizer.param_groups, self._numbers_of_groups(index.groups), strict=True):
-            group.update(numbers)
+        self.load_groups(index.groups)
         if self.scheduler is not None and index.scheduler is not None:
             self.scheduler.load_state_dict(index.scheduler)
         for name, value in index.loss_scale.items() if self.loss_scale() else ():
@@ -263,6 +262,11 @@ class Run:
             self.engine.global_samples = index.step * self.engine.train_batch_size()
         else:
             self.engine.micro_steps = index.step * self.engine.accumulation
+
+    def load_groups(self, saved: list[dict[str, Any]]) -> None:
+        """The numbers in each param group."""
+        for group, numbers in zip(self.optimizer.param_groups, self._numbers_of_groups(saved), strict=True):
+            group.update(numbers)
 
     def _numbers_of_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
         here = self.optimizer.param_groups

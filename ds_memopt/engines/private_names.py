@@ -240,6 +240,12 @@ NAMES: dict[str, dict[str, str]] = {
         "_checkpoint_wrapped_module": "blocks/names.py: the same"
     },
     "torch.nn.parallel:DistributedDataParallel": {"_active_ddp_module": "block guard: refuses it"},
+    "torch:Tensor": {"_make_wrapper_subclass": "sliced_tensor.py: a tensor without its entries"},
+    "torch.distributed._checkpointable:_Checkpointable": {
+        "__create_write_items__": "sliced_tensor.py: what this rank saves",
+        "__create_chunk_list__": "sliced_tensor.py: what it loads",
+        "__get_tensor_shard__": "sliced_tensor.py: where it lies",
+    },
     "torch.nn:Module": {
         "_modules": "blocks/names.py: children by name",
         "_non_persistent_buffers_set": "checkpoint/run_state.py: buffers that are computed anew",
