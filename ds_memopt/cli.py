@@ -69,9 +69,20 @@ def _add_checkpoint(commands) -> None:
         action.add_argument("folder", type=Path, help="a checkpoint, or a folder of them: then the newest whole one")
     action.add_argument("out", type=Path, help="folder to write")
     action.add_argument("--dtype", choices=["fp32", "bf16", "fp16"], help="of the weights; default: as they were saved")
+    action = actions.add_parser("reshard", help="turn a run's portable checkpoint into DeepSpeed's own files, or back")
+    action.add_argument("run", type=Path, help="output folder of a pre-training run")
+    action.add_argument("out", type=Path, help="folder to write, for a run to go on in")
+    action.add_argument("--ranks", type=int, help="that will resume from DeepSpeed's own files")
+    action.add_argument("--zero_stage", type=int, choices=range(4), help="of that run")
+    action.add_argument("--step", type=int, help="default: the newest whole checkpoint")
 
 
 def _checkpoint(given: argparse.Namespace) -> None:
+    if given.action == "reshard":
+        from ds_memopt.train.reshard import reshard
+
+        print(reshard(given.run, given.out, given.ranks, given.zero_stage, given.step))
+        return
     from ds_memopt.checkpoint import inspection
 
     if given.action == "inspect":

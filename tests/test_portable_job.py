@@ -10,11 +10,13 @@ import pytest
 import torch
 import transformers
 from checkpoints_ranks import make_model
-from portable_job_ranks import run_jobs
+from portable_job_ranks import resume_and_reshard, run_jobs
 from safetensors.torch import load_file
 from spawn import run_ranks
-from test_portable import flip
+from test_portable import flip, whole_of
+from tiny import equal
 
+from ds_memopt.checkpoint import Index
 from ds_memopt.cli import main
 from ds_memopt.results.record import read_metrics
 from ds_memopt.train.resumed_batch import keep_global_batch, keep_halves, of_any_place
@@ -44,12 +46,12 @@ def outcomes(place) -> dict[str, tuple[str | None, str]]:
     one = run_ranks(
         run_jobs, 1, place, [(place / "one", "zero3", resume), (place / "changed", "zero3", resume | {"seed": 1})]
     )[0]
-    two = run_ranks(run_jobs, 2, place, [
+    two = run_ranks(resume_and_reshard, 2, place, [
         (place / "same", "zero2_adam_mini", resume), (place / "damaged", "fsdp2", resume | {"micro_batch": 4}),
         (place / "damaged", "fsdp2", resume | {"micro_batch": 3}),
-    ])[0]  # fmt: skip
+    ], whole, place / "engine", place / "back")[0]  # fmt: skip
     three = run_ranks(run_jobs, 3, place, [(place / "three", "zero3", resume)])[0]
-    names = ("whole", "one", "changed", "same", "damaged", "micro_batch", "three")
+    names = ("whole", "one", "changed", "same", "damaged", "micro_batch", "resharded", "engine", "three")
     return dict(zip(names, [*first, *one, *two, *three], strict=True))
 
 
@@ -63,6 +65,32 @@ def test_the_same_place_goes_on_bit_for_bit(outcomes, place):
     assert (place / "same/model/model.safetensors").read_bytes() == (
         place / "whole/model/model.safetensors"
     ).read_bytes()
+
+
+def test_a_run_goes_on_from_deepspeeds_own_files_bit_for_bit(outcomes, place):
+    """Made from a portable checkpoint, and made portable again."""
+    told = "step4: engine, ranks 2; resume with --resume --checkpoint_format engine --micro_batch 2 --accumulation 2"
+    assert outcomes["resharded"][1] == f"{place}/engine/checkpoints/{told}"
+    assert outcomes["engine"][0] is None and (place / "engine/checkpoints/step4/run.json").exists()
+    assert [row["step"] for row in read_metrics(place / "engine")] == [1, 2, 3, 4, 5, 6]
+    ours, theirs = weights(place / "engine"), weights(place / "same")
+    assert equal(ours, theirs)
+    first, back = (whole_of(place / run / "checkpoints/step4") for run in ("whole", "back"))
+    assert equal(first, back) and len(first) > 21
+    index, again = (Index.read(place / run / "checkpoints/step4") for run in ("whole", "back"))
+    assert index.groups == again.groups and index.scheduler == again.scheduler
+
+
+def test_the_command_reshards_on_ranks_of_its_own(outcomes, place, tmp_path, capsys):
+    run, out = str(place / "whole"), str(tmp_path / "out")
+    assert main(["checkpoint", "reshard", run, out]) == 2
+    assert "is portable: give --ranks and --zero_stage" in capsys.readouterr().err
+    assert main(["checkpoint", "reshard", run, out, "--ranks", "1", "--zero_stage", "1"]) == 0
+    assert "step6: engine, ranks 1; resume with" in capsys.readouterr().out
+    facts = json.loads((tmp_path / "out/checkpoints/step6/run.json").read_text())
+    assert (facts["world_size"], facts["zero_stage"], facts["global_batch"]) == (1, 1, 8)
+    assert main(["checkpoint", "reshard", str(tmp_path), out + "2"]) == 2
+    assert "is no output folder of a run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("run", "accumulation"), [("one", 4), ("damaged", 1)])

@@ -87,6 +87,13 @@ def find(options: RunOptions, settings: Settings, ranks: Ranks) -> int:
 
 def load(engine: Any, folder: Path, step: int, ranks: Ranks) -> None:
     """Restore the engine from folder/step<step>, which `find` has passed, and make it `latest`. All ranks call."""
+    restore(engine, folder, step)
+    if ranks.is_main:
+        write_text(folder / LATEST, f"step{step}")
+
+
+def restore(engine: Any, folder: Path, step: int) -> None:
+    """Restore the engine from folder/step<step>, which `find` has passed. All ranks call."""
     if _is_portable(folder / f"step{step}"):
         loaded = portable.load_from(engine, folder / f"step{step}")
     else:
@@ -95,8 +102,6 @@ def load(engine: Any, folder: Path, step: int, ranks: Ranks) -> None:
         raise ValueError(
             f"the engine did not restore step {step} from {folder}: it stands at step {engine.global_steps}"
         )
-    if ranks.is_main:
-        write_text(folder / LATEST, f"step{step}")
 
 
 def save_model(engine: Any, folder: Path, tokenizer: str | None, ranks: Ranks) -> None:
