@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import runpy
 import sys
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
@@ -73,18 +73,18 @@ def _run_trainer(method: str, folder: str, sharded: bool = False) -> list[dict[s
     return made
 
 
-def trained_by_torchtitan() -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    return {method: _run_torchtitan(method) for method in ("AdamMini", "GWT", "CAME")}
+def trained_by_torchtitan(folder: str) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
+    return {method: _run_torchtitan(method, f"{folder}/{method}") for method in ("AdamMini", "GWT", "CAME")}
 
 
-def _run_torchtitan(method: str) -> dict[str, dict[str, torch.Tensor]]:
+def _run_torchtitan(method: str, folder: str) -> dict[str, dict[str, torch.Tensor]]:
     """Weights of torchtitan's debug model, of one layer, before and after three steps on the same random gradients: by
     an optimizer of the whole model, and in torchtitan's container under FSDP2, whose state torchtitan makes first, and
-    which is saved, trains on, and is loaded before the third step."""
+    which is saved by torch.distributed.checkpoint, trains on, and is loaded before the third step."""
     from torchtitan.components.optimizer import ParamGroupConfig
     from torchtitan.models.llama3 import model_registry
 
-    from ds_memopt.engines.torchtitan import NamedOptimizersContainer
+    from ds_memopt.torchtitan_optimizers import NamedOptimizersContainer
 
     options = {"lr": 8e-4, "betas": (0.9, 0.95)} | ({"level": 1} if method == "GWT" else {})
     spec = model_registry("debugmodel").model
@@ -120,15 +120,15 @@ def _run_torchtitan(method: str) -> dict[str, dict[str, torch.Tensor]]:
 
     norm = part.norm.weight
     assert norm.to_local().numel() < norm.numel(), "the norm's block is not cut"
-    container.state_dict()  # makes state, by a step without gradients
+    container.state_dict()  # makes state, and no step
     for number in (0, 1):
         step(number)
-    saved = copy.deepcopy(container.state_dict())
+    dcp.save({"optimizer": container}, checkpoint_id=folder)
     kept = {name: p.detach().clone() for name, p in part.named_parameters()}
     step(0)
     for name, p in part.named_parameters():
         p.data.copy_(kept[name])
-    container.load_state_dict(saved)
+    dcp.load({"optimizer": container}, checkpoint_id=folder)
     step(2)
     for number in range(3):
         for name, p in plain.named_parameters():

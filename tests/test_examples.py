@@ -38,11 +38,11 @@ def test_trainer_under_fsdp2(tmp_path):
 
 
 @needs_torchtitan
-def test_torchtitan():
+def test_torchtitan(tmp_path):
     """In torchtitan's container under FSDP2 beside an optimizer of the whole model. Measured 7.5e-9 (AdamMini), 0 (GWT)
     and 3.6e-7 (CAME, whose weights move by 0.1); a halved norm would be off as above, and so would each step be that
     torchtitan's making of the state counted."""
-    for rank in run_ranks(trained_by_torchtitan, 2):
+    for rank in run_ranks(trained_by_torchtitan, 2, str(tmp_path)):
         assert list(rank) == ["AdamMini", "GWT", "CAME"]
         for method, trained in rank.items():
             assert largest(trained["before"], trained["alone"]) > 1e-3, method
@@ -53,23 +53,26 @@ def test_torchtitan():
 def test_torchtitan_refuses_what_its_loop_cannot_run():
     from torchtitan.components.optimizer import ParamGroupConfig
 
-    from ds_memopt.engines.torchtitan import NamedOptimizersContainer
+    from ds_memopt.torchtitan_optimizers import NamedOptimizersContainer
 
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.up, self.norm = nn.Linear(4, 6, bias=False), nn.RMSNorm(6)
 
-    def build(*groups: tuple[str, str, dict]) -> None:
+    def build(*groups: tuple[str, str, dict]) -> NamedOptimizersContainer:
         config = NamedOptimizersContainer.Config(
             param_groups=[ParamGroupConfig(pattern=p, optimizer_name=n, optimizer_kwargs=k) for p, n, k in groups]
         )
-        config.build(model_parts=[Net()])
+        return config.build(model_parts=[Net()])
 
     def raises(message: str):
         return pytest.raises(ValueError, match=re.escape(message))
 
-    build(("norm", "AdamW", {"lr": 1e-3}), (".*", "AdamMini", {"lr": 1e-3}))
+    mixed = build(("norm", "AdamW", {"lr": 1e-3}), (".*", "AdamMini", {"lr": 1e-3}))
+    state = mixed.state_dict()
+    assert {"state.norm.weight.exp_avg", "method.1.up.weight:block_exp_avg_sq"} <= set(state)
+    mixed.load_state_dict(state)
     with raises(f"MeZO does not support torchtitan: {SUPPORT['MeZO']['torchtitan'].note}"):
         build((".*", "MeZO", {"lr": 1e-3}))
     with raises("GWT has level=2 in one param group and 3 in another, but it holds for the whole optimizer"):

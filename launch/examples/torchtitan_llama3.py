@@ -12,7 +12,7 @@ from torchtitan.components.optimizer import ParamGroupConfig
 from torchtitan.models.llama3 import config_registry
 from torchtitan.trainer import Trainer
 
-from ds_memopt.engines.torchtitan import NamedOptimizersContainer
+from ds_memopt.torchtitan_optimizers import NamedOptimizersContainer
 
 
 def llama3_8b_adam_mini() -> Trainer.Config:
