@@ -29,7 +29,7 @@ from tiny import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import ds_memopt
-from ds_memopt.checkpoint import OptimizerState
+from ds_memopt.checkpoint import OptimizerState, begin_save
 from ds_memopt.engines.processes import of_all_ranks
 from ds_memopt.optimizers import METHODS
 
@@ -219,14 +219,19 @@ def move(folder: Path) -> dict[str, tuple]:
     return results
 
 
-def save_again_and_again(folder: Path, start: int) -> None:
-    """Until it is killed: every number of checkpoint k is k."""
+def save_again_and_again(folder: Path, start: int, behind: bool) -> None:
+    """Until it is killed: every number of checkpoint k is k. behind: a thread writes it, and they change meanwhile."""
     torch.set_num_threads(1)
     model = torch.nn.Linear(100, 100)
     optimizer = torch.optim.AdamW(model.parameters())
     for step in range(start, 10**9):
         numbers(model, optimizer, step)
-        ds_memopt.save((model, optimizer), folder, step, keep=2)
+        if behind:
+            in_flight = begin_save((model, optimizer), folder, step, keep=2)
+            numbers(model, optimizer, -1)
+            in_flight.finish()
+        else:
+            ds_memopt.save((model, optimizer), folder, step, keep=2)
 
 
 def numbers(model: torch.nn.Module, optimizer: torch.optim.Optimizer, value: float) -> None:

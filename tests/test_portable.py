@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from spawn import CONTEXT, run_ranks
 from tiny import HYPER, batches, bf16_llama, distance, equal, full_parameters, llama, train_plain
 
 import ds_memopt
-from ds_memopt.checkpoint import Index, OptimizerState
+from ds_memopt.checkpoint import Index, OptimizerState, begin_save, portable
 from ds_memopt.checkpoint.owners import Claim, share_out
 from ds_memopt.checkpoint.part_files import PartFiles, key_in_file
 
@@ -215,6 +216,20 @@ def test_a_full_disk_leaves_what_was_there(saved, run):
     assert (saved / FILE).read_bytes() == before and (saved / "latest").read_text() == "step2"
 
 
+def test_what_is_written_behind_is_what_was_there_before(saved, run, monkeypatch):
+    """And a thread that fails leaves what was there."""
+    numbers(*run, 3)
+    in_flight = begin_save(run, saved, 3)
+    numbers(*run, 9)
+    assert in_flight.finish() == saved / "step3"
+    assert ds_memopt.load(run, saved)["step"] == 3 and all((p == 3).all() for p in run[0].parameters())
+    monkeypatch.setattr(portable, "write_tensors", mock.Mock(side_effect=OSError("no more")))
+    in_flight = begin_save(run, saved, 4)
+    with pytest.raises(ValueError, match="the checkpoint of step 4 could not be saved: no more"):
+        in_flight.finish()
+    assert {path.name for path in saved.iterdir()} == {"latest", "step1", "step2", "step3"}
+
+
 def test_a_folder_that_cannot_be_written_is_told(saved, run):
     with pytest.raises(ValueError, match=f"could not be saved: {saved / FILE} cannot be written to: "):
         ds_memopt.save(run, saved / FILE, 3)
@@ -234,12 +249,12 @@ def test_a_kill_between_the_renames_is_mended(saved, run):
 
 
 def test_kills_in_the_middle_of_saves(tmp_path):
-    """After each, the newest whole checkpoint is that of one moment."""
+    """After each, the newest whole checkpoint is that of one moment. In every second round a thread writes it."""
     model = torch.nn.Linear(100, 100)
     optimizer, start = torch.optim.AdamW(model.parameters()), 1
     draw = random.Random(0)
-    for _ in range(4):
-        process = CONTEXT.Process(target=save_again_and_again, args=(tmp_path, start))
+    for number in range(4):
+        process = CONTEXT.Process(target=save_again_and_again, args=(tmp_path, start, number % 2 == 1))
         process.start()
         latest = tmp_path / "latest"
         while process.is_alive() and not (latest.exists() and int(latest.read_text()[4:]) >= start):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,33 +43,61 @@ def save(
     Every rank writes a part of its own to safetensors files. Returns the checkpoint's folder. Raises ValueError, on
     all ranks, where it cannot be saved; earlier checkpoints stay as they are.
     """
-    if keep is not None and keep < 1:
-        raise ValueError(f"keep={keep} is out of range: it must be at least 1, or None to keep all.")
-    folder, run = Path(folder), on_all_ranks(lambda: Run.of(target))
-    step = getattr(run.engine, "global_steps", None) if step is None else step
-    if step is None:
-        raise ValueError("A model and an optimizer do not say how many steps were made: give step=.")
-    rank, _ = rank_and_world_size()
-    first = rank == 0
-    index = on_all_ranks(lambda: _index(run, step, settings or {}, extra or {}))
-    mine = on_all_ranks(lambda: _claims(run))
-    told = of_all_ranks((mine, set() if run.ours else run.foreign.scalars()))
-    index.scalars = sorted(set().union(*(scalars for _, scalars in told)))
-    shares = share_out([claims for claims, _ in told])
-    needs = sum(claim.nbytes for share in shares for claim in share)
-    aside = folder / f".step{step}"
-    try:
-        on_all_ranks(lambda: durable.begin(folder, step, needs) if first else None)
-        written = of_all_ranks(on_all_ranks(lambda: _write(run, aside / _file(rank), shares[rank])))
-        for number, share in enumerate(shares):
-            index.entries += [Entry(*one[:3], one.stop - one.start, _file(number), one.dtype) for one in share]
-            index.files |= {_file(number): written[number]} if share else {}
-        on_all_ranks(lambda: _publish(index, aside, keep) if first else None)
-    except ValueError as error:
-        if first:
-            durable.give_up(aside)
-        raise SharedError(f"the checkpoint of step {step} could not be saved: {error}") from error
-    return folder / f"step{step}"
+    plan = _plan(target, folder, step, keep, settings, extra)
+    with _failures_told(plan):
+        written = on_all_ranks(lambda: _write(plan, _held(plan)))
+        _list_files(plan, written)
+        on_all_ranks(lambda: _publish(plan))
+    return plan.path
+
+
+@torch.no_grad()
+def begin_save(
+    target: Any,
+    folder: str | Path,
+    step: int | None = None,
+    *,
+    keep: int | None = None,
+    settings: dict[str, Any] | None = None,
+    extra: dict[str, Any] | None = None,
+) -> SaveInFlight:
+    """As `save`, but the run may go on when this returns: what each rank writes is in its host memory by then, and a
+    thread writes it. All ranks call, and then the result's methods. Only one may be in flight."""
+    plan = _plan(target, folder, step, keep, settings, extra)
+    with _failures_told(plan):
+        copies = on_all_ranks(lambda: _copies(plan))
+    return SaveInFlight(plan, copies)
+
+
+class SaveInFlight:
+    """A checkpoint that a thread of each rank writes behind the next steps. The threads call no collectives."""
+
+    def __init__(self, plan: _Plan, copies: list[tuple[str, torch.Tensor]]) -> None:
+        self._plan, self._listed = plan, False
+        self._thread = ThreadPoolExecutor(1)
+        self._work = self._thread.submit(_write, plan, copies)
+
+    def is_writing(self) -> bool:
+        """Whether this rank's thread is at work. When none is, `advance` waits for nothing."""
+        return not self._work.done()
+
+    def advance(self) -> bool:
+        """Wait until no thread is at work, and begin what comes after: first the parts are written, then the whole gets
+        its name. Returns whether it has. All ranks call. Raises as `save`."""
+        with _failures_told(self._plan):
+            written = on_all_ranks(self._work.result)
+            if not self._listed:
+                _list_files(self._plan, written)
+                self._listed, self._work = True, self._thread.submit(_publish, self._plan)
+                return False
+        self._thread.shutdown()
+        return True
+
+    def finish(self) -> Path:
+        """Wait until it has its name; returns its folder. All ranks call. Raises as `save`."""
+        while not self.advance():
+            pass
+        return self._plan.path
 
 
 def check_target(target: Any) -> None:
@@ -144,6 +175,62 @@ def load_from(target: Any, path: Path) -> Index:
     return index
 
 
+@dataclass
+class _Plan:
+    """What all ranks have settled of a checkpoint. shares: what each writes. path: where it will be."""
+
+    run: Run
+    index: Index
+    shares: list[list[Claim]]
+    path: Path
+    keep: int | None
+
+    @property
+    def aside(self) -> Path:
+        return self.path.with_name(f".{self.path.name}")
+
+    @property
+    def mine(self) -> list[Claim]:
+        return self.shares[rank_and_world_size()[0]]
+
+
+def _plan(
+    target: Any,
+    folder: str | Path,
+    step: int | None,
+    keep: int | None,
+    settings: dict[str, Any] | None,
+    extra: dict[str, Any] | None,
+) -> _Plan:
+    """Settle what is saved, and begin its folder."""
+    if keep is not None and keep < 1:
+        raise ValueError(f"keep={keep} is out of range: it must be at least 1, or None to keep all.")
+    folder, run = Path(folder), on_all_ranks(lambda: Run.of(target))
+    step = getattr(run.engine, "global_steps", None) if step is None else step
+    if step is None:
+        raise ValueError("A model and an optimizer do not say how many steps were made: give step=.")
+    index = on_all_ranks(lambda: _index(run, step, settings or {}, extra or {}))
+    mine = on_all_ranks(lambda: _claims(run))
+    told = of_all_ranks((mine, set() if run.ours else run.foreign.scalars()))
+    index.scalars = sorted(set().union(*(scalars for _, scalars in told)))
+    plan = _Plan(run, index, share_out([claims for claims, _ in told]), folder / f"step{step}", keep)
+    needs = sum(claim.nbytes for share in plan.shares for claim in share)
+    with _failures_told(plan):
+        on_all_ranks(lambda: durable.begin(folder, step, needs) if is_first_rank() else None)
+    return plan
+
+
+@contextlib.contextmanager
+def _failures_told(plan: _Plan) -> Iterator[None]:
+    """An error of all ranks becomes one of the checkpoint, of which nothing stays."""
+    try:
+        yield
+    except ValueError as error:
+        if is_first_rank():
+            durable.give_up(plan.aside)
+        raise SharedError(f"the checkpoint of step {plan.index.step} could not be saved: {error}") from error
+
+
 def _file(rank: int) -> str:
     return f"rank{rank:05d}.safetensors"
 
@@ -167,31 +254,53 @@ def _claims(run: Run) -> list[Claim]:
     ]
 
 
-def _write(run: Run, path: Path, share: list[Claim]) -> dict[str, Any]:
-    """This rank's file, if it has anything to write: its bytes and checksum."""
-    if not share:
-        return {}
-    described = [(key_in_file(*claim[:3]), _dtype(claim.dtype), (claim.stop - claim.start,)) for claim in share]
+def _held(plan: _Plan) -> Iterator[tuple[str, torch.Tensor]]:
+    """What this rank writes, by its key in the file: views of what the run holds."""
     left: dict[tuple[str, str, bool], list[Claim]] = {}
-    for claim in share:
+    for claim in plan.mine:
         left.setdefault((claim.name, claim.key, claim.master), []).append(claim)
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for part, master in run.parts():
-            wanted = left.get((part.name, part.key, master), [])
-            for claim in [claim for claim in wanted if part.start <= claim.start and claim.stop <= part.stop]:
-                wanted.remove(claim)  # tied to several tensors, such as a count of steps, it is handed out again
-                yield key_in_file(*claim[:3]), part.values[claim.start - part.start : claim.stop - part.start]
-
-    write_tensors(path, described, tensors(), {"format": "pt"})
+    for part, master in plan.run.parts():
+        wanted = left.get((part.name, part.key, master), [])
+        for claim in [claim for claim in wanted if part.start <= claim.start and claim.stop <= part.stop]:
+            wanted.remove(claim)  # tied to several tensors, such as a count of steps, it is handed out again
+            yield key_in_file(*claim[:3]), part.values[claim.start - part.start : claim.stop - part.start]
     assert not any(left.values()), "what was claimed was not handed out again"
+
+
+def _copies(plan: _Plan) -> list[tuple[str, torch.Tensor]]:
+    """The same in host memory, pinned where it comes from a GPU, which then copies without a pause."""
+    copies = []
+    for key, values in _held(plan):
+        copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+        copies.append((key, copy.copy_(values, non_blocking=True)))
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()  # what is copied may change when this returns
+    return copies
+
+
+def _write(plan: _Plan, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, Any]:
+    """This rank's file, if it has anything to write: its bytes and checksum."""
+    if not plan.mine:
+        return {}
+    path = plan.aside / _file(rank_and_world_size()[0])
+    described = [(key_in_file(*claim[:3]), _dtype(claim.dtype), (claim.stop - claim.start,)) for claim in plan.mine]
+    write_tensors(path, described, tensors, {"format": "pt"})
     return {"bytes": path.stat().st_size, "sha256": digest(path)}
+
+
+def _list_files(plan: _Plan, written: dict[str, Any]) -> None:
+    """What all ranks have written becomes known to the index."""
+    for number, (share, one) in enumerate(zip(plan.shares, of_all_ranks(written), strict=True)):
+        plan.index.entries += [Entry(*c[:3], c.stop - c.start, _file(number), c.dtype) for c in share]
+        plan.index.files |= {_file(number): one} if share else {}
 
 
 def _dtype(word: str) -> torch.dtype:
     return next(dtype for dtype, name in WORDS.items() if name == word)
 
 
-def _publish(index: Index, aside: Path, keep: int | None) -> None:
-    index.write(aside)
-    durable.publish(aside, keep)
+def _publish(plan: _Plan) -> None:
+    """The first rank gives it its name."""
+    if is_first_rank():
+        plan.index.write(plan.aside)
+        durable.publish(plan.aside, plan.keep)
