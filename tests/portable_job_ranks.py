@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
+from ds_memopt.checkpoint import portable
+from ds_memopt.engines.processes import AskedToEnd
+from ds_memopt.train import checkpoint, loop
 from ds_memopt.train.fsdp2_job import pretrain_fsdp2
 from ds_memopt.train.loop import pretrain
 from ds_memopt.train.options import PretrainOptions
@@ -32,11 +39,70 @@ def run_job(place: Path, folder: Path, config: str, options: dict[str, Any]) -> 
             (pretrain_fsdp2 if config == "fsdp2" else pretrain)(given)
         except ValueError as error:
             message = str(error)
+        except AskedToEnd as end:
+            message = f"{end.code}: {end}"
     return message, printed.getvalue()
 
 
 def run_jobs(place: Path, jobs: list[tuple[Path, str, dict[str, Any]]]) -> list[tuple[str | None, str]]:
     return [run_job(place, *job) for job in jobs]
+
+
+def run_odd_jobs(place: Path, stopped: list, slow: list, failing: list) -> list[tuple[str | None, str]]:
+    """Jobs that are told to stop, whose second rank writes slowly, and whose second rank cannot write step 4."""
+    write = portable.write_tensors
+
+    def write_slowly(path: Path, *args: Any) -> None:
+        time.sleep(0.2 if "rank00001" in path.name else 0)
+        write(path, *args)
+
+    def fail_to_write(path: Path, *args: Any) -> None:
+        if path.match(".step4/rank00001*"):
+            raise OSError("the disk is on fire")
+        write(path, *args)
+
+    results = run_stopped_jobs(place, stopped)
+    for way, jobs in ((write_slowly, slow), (fail_to_write, failing)):
+        with mock.patch.object(portable, "write_tensors", way):
+            results += run_jobs(place, jobs)
+    return results
+
+
+def run_stopped_jobs(place: Path, jobs: list[tuple[Path, str, dict[str, Any]]]) -> list[tuple[str | None, str]]:
+    """Rank 1 gets SIGTERM in step 3, all ranks another one while that is saved."""
+    load, save = loop.train_loader, checkpoint.save
+
+    def load_until_told(*args: Any):
+        for number, batch in enumerate(load(*args)):
+            if number == 2 * 2 and torch.distributed.get_rank() == 1:  # of 2 passes a step
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    def save_and_tell(*args: Any) -> None:
+        if args[1] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(*args)
+
+    with (
+        mock.patch.object(loop, "train_loader", load_until_told),
+        mock.patch.object(checkpoint, "save", save_and_tell),
+    ):
+        return run_jobs(place, jobs)
+
+
+def run_alone(place: Path, folder: Path, options: dict[str, Any], stuck_at: int | None = None) -> None:
+    """One process. stuck_at: the step whose checkpoint is written by half, and no further."""
+    write = portable.write_tensors
+
+    def write_by_half(path: Path, *args: Any) -> None:
+        write(path, *args)
+        if path.parent.name == f".step{stuck_at}":
+            os.truncate(path, path.stat().st_size // 2)
+            (folder / "stuck").touch()
+            time.sleep(1000)
+
+    with mock.patch.object(portable, "write_tensors", write_by_half):
+        run_job(place, folder, "zero2_adam_mini", options)
 
 
 def resume_and_reshard(place: Path, jobs: list[tuple], whole: Path, engine: Path, back: Path) -> list[tuple]:

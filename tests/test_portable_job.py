@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from checkpoints_ranks import make_model
-from portable_job_ranks import resume_and_reshard, run_jobs
+from portable_job_ranks import resume_and_reshard, run_alone, run_jobs, run_odd_jobs
 from safetensors.torch import load_file
-from spawn import run_ranks
+from spawn import CONTEXT, TIME_LIMIT, run_ranks
 from test_portable import flip, whole_of
 from tiny import equal
 
@@ -37,6 +39,18 @@ def outcomes(place) -> dict[str, tuple[str | None, str]]:
     """One run on 2 ranks, whole; copies of it that lost what follows step 2 or 4 and are resumed elsewhere."""
     whole = place / "whole"
     first = run_ranks(run_jobs, 2, place, [(whole, "zero2_adam_mini", {"accumulation": 2, "keep_checkpoints": 2})])[0]
+    twice = {"accumulation": 2}
+    behind = twice | {"async_save": True, "keep_checkpoints": 2}
+    odd = run_ranks(run_odd_jobs, 2, place, [
+        (place / "stopped", "zero2_adam_mini", twice | {"save_interval": 6}),
+        (place / "unsaved", "zero2_adam_mini", twice | {"save_interval": 0}),
+    ], [(place / "behind", "zero2_adam_mini", behind)], [
+        (place / "failed", "zero2_adam_mini", behind),
+        (place / "refused", "zero2_adam_mini", behind | {"checkpoint_format": "engine"}),
+    ])  # fmt: skip
+    assert [one[0] for one in odd[0]] == [one[0] for one in odd[1]]
+    shutil.copytree(place / "stopped", place / "went on")
+    shutil.copytree(place / "unsaved", place / "begun")
     for name in ("one", "three", "same", "damaged", "changed"):
         shutil.copytree(whole, place / name)
         (place / name / "checkpoints/latest").write_text("step4")
@@ -47,12 +61,17 @@ def outcomes(place) -> dict[str, tuple[str | None, str]]:
         run_jobs, 1, place, [(place / "one", "zero3", resume), (place / "changed", "zero3", resume | {"seed": 1})]
     )[0]
     two = run_ranks(resume_and_reshard, 2, place, [
-        (place / "same", "zero2_adam_mini", resume), (place / "damaged", "fsdp2", resume | {"micro_batch": 4}),
+        (place / "same", "zero2_adam_mini", resume), (place / "went on", "zero2_adam_mini", resume),
+        (place / "damaged", "fsdp2", resume | {"micro_batch": 4}),
         (place / "damaged", "fsdp2", resume | {"micro_batch": 3}),
+        (place / "begun", "zero2_adam_mini", resume | twice), (place / "misspelt", "zero2_adam_mini", resume),
     ], whole, place / "engine", place / "back")[0]  # fmt: skip
     three = run_ranks(run_jobs, 3, place, [(place / "three", "zero3", resume)])[0]
-    names = ("whole", "one", "changed", "same", "damaged", "micro_batch", "resharded", "engine", "three")
-    return dict(zip(names, [*first, *one, *two, *three], strict=True))
+    names = (
+        "whole", "stopped", "unsaved", "behind", "failed", "refused", "one", "changed", "same", "went on", "damaged",
+        "micro_batch", "begun", "misspelt", "resharded", "engine", "three",
+    )  # fmt: skip
+    return dict(zip(names, [*first, *odd[0], *one, *two, *three], strict=True))
 
 
 def weights(folder: Path):
@@ -65,6 +84,91 @@ def test_the_same_place_goes_on_bit_for_bit(outcomes, place):
     assert (place / "same/model/model.safetensors").read_bytes() == (
         place / "whole/model/model.safetensors"
     ).read_bytes()
+
+
+def test_a_run_that_gets_sigterm_saves_and_goes_on_bit_for_bit(outcomes, place):
+    folder = place / "stopped/checkpoints"
+    assert outcomes["stopped"][0] == f"75: SIGTERM: step 3 is saved in {folder}/step3: go on with --resume"
+    assert {path.name for path in folder.iterdir()} == {"latest", "step3"}
+    assert [row["step"] for row in read_metrics(place / "stopped")] == [1, 2, 3]
+    assert not (place / "stopped/model").exists()
+    assert outcomes["went on"][0] is None
+    ours, whole = ([row["loss"] for row in read_metrics(place / name)] for name in ("went on", "whole"))
+    assert ours == whole
+    ours, whole = (weights(place / name) for name in ("went on", "whole"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+def test_a_run_that_saves_nothing_says_so_at_sigterm(outcomes, place):
+    assert outcomes["unsaved"][0] == "143: SIGTERM: the run ends unsaved after step 3, for --save_interval is 0"
+    assert not (place / "unsaved/checkpoints").exists()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(outcomes, place):
+    message, printed = outcomes["begun"]
+    assert message is None
+    assert f"{place}/begun/checkpoints has no checkpoint yet: the run starts again from step 0\n" in printed
+    rows, whole = ([row["loss"] for row in read_metrics(place / name)] for name in ("begun", "whole"))
+    assert rows == whole and (place / "begun/model").exists()
+
+
+def test_a_folder_without_a_run_is_refused_and_not_made(outcomes, place):
+    assert f"--resume found no run in {place}/misspelt, which has no resolved_config.json" in outcomes["misspelt"][0]
+    assert not (place / "misspelt").exists()
+
+
+def test_what_is_written_behind_the_steps_is_what_is_saved_between_them(outcomes, place):
+    """Bit for bit, though the next steps change what is being written; the run is the same, too."""
+    assert outcomes["behind"][0] is None
+    for name in ("checkpoints/latest", "model/model.safetensors", *(
+        f"checkpoints/step{step}/rank0000{rank}.safetensors" for step in (4, 6) for rank in (0, 1)
+    )):  # fmt: skip
+        assert (place / "behind" / name).read_bytes() == (place / "whole" / name).read_bytes(), name
+    assert {path.name for path in (place / "behind/checkpoints").iterdir()} == {"latest", "step4", "step6"}
+    rows, whole = read_metrics(place / "behind"), read_metrics(place / "whole")
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
+    assert rows[3]["save_stall_s"] > 0 and whole[3]["save_stall_s"] > 0
+    assert whole[0]["save_stall_s"] == whole[2]["save_stall_s"] == 0
+
+
+def test_kills_at_any_moment_change_no_bit(place):
+    """Two in the middle of a save, between the steps and behind them, and two wherever the run is."""
+    folder, draw = place / "killed", random.Random(0)
+    latest, steps = folder / "checkpoints/latest", {"steps": 20}
+    unbroken = CONTEXT.Process(target=run_alone, args=(place, place / "unbroken", steps | {"save_interval": 20}))
+    unbroken.start()
+    for number, stuck_at in enumerate((2, 6, None, None)):
+        options = steps | {"save_interval": 1, "async_save": number % 2 == 1, "resume": number > 0}
+        before = latest.read_text() if number else None
+        process = CONTEXT.Process(target=run_alone, args=(place, folder, options, stuck_at))
+        process.start()
+        deadline = time.monotonic() + TIME_LIMIT
+        while time.monotonic() < deadline and process.is_alive():
+            if (folder / "stuck").exists() if stuck_at else latest.read_text() != before:
+                break
+            time.sleep(0.001)
+        time.sleep(0 if stuck_at else 0.02 * draw.random())
+        process.kill()
+        process.join()
+        if stuck_at:
+            assert (folder / f"checkpoints/.step{stuck_at}").is_dir() and latest.read_text() == f"step{stuck_at - 1}"
+            (folder / "stuck").unlink()
+    last = CONTEXT.Process(target=run_alone, args=(place, folder, options))
+    last.start()
+    for process in (last, unbroken):
+        process.join()
+    ours, whole = (weights(place / name) for name in ("killed", "unbroken"))
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+    ours, whole = ([row["loss"] for row in read_metrics(place / name)] for name in ("killed", "unbroken"))
+    assert ours == whole and len(whole) == 20
+
+
+def test_a_thread_that_cannot_write_ends_the_run(outcomes, place):
+    said = "the checkpoint of step 4 could not be saved: rank 1: the disk is on fire"
+    assert outcomes["failed"][0] == said
+    assert {path.name for path in (place / "failed/checkpoints").iterdir()} == {"latest", "step2"}
+    assert (place / "failed/checkpoints/latest").read_text() == "step2"
+    assert "--async_save writes portable checkpoints: leave out" in outcomes["refused"][0]
 
 
 def test_a_run_goes_on_from_deepspeeds_own_files_bit_for_bit(outcomes, place):

@@ -19,9 +19,9 @@ from spawn import CONTEXT, TIME_LIMIT, free_port
 
 from ds_memopt.engines import processes
 from ds_memopt.engines.processes import SharedError, fail, remove_abandoned_shared_memory
-from ds_memopt.train import loop
+from ds_memopt.train import loop, watchdog
 from ds_memopt.train.fsdp2_job import pretrain_fsdp2
-from ds_memopt.train.launcher import MPI_SIZES, PLACE
+from ds_memopt.train.launcher import MPI_SIZES, PLACE, deepspeed_is_gone
 from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.ranks import start_ranks
 from ds_memopt.train.watchdog import Beat, Watchdog
@@ -98,16 +98,19 @@ def _rank_main(work, rank: int, world_size: int, port: int, folder: Path, args: 
         fail(error)
 
 
-def launch(work, folder: Path, *args, ranks: int = 2, started: int | None = None) -> tuple[list[str], float]:
+def launch(
+    work, folder: Path, *args, ranks: int = 2, started: int | None = None, apart: bool = False
+) -> tuple[list[str], float]:
     """What each rank wrote on stderr, and after how many seconds the first one ended: like a launcher, this then ends
-    the others, be they stopped. started: of the ranks, which alone are there."""
+    the others, be they stopped. started: of the ranks, which alone are there. apart: like those of two machines, this
+    waits until all have ended."""
     port = free_port()
     numbers = range(ranks) if started is None else [started]
     tasks = [CONTEXT.Process(target=_rank_main, args=(work, r, ranks, port, folder, args)) for r in numbers]
     began = time.monotonic()
     for task in tasks:
         task.start()
-    while all(task.is_alive() for task in tasks) and time.monotonic() < began + TIME_LIMIT:
+    while (any if apart else all)(task.is_alive() for task in tasks) and time.monotonic() < began + TIME_LIMIT:
         time.sleep(0.05)
     seconds = time.monotonic() - began
     time.sleep(1)
@@ -160,6 +163,41 @@ def test_a_rank_that_does_not_arrive_is_named(pretrain, config, fault, sentence,
     assert seconds < 600  # gloo's own limit is half an hour
 
 
+def _hang_after_sigterm(options: PretrainOptions) -> None:
+    def load(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1000)
+        yield
+
+    loop.train_loader = load
+    loop.pretrain(options)
+
+
+def test_a_run_that_cannot_save_within_the_grace_says_so(tmp_path):
+    options = PretrainOptions(
+        deepspeed_config=str(ROOT / "ds_configs/zero2_adam_mini.json"), output_dir=str(tmp_path / "run"),
+        data="synthetic", grace_seconds=1, **SIZE | {"save_interval": 1},
+    )  # fmt: skip
+    said, _ = launch(_hang_after_sigterm, tmp_path, options, ranks=1)
+    told = "\nSIGTERM: --grace_seconds 1 leaves no time to save; there is none before\n"
+    assert f"\n{said[0]}".endswith(told), said
+
+
+def test_a_rank_sees_that_the_deepspeed_command_was_ended(monkeypatch):
+    """It starts a launcher, which lives on."""
+    program = "bash -c 'echo $$; read; : deepspeed'; : deepspeed"
+    command = subprocess.Popen(["bash", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    launcher = int(command.stdout.readline())
+    assert not deepspeed_is_gone()()  # of a process that it did not start
+    monkeypatch.setattr(os, "getppid", lambda: launcher)
+    is_gone = deepspeed_is_gone()
+    assert not is_gone()
+    command.terminate()
+    command.wait()
+    assert is_gone()
+    command.stdin.close()
+
+
 def _long_stages(seconds: float) -> None:
     """Longer than the timeout: one rank alone where it may, then both. Then the first one stops."""
     with start_ranks(timeout_minutes=0.1) as ranks:
@@ -183,6 +221,22 @@ def test_long_stages_end_nothing_and_the_second_rank_watches_the_first(tmp_path)
     assert said[0] == "" and said[1].count("TimeoutError") == 1, said
     assert "[rank1]: TimeoutError: no answer for 0.1 minutes (--timeout_minutes) from rank 0 in step 2" in said[1]
     assert seconds > 2 * 8 + 1 + 0.1 * 60
+
+
+def _fail_apart() -> None:
+    watchdog.FAREWELL_S = 0.2
+    with start_ranks(timeout_minutes=0.1) as ranks:
+        torch.distributed.barrier()
+        if ranks.rank == 1:
+            raise ValueError("row 17")
+        time.sleep(1000)
+
+
+def test_a_failure_on_another_machine_ends_a_rank(tmp_path):
+    """Whose launcher knows nothing of it, while the rank waits in something that does not notice."""
+    said, _ = launch(_fail_apart, tmp_path, apart=True)
+    assert said[0] == "[rank0]: ended, for rank 1 failed: ValueError: row 17\n"
+    assert "[rank1]: ValueError: row 17" in said[1]
 
 
 def _fail_alike(error: type[Exception]) -> None:
@@ -269,10 +323,10 @@ def test_only_shared_memory_that_nobody_uses_is_removed(monkeypatch):
 @pytest.mark.parametrize(("silent_s", "told"), [(0.3, "the others have waited 0.1 minutes"), (5.0, "")])
 def test_a_rank_is_waited_for_only_while_it_answers(silent_s, told):
     """It was behind for the whole timeout in both cases; one that was stopped is told as silent a little later."""
-    watchdog, said = object.__new__(Watchdog), []
-    watchdog._rank, watchdog._interval, watchdog._stage = 0, 0.3, (3, 0, "step 3", False)
-    watchdog._timeout = watchdog._patience = timedelta(seconds=6)
-    watchdog._end = said.append
+    one, said = object.__new__(Watchdog), []
+    one._rank, one._interval, one._stage = 0, 0.3, (3, 0, "step 3", False)
+    one._timeout = one._patience = timedelta(seconds=6)
+    one._end = said.append
     beats = {0: Beat(9, 3, 0, "step 3", False), 1: Beat(4, 1, 0, "step 1", False)}
-    watchdog._judge(beats, {0: 0.0, 1: silent_s}, {0: 0.0, 1: 6.0})
+    one._judge(beats, {0: 0.0, 1: silent_s}, {0: 0.0, 1: 6.0})
     assert told in "".join(said) and len(said) == bool(told)

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +23,7 @@ from torch.distributed import DistError, PrefixStore, Store, TCPStore, distribut
 
 Result = TypeVar("Result")
 
+FIRST_FAILURE = "first failure"
 SHARED_MEMORY = Path("/dev/shm")
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -32,6 +33,14 @@ _meetings = 0
 
 class SharedError(ValueError):
     """An error that all ranks raise alike, whichever had it: one of them says it for all."""
+
+
+class AskedToEnd(SystemExit):
+    """The end of a run that was told to stop, to which all ranks come alike: one says why. code: of the exit."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 def rank_and_world_size() -> tuple[int, int]:
@@ -49,6 +58,18 @@ def of_all_ranks(value: Any) -> list[Any]:
     values = [None] * world_size
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def host_group() -> Any:
+    """A process group of all ranks for numbers in host memory, beside the usual one of a GPU."""
+    return torch.distributed.new_group(backend="gloo")
+
+
+def largest_of_all_ranks(numbers: Sequence[float], group: Any) -> list[float]:
+    """Of each number, over all ranks. group: a `host_group`, so that the hosts wait for each other and for no GPU."""
+    largest = torch.tensor(numbers, dtype=torch.float64)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+    return largest.tolist()
 
 
 def on_all_ranks(work: Callable[[], Result]) -> Result:
@@ -176,12 +197,14 @@ def fail(error: BaseException) -> NoReturn:
     """
     kind = "ValueError" if isinstance(error, SharedError) else type(error).__name__
     summary = f"{kind}: {error}" if str(error) else kind
+    if isinstance(error, AskedToEnd):
+        summary = str(error)
     if _is_lost_connection(error):
         time.sleep(2)
         say(summary.splitlines()[0])
     elif (first := _first_failure(summary)) is None:
         sys.stdout.flush()
-        if isinstance(error, SharedError):
+        if isinstance(error, SharedError | AskedToEnd):
             print(summary, file=sys.stderr, flush=True)
         elif isinstance(error, KeyboardInterrupt) or isinstance(error, ValueError) and _raised_here(error):
             say(summary)  # of our own errors the message says all
@@ -220,6 +243,14 @@ def _raised_here(error: BaseException) -> bool:
     return Path(traceback.extract_tb(error.__traceback__)[-1].filename).is_relative_to(PACKAGE)
 
 
+def first_failure(store: Store) -> str:
+    """The first rank to fail and the first line of what it said, "3 failed: ValueError: ..."; "" if none has."""
+    if not store.check([FIRST_FAILURE]):
+        return ""
+    rank, _, summary = store.get(FIRST_FAILURE).decode().partition(" ")
+    return f"{rank} failed: {summary.splitlines()[0]}"
+
+
 def _first_failure(summary: str) -> str | None:
     """What the first rank to fail said; None if that is this rank, or if the store does not answer."""
     store = _store
@@ -231,7 +262,7 @@ def _first_failure(summary: str) -> str | None:
 
     def ask() -> None:
         with contextlib.suppress(RuntimeError):
-            answers.append(store.compare_set("first failure", "", mine).decode())
+            answers.append(store.compare_set(FIRST_FAILURE, "", mine).decode())
 
     asking = threading.Thread(target=ask, daemon=True)  # the server may hang: its process may be stopped
     asking.start()

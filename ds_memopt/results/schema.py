@@ -56,6 +56,9 @@ class MetricsRow(ValidationRow):
     """In collectives, or waiting for them."""
     other_ms: NotRequired[float]
     """In the rest, such as loading data."""
+    save_stall_s: NotRequired[float]
+    """Seconds that the steps waited for checkpoints since the line before, that of this step included, on rank 0. Of
+    those written behind the steps: for the copy, for the one before, for the name."""
     mfu: NotRequired[float | None]
     """Model FLOPs utilisation, 0 to 1; None if peak or FLOPs are not known, see `measure.utilisation`."""
 

@@ -59,17 +59,34 @@ def save(engine: Any, step: int, settings: Settings, ranks: Ranks) -> None:
         raise SharedError(full or f"the checkpoint of step {step} could not be saved: {error}") from error
 
 
+def begin_save(engine: Any, step: int, settings: Settings) -> portable.SaveInFlight:
+    """The same, of a portable checkpoint that is written behind the next steps."""
+    folder = settings.output_dir / CHECKPOINTS
+    _refuse_not_finite(engine, folder, step)
+    return portable.begin_save(engine, folder, step, keep=settings.keep_checkpoints, settings=settings.facts)
+
+
+def newest(folder: Path) -> str:
+    """Which checkpoint there is, for a message."""
+    latest = folder / LATEST
+    return f"the last good one is {folder / latest.read_text()}" if latest.exists() else "there is none before"
+
+
 def find(options: RunOptions, settings: Settings, ranks: Ranks) -> int:
     """The step that --resume goes on from, after reading all files of its checkpoint. All ranks call.
 
-    It is the step that --resume gives, or that of `latest`, or of the newest whole checkpoint before. ValueError on all
-    ranks if there is none, if a file may run code, or if one of settings.facts (what the trajectory depends on:
-    ranks, batch, data, ...) has changed since.
+    It is the step that --resume gives, or that of `latest`, or of the newest whole checkpoint before; 0 of a run that
+    ended before its first one. ValueError on all ranks if none is whole, if a file may run code, or if one of
+    settings.facts (what the trajectory depends on: ranks, batch, data, ...) has changed since.
     """
     folder = settings.output_dir / CHECKPOINTS
-    steps = on_all_ranks(lambda: _steps(folder, options.resume) if ranks.is_main else None)
+    steps = _of_all_ranks(on_all_ranks(lambda: _steps(folder, options.resume) if ranks.is_main else None))[0]
+    if not steps:
+        if ranks.is_main:
+            print(f"{folder} has no checkpoint yet: the run starts again from step 0", flush=True)
+        return 0
     faults = []
-    for step in _of_all_ranks(steps)[0]:
+    for step in steps:
         path = folder / f"step{step}"
         found = _of_all_ranks(on_all_ranks(lambda path=path: _fault(path, settings.facts, ranks)))
         fault = next(filter(None, found), None)
@@ -159,11 +176,9 @@ def _refuse_not_finite(engine: Any, folder: Path, step: int) -> None:
     found = _of_all_ranks(first_not_finite(engine))
     wrong = next((f"{name} on rank {rank}" for rank, name in enumerate(found) if name), None)
     if wrong:
-        latest = folder / LATEST
-        last = f"the last good one is {folder / latest.read_text()}" if latest.exists() else "there is none before"
         raise SharedError(
-            f"{wrong} holds infinities or NaNs after step {step}: no checkpoint is saved, {last}; lower --lr, lengthen "
-            "--warmup_steps"
+            f"{wrong} holds infinities or NaNs after step {step}: no checkpoint is saved, {newest(folder)}; lower "
+            "--lr, lengthen --warmup_steps"
         )
 
 
@@ -212,15 +227,13 @@ def _is_portable(folder: Path) -> bool:
 
 
 def _steps(folder: Path, resume: bool | int) -> list[int]:
-    """Of the checkpoints to try, one after the other."""
+    """Of the checkpoints to try, one after the other; none where a run has saved none."""
+    if resume is True:
+        return durable.newest_first(folder)
     saved = durable.steps(folder)
-    if not saved:
-        raise ValueError(f"--resume found no checkpoint in {folder}; start afresh in another --output_dir")
-    if resume is not True:
-        if resume not in saved:
-            raise ValueError(f"--resume {resume} found no checkpoint of that step in {folder}: it has {saved}")
-        return [resume]
-    return durable.newest_first(folder)
+    if resume not in saved:
+        raise ValueError(f"--resume {resume} found no checkpoint of that step in {folder}: it has {saved or 'none'}")
+    return [resume]
 
 
 def _fault(folder: Path, facts: dict[str, Any], ranks: Ranks) -> str | None:

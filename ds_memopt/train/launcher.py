@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
+from collections.abc import Callable
+from pathlib import Path
 
 import deepspeed.comm
 
@@ -40,6 +43,32 @@ def find_place() -> None:
         )
     else:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+
+
+def deepspeed_is_gone() -> Callable[[], bool]:
+    """Whether the `deepspeed` command that started this rank has ended since this call.
+
+    It starts a launcher for each machine, and that the ranks. A SIGTERM to the command alone ends it, and neither the
+    launcher nor the ranks hear of it.
+    """
+    launcher = os.getppid()
+    try:
+        command = _parent(launcher)
+        if any(b"deepspeed" not in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in (launcher, command)):
+            return lambda: False
+    except OSError:  # a system without /proc
+        return lambda: False
+
+    def is_gone() -> bool:
+        with contextlib.suppress(OSError):
+            return _parent(launcher) != command
+        return True
+
+    return is_gone
+
+
+def _parent(process: int) -> int:
+    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -40,11 +40,13 @@ from ds_memopt.train.data.corpus import Corpus, StepBatches, load_corpus, train_
 from ds_memopt.train.flops import model_flops
 from ds_memopt.train.model_speed import attention_of, check_under_deepspeed, make_ready
 from ds_memopt.train.options import PretrainOptions, RunOptions
-from ds_memopt.train.output_folder import claim
+from ds_memopt.train.output_folder import RESOLVED, claim
 from ds_memopt.train.presets import MODEL, build_model, count_parameters, parameter_groups
 from ds_memopt.train.ranks import Ranks, first_rank_of_node_first, on_all_ranks, start_ranks
+from ds_memopt.train.saving import Saving
 from ds_memopt.train.settings import Settings, make_settings
 from ds_memopt.train.step_trace import StepTrace
+from ds_memopt.train.termination import Termination
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ def run(engine: Any, settings: Settings, ranks: Ranks, work: Work, first_step: i
     """Train from first_step (of a checkpoint, or 0) to the end, and leave the records, checkpoints and the model.
 
     tokenizer: the folder of the tokenizer to save with the model. RuntimeError if the loss stops being a number.
+    AskedToEnd on all ranks, after a checkpoint, at the end of the step in which a rank gets SIGTERM.
     """
     if first_step:
         checkpoint.load(engine, settings.output_dir / checkpoint.CHECKPOINTS, first_step, ranks)
@@ -153,24 +156,28 @@ def run(engine: Any, settings: Settings, ranks: Ranks, work: Work, first_step: i
         checkpoint.remove_asides(settings.output_dir)
         mfu = flops if isinstance(flops, str) else flops.formula(peak)
         print(mfu, flush=True)
+        folder, resolved = settings.output_dir, {**settings.facts, "mfu": mfu, "deepspeed": settings.config}
+        write_json(folder / RESOLVED, resolved)
         speed = settings.speed | {"attention": attention_of(engine.module)}
         folder = settings.output_dir
         resolved = {**settings.facts, "speed": speed, "mfu": mfu, "deepspeed": settings.config}
         write_json(folder / "resolved_config.json", resolved)
         write_json(folder / "environment.json", environment(ranks.device, ranks.world_size, ranks.process_gib))
         metrics = MetricsFile(folder, first_step)
-    if work.validate_at_start and settings.validation_interval and not first_step:
-        ranks.enter("the validation before training")
-        row: ValidationRow = {"step": 0, "tokens": 0, "loss": None, **work.validate(engine)}
-        _refuse_no_number(row)
-        if metrics:
-            metrics.append(row)
-            print(f"before training: {_figures(row)}", flush=True)
     mfu = (lambda tokens_per_s: None) if isinstance(flops, str) else partial(flops.utilisation, peak=peak)
-    _train(engine, settings, ranks, work, metrics, mfu)
-    if settings.save_interval:
-        ranks.enter("the saving of the model", alone=True)
-        checkpoint.save_model(engine, settings.output_dir / MODEL, tokenizer, ranks)
+    what_is_left = partial(checkpoint.newest, settings.output_dir / checkpoint.CHECKPOINTS)
+    with Termination(settings.grace_seconds, what_is_left) as termination:
+        if work.validate_at_start and settings.validation_interval and not first_step:
+            ranks.enter("the validation before training")
+            row: ValidationRow = {"step": 0, "tokens": 0, "loss": None, **work.validate(engine)}
+            _refuse_no_number(row)
+            if metrics:
+                metrics.append(row)
+                print(f"before training: {_figures(row)}", flush=True)
+        _train(engine, settings, ranks, work, metrics, mfu, termination)
+        if settings.save_interval:
+            ranks.enter("the saving of the model", alone=True)
+            checkpoint.save_model(engine, settings.output_dir / MODEL, tokenizer, ranks)
 
 
 def build_engine(options: RunOptions, settings: Settings, ranks: Ranks) -> Any:
@@ -230,6 +237,7 @@ def _train(
     work: Work,
     metrics: MetricsFile | None,
     mfu: Callable[[float], float | None],
+    termination: Termination,
 ) -> None:
     first_step = logged_step = engine.global_steps  # 0, or what the checkpoint says
     parameters = count_parameters(engine.module)
@@ -238,6 +246,7 @@ def _train(
     meter = CommunicationMeter(timer)
     reset_peak_memory(ranks.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    saving = Saving(engine, settings, ranks)
     trace = StepTrace(settings.output_dir, settings.profile, ranks)
     on_terminal = ranks.is_main and sys.stderr.isatty()
     bar = tqdm(total=settings.steps, initial=first_step, unit="step", disable=not on_terminal)
@@ -251,6 +260,7 @@ def _train(
         validate = settings.is_due(step, settings.validation_interval)
         save = settings.is_due(step, settings.save_interval)
         due = validate or save or settings.is_due(step, settings.logging_interval)
+        gradients = {}
         with meter:
             for micro_step in range(settings.accumulation):
                 batch = {
@@ -261,18 +271,25 @@ def _train(
                 with timer.phase("backward"):
                     engine.backward(loss)
                 if due and micro_step == settings.accumulation - 1:
-                    gradients = gradient_bytes(engine, ranks.device)
+                    gradients = {"gradients": gradient_bytes(engine, ranks.device)}
                 with timer.phase("optimizer"):
                     engine.step()
                 loss_sum += loss.detach()
         trace.step()
         timer.count(work.tokens[step] - work.tokens[step - 1])
         bar.update()
-        if not due:
+        elapsed_s, writing = ranks.largest(termination.elapsed_s(), saving.is_writing())
+        stop = elapsed_s >= 0
+        if not writing:
+            saving.advance()
+        if stop:
+            termination.tell(elapsed_s)
+            validate = False  # it may take longer than there is time
+        if not due and not stop:
             continue
         steps = step - logged_step
         speed = timer.read()
-        held_by_kind = held_bytes(engine, ranks.device) | {"gradients": gradients}
+        held_by_kind = held_bytes(engine, ranks.device) | gradients
         sums = torch.stack([loss_sum, loss_sum.new_tensor(sum(state_bytes(engine.optimizer).values()))])
         dist.all_reduce(sums)
         memory = peak_memory_gib(ranks.device)
@@ -299,15 +316,19 @@ def _train(
             "optimizer_state_bytes_per_parameter": sums[1].item() / parameters,
         }
         _refuse_no_number(row)
-        if metrics:
-            metrics.append(row)
-            write_to_monitor(engine.monitor, row, step * settings.facts["global_batch"])
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed['tokens_per_s']:.0f} tokens/s")
-            if validate:
-                bar.write(_progress(row, settings.steps))
-        if save:
-            ranks.enter(f"the checkpoint of step {step}", alone=True)
-            checkpoint.save(engine, step, settings, ranks)
+        try:
+            if stop:
+                saving.save_and_end(step, termination)
+            if save:
+                saving.save(step)
+        finally:
+            row["save_stall_s"] = saving.stall_s()
+            if metrics:
+                metrics.append(row)
+                write_to_monitor(engine.monitor, row, step * settings.facts["global_batch"])
+                bar.set_postfix_str(f"loss {row['loss']:.3f}, {speed['tokens_per_s']:.0f} tokens/s")
+                if validate:
+                    bar.write(_progress(row, settings.steps))
         loss_sum, logged_step = torch.zeros_like(loss_sum), step
         meter.reset()
         timer.start()

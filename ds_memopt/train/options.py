@@ -44,6 +44,9 @@ class RunOptions:
         RUN, "until the job ends because a rank does not answer, or the others wait for it in a step or validation; "
         "default: 10", default=10,
     )  # fmt: skip
+    grace_seconds: float = option(
+        RUN, "from a SIGTERM, at which the run saves a checkpoint, to its end; default: 25", default=25, at_least=1
+    )
     seed: int = option(RUN, "of new weights, data order and method; default: 0", default=0, at_least=0)
 
     steps: int | None = option(SIZE, "optimizer steps of the whole run, resumed parts included", at_least=1)
@@ -104,6 +107,9 @@ class RunOptions:
         INTERVALS, "portable (default): resumes on any number of ranks, at any stage; engine: DeepSpeed's or "
         "torch.distributed's own files", default="portable",
     )  # fmt: skip
+    async_save: bool = option(
+        INTERVALS, "write portable checkpoints behind the next steps, from a copy in host memory", default=False
+    )
     keep_checkpoints: int | None = option(INTERVALS, "the newest to keep; default: all", at_least=1)
 
     model: str = option(DATA, "local Hugging Face folder", MISSING)

@@ -10,12 +10,22 @@ import tempfile
 from pathlib import Path
 from typing import TextIO
 
+from ds_memopt.checkpoint.durable import steps
 from ds_memopt.train.ranks import Ranks, on_all_ranks
 
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
+RESOLVED = "resolved_config.json"
 
 _locks: dict[Path, TextIO] = {}
+
+
+def refuse_no_run(folder: Path) -> None:
+    """ValueError for a folder in which no run was begun, such as one whose name was misspelt."""
+    if not (folder / RESOLVED).exists() and not steps(folder / CHECKPOINTS):
+        raise ValueError(
+            f"--resume found no run in {folder}, which has no {RESOLVED}: correct --output_dir, or leave --resume out"
+        )
 
 
 def claim(folder: Path, ranks: Ranks) -> None:

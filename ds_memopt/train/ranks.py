@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -15,6 +15,8 @@ import transformers
 from deepspeed.accelerator import get_accelerator
 
 from ds_memopt.engines.processes import (
+    host_group,
+    largest_of_all_ranks,
     leave_group,
     on_all_ranks,
     remove_abandoned_shared_memory,
@@ -34,7 +36,8 @@ MIN_PATIENCE = timedelta(minutes=30)  # with a rank that loads or saves alone
 @dataclass(frozen=True)
 class Ranks:
     """Where this process stands. device: the accelerator of this rank, or the CPU. process_gib: on a CPU, what
-    interpreter and libraries take, in GiB. watchdog: None if there is no other rank.
+    interpreter and libraries take, in GiB. watchdog: None if there is no other rank. hosts: the group for what lies in
+    host memory, None where the usual one is.
 
     A job holds it in a `with` block, at whose end the watch over the ranks ends.
     """
@@ -45,6 +48,7 @@ class Ranks:
     device: torch.device
     process_gib: float | None = None
     watchdog: Watchdog | None = None
+    hosts: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -54,6 +58,10 @@ class Ranks:
         """The job comes to its next stage, "step 7". alone: one rank may work in it while the others wait."""
         if self.watchdog:
             self.watchdog.enter(stage, alone)
+
+    def largest(self, *numbers: float) -> list[float]:
+        """Of each number, over all ranks, without waiting for a GPU. All ranks call."""
+        return largest_of_all_ranks(numbers, self.hosts) if self.world_size > 1 else [*numbers]
 
     def __enter__(self) -> Ranks:
         return self
@@ -106,7 +114,8 @@ def start_ranks(memory_limit_gib: float | None = None, timeout_minutes: float = 
     device = torch.device("cpu" if on_cpu else accelerator.device_name(local_rank))
     if memory_limit_gib is not None:
         on_all_ranks(lambda: limit_memory(device, memory_limit_gib))
-    return Ranks(rank, local_rank, world_size, device, resident_gib() if on_cpu else None, watchdog)
+    hosts = None if on_cpu or world_size == 1 else host_group()
+    return Ranks(rank, local_rank, world_size, device, resident_gib() if on_cpu else None, watchdog, hosts)
 
 
 def stop_ranks() -> None:

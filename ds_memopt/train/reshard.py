@@ -23,11 +23,9 @@ from ds_memopt.train.config import AUTO
 from ds_memopt.train.launcher import free_port
 from ds_memopt.train.loop import build_engine
 from ds_memopt.train.options import PretrainOptions
-from ds_memopt.train.output_folder import CHECKPOINTS, claim
+from ds_memopt.train.output_folder import CHECKPOINTS, RESOLVED, claim
 from ds_memopt.train.ranks import on_all_ranks, start_ranks
 from ds_memopt.train.settings import make_settings
-
-RESOLVED = "resolved_config.json"
 
 
 def reshard(run: Path, out: Path, ranks: int | None, stage: int | None, step: int | None) -> str:

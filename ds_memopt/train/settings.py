@@ -31,6 +31,7 @@ from ds_memopt.train.config import (
 from ds_memopt.train.config_check import check_config, check_optimizer_type, check_rules
 from ds_memopt.train.model_speed import check_speed
 from ds_memopt.train.options import RunOptions
+from ds_memopt.train.output_folder import refuse_no_run
 from ds_memopt.train.presets import Recipe, find_model, split_batch
 from ds_memopt.train.ranks import Ranks
 from ds_memopt.train.resumed_batch import keep_global_batch, keep_halves, saved_facts
@@ -53,7 +54,9 @@ class Settings:
     validation_interval: int
     save_interval: int
     checkpoint_format: str
+    async_save: bool
     keep_checkpoints: int | None
+    grace_seconds: float
     profile: int  # steps to trace
     lr_schedule: Callable[[torch.optim.Optimizer], Any] | None
     facts: dict[str, Any]  # what the trajectory depends on: a resumed run must share it
@@ -74,10 +77,16 @@ def make_settings(
     """
     options.check()
     output_dir = Path(options.output_dir) if options.output_dir else _new_folder(options, ranks)
-    if not options.resume and (output_dir / METRICS).exists():
+    if options.resume:
+        refuse_no_run(output_dir)
+    elif (output_dir / METRICS).exists():
         raise ValueError(
             f"--output_dir {output_dir} already holds a run ({METRICS} exists): "
             "continue it with --resume, or choose another --output_dir"
+        )
+    if options.async_save and options.checkpoint_format != "portable":
+        raise ValueError(
+            f"--async_save writes portable checkpoints: leave out --checkpoint_format {options.checkpoint_format}"
         )
     raw = load_config(options.deepspeed_config)
     check_config(raw, options.deepspeed_config)
@@ -166,7 +175,9 @@ def make_settings(
         validation_interval=setting("validation_interval"),
         save_interval=setting("save_interval"),
         checkpoint_format=options.checkpoint_format,
+        async_save=options.async_save,
         keep_checkpoints=options.keep_checkpoints,
+        grace_seconds=options.grace_seconds,
         profile=options.profile,
         lr_schedule=_lr_schedule(config, setting("schedule"), warmup_steps, steps),
         facts=json.loads(json.dumps(facts)),  # as a checkpoint gives them back: tuples are lists

@@ -14,11 +14,12 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import NamedTuple
 
-from ds_memopt.engines.processes import end, meet, say
+from ds_memopt.engines.processes import end, first_failure, meet, say
 from ds_memopt.measure import CommunicationMeter
 from ds_memopt.results.record import as_text
 
 LONGEST_BEAT_S = 5.0
+FAREWELL_S = 10.0
 
 
 class Beat(NamedTuple):
@@ -42,6 +43,7 @@ class Watchdog:
     Each rank writes a beat into a store every few seconds. The first rank reads them all; the others read the first
     one's. The job ends, with one sentence that says so, if a rank
       - has not written for `timeout`: it is stopped, or its machine is gone;
+      - has failed, and FAREWELL_S later its launcher has not ended this one, as on another machine;
       - has been behind another for `timeout` without calling a collective; for `patience` in a stage that one rank may
         work in alone.
     A stage that takes long on all ranks, or in which all go forward, never ends it.
@@ -56,7 +58,7 @@ class Watchdog:
         self._watched = list(range(world_size)) if rank == 0 else [0]
         self._beats: dict[int, Beat] = {}
         self._done = threading.Event()
-        self._lost = False
+        self._lost, self._failure = False, ""
         self._store = meet(rank, world_size, self._beat(0), timeout)
         self._meter.start()
         # Apart, for a server that is stopped does not answer, and the first thread waits.
@@ -95,6 +97,7 @@ class Watchdog:
             for number in itertools.count(1):
                 self._store.set(f"beat/{self._rank}", self._beat(number))
                 values = self._store.multi_get(keys)
+                self._failure = first_failure(self._store)
                 self._beats = {r: Beat(*json.loads(value)) for r, value in zip(self._watched, values, strict=True)}
                 if self._done.wait(self._interval):
                     return
@@ -108,7 +111,9 @@ class Watchdog:
         while not self._done.wait(self._interval):
             now = time.monotonic()
             passed, then = min(now - then, 2 * self._interval), now  # less if this process itself was stopped
-            if self._lost and not self._done.wait(10):
+            if self._failure and not self._done.wait(FAREWELL_S):
+                self._end(f"ended, for rank {self._failure}")
+            if self._lost and not self._done.wait(FAREWELL_S):
                 self._end("ConnectionError: the first rank, or the launcher with the store, has gone")
             beats = self._beats
             front = max((beat.place for beat in beats.values()), default=None)
