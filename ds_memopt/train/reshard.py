@@ -76,6 +76,8 @@ def convert(run: Path, out: Path, stage: int | None, step: int | None) -> str:
         options = on_all_ranks(lambda: _options(run, Path(folder, "ds_config.json"), stage, step))
         settings = on_all_ranks(lambda: make_settings(options, ranks))
         step = checkpoint.find(options, settings, ranks)
+        if not step:
+            raise ValueError(f"{run} has no checkpoint yet: there is nothing to convert")
         engine = build_engine(options, settings, ranks)
         checkpoint.restore(engine, run / CHECKPOINTS, step)
         claim(out, ranks)
