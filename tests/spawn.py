@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import socket
+import sys
 import tempfile
 import time
 import traceback
@@ -36,6 +37,17 @@ WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 PORTS = itertools.count(12_000 + 1_000 * WORKER + os.getppid() % 1_000)
 TIME_LIMIT = 1200
 """Seconds for what takes some: only what hangs takes them, so that a busy machine fails no test."""
+
+
+@contextlib.contextmanager
+def with_torchao():
+    """Let torchao be found, which run.sh has put aside."""
+    folder = str(Path(sys.prefix, "torchao"))
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 def free_port() -> int:

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pytest
 import torch
 from deepspeed.launcher import runner
 from safetensors.torch import load_file
-from spawn import CONTEXT, TIME_LIMIT, free_port, run_ranks
+from spawn import CONTEXT, TIME_LIMIT, free_port, run_ranks, with_torchao
 from torch.distributed.run import get_args_parser
 from transformers import LlamaConfig
 
@@ -202,7 +203,8 @@ def _try_all(runs: list[tuple], from_step_2: list[tuple[Path, Path]]) -> list[st
                     stream.write(b"damaged!")
         torch.distributed.barrier()
         try:
-            pretrain_with(options)
+            with with_torchao() if options.float8 else nullcontext():
+                pretrain_with(options)
             messages.append("")
         except ValueError as error:
             messages.append(str(error))
@@ -326,7 +328,9 @@ def test_gradients_reduced_once_a_step_are_sent_once(under_both, folders, by_tor
 @pytest.mark.parametrize("method", ["adam_mini", "gwt"])
 def test_float8_under_fsdp2_follows_bf16(under_both, folders, method):
     """Measured beside bf16: losses 3e-4, norms of gradients 7e-3. Without torchao the run is refused."""
-    if not find_spec("torchao"):
+    with with_torchao():
+        installed = find_spec("torchao")
+    if not installed:
         assert "needs the package torchao, which is not installed here: pip" in under_both[f"float8 {method}"]
         return
     assert under_both[f"float8 {method}"] == ""
