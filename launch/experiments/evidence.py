@@ -1,10 +1,14 @@
 """Pre-train the same model with every method, three seeds each, and show the validation losses beside each other.
 
     python launch/experiments/evidence.py --jobs 2
+    python launch/experiments/evidence.py --jobs 2 --output_dir runs/longer --steps 5000 --save_interval 500 \
+        --keep_checkpoints 1
+
+The second asks whether the gap to AdamW closes over ten times the tokens; started again, it goes on.
 
 AdamW's learning rate is swept over four values with the first seed, and the others' over three; each method then
-runs all seeds at its best. Runs are single processes of launch/pretrain.py; finished ones are kept and not run again.
-Writes evidence.md and evidence.png into the output folder.
+runs all seeds at its best. Runs are single processes of launch/pretrain.py, which gets all other options; finished
+ones are kept and not run again. Writes evidence.md and evidence.png into the output folder.
 """
 
 from __future__ import annotations
@@ -23,6 +27,8 @@ from ds_memopt.results.comparison import summarize  # noqa: E402
 from ds_memopt.results.record import read_metrics  # noqa: E402
 
 ADAMW_LRS = (2.5e-4, 5e-4, 1e-3, 2e-3)
+BADAM = {"switch_every": 12, "include_embedding": True, "include_lm_head": True}
+"""Short visits: each of the 8 blocks is visited 5 times in 500 steps."""
 
 
 def methods(adamw_lr: float) -> dict[str, tuple[str, dict, tuple[float, ...]]]:
@@ -34,6 +40,7 @@ def methods(adamw_lr: float) -> dict[str, tuple[str, dict, tuple[float, ...]]]:
         "GWT-2": ("GWT", gwt | {"level": 2}, rates),
         "GWT-3": ("GWT", gwt | {"level": 3}, rates),
         "GWT-2 + AdamMini": ("GWT", gwt | {"level": 2, "base": "adam_mini"}, rates),
+        "BAdam": ("BAdam", BADAM, (2 * adamw_lr, 4 * adamw_lr, 8 * adamw_lr)),
     }
 
 
@@ -74,20 +81,34 @@ def table(results: dict[str, tuple[tuple[float, ...], float, list[Path]]]) -> st
 
 
 def plot(results: dict[str, tuple[tuple[float, ...], float, list[Path]]], path: Path) -> None:
-    """Validation loss over tokens: the mean of the seeds, and a band from the lowest to the highest."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    """Validation loss over tokens, the mean of the seeds and a band from the lowest to the highest; below, each
+    method's distance to AdamW, seed by seed."""
+    figure, (above, below) = plt.subplots(2, figsize=(8, 8), layout="constrained", sharex=True)
+    reference = _losses(results["AdamW"][2])
     for index, (name, (_, lr, folders)) in enumerate(results.items()):
-        curves = [[row for row in read_metrics(f) if row["validation_loss"] is not None] for f in folders]
-        tokens = [row["tokens"] / 1e6 for row in curves[0]]
-        losses = list(zip(*([row["validation_loss"] for row in curve] for curve in curves), strict=True))
-        mean = [statistics.mean(values) for values in losses]
-        axes.plot(tokens, mean, marker="os^Dv"[index], ms=4, label=f"{name}, lr {lr:g}")
-        axes.fill_between(tokens, [min(v) for v in losses], [max(v) for v in losses], alpha=0.2)
-    axes.set_xlabel("tokens seen (millions)")
-    axes.set_ylabel("validation loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+        losses, style = _losses(folders), {"marker": "os^DvP"[index], "ms": 4, "color": f"C{index}"}
+        gaps = {at: [a - b for a, b in zip(values, reference[at], strict=True)] for at, values in losses.items()}
+        for axes, values in ((above, losses), (below, gaps)):
+            axes.plot(list(values), [statistics.mean(v) for v in values.values()], label=f"{name}, lr {lr:g}", **style)
+            lowest, highest = ([end(v) for v in values.values()] for end in (min, max))
+            axes.fill_between(list(values), lowest, highest, alpha=0.2, color=style["color"])
+    above.set_ylabel("validation loss (nats per token)")
+    below.set_ylabel("validation loss above AdamW's")
+    below.set_xlabel("tokens seen (millions)")
+    for axes in (above, below):
+        axes.grid(alpha=0.3)
+    above.legend()
     figure.savefig(path, dpi=150)
+
+
+def _losses(folders: list[Path]) -> dict[float, list[float]]:
+    """By millions of tokens the validation loss of each run."""
+    losses: dict[float, list[float]] = {}
+    for folder in folders:
+        for row in read_metrics(folder):
+            if row["validation_loss"] is not None:
+                losses.setdefault(row["tokens"] / 1e6, []).append(row["validation_loss"])
+    return losses
 
 
 def main() -> None:

@@ -33,7 +33,8 @@ def load_config(name: str, **params: Any) -> dict[str, Any]:
 
 
 class Runner:
-    """Runs some at a time, in folders of `folder`; runs that have finished are kept and not run again."""
+    """Runs some at a time, in folders of `folder`. Runs that have finished are kept and not run again; others go on
+    from their newest checkpoint, if they have saved one."""
 
     def __init__(self, folder: Path, jobs: int) -> None:
         self._folder, self._jobs = folder, jobs
@@ -49,11 +50,13 @@ class Runner:
             return folder
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "ds_config.json").write_text(json.dumps(trial.config, indent=2))
-        (folder / METRICS).unlink(missing_ok=True)  # of a run that did not finish
+        begun = any(folder.glob("checkpoints/*"))
+        if not begun:
+            (folder / METRICS).unlink(missing_ok=True)  # of a run that did not finish
         command = [sys.executable, LAUNCH / trial.script, "--deepspeed_config", folder / "ds_config.json"]
-        command += ["--output_dir", folder, *trial.options]
+        command += ["--output_dir", folder, *trial.options, *(["--resume"] if begun else [])]
         threads = str(max(1, (os.cpu_count() or 1) // self._jobs))
-        with open(folder / "log.txt", "w") as log:
+        with open(folder / "log.txt", "a") as log:
             environment = os.environ | {"OMP_NUM_THREADS": threads}
             subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
         (folder / "done").touch()
