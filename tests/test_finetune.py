@@ -21,7 +21,7 @@ from ds_memopt.optimizers import METHODS
 from ds_memopt.results import comparison
 from ds_memopt.results.record import read_metrics
 from ds_memopt.train.data import rows
-from ds_memopt.train.data.corpus import StepBatches
+from ds_memopt.train.data.order import StepBatches
 from ds_memopt.train.evaluation import evaluate
 from ds_memopt.train.finetune_job import finetune
 from ds_memopt.train.loop import build_engine, pretrain

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,8 @@ import torch
 import transformers
 
 from ds_memopt.train import presets
-from ds_memopt.train.data import corpus
+from ds_memopt.train.data import corpus, order
+from ds_memopt.train.data.sequences import SyntheticSequences
 
 # --- data ---
 
@@ -38,7 +38,7 @@ def test_stdlib_is_split_by_file():
 def _indices(length, micro, accumulation, world, steps, seed=3):
     """Per step, the indices that all ranks together consume."""
     per_rank = [
-        list(corpus.StepBatches(range(length), micro, accumulation, rank, world, seed, steps)) for rank in range(world)
+        list(order.StepBatches(range(length), micro, accumulation, rank, world, seed, steps)) for rank in range(world)
     ]
     return [
         sorted(i for batches in per_rank for batch in batches[s * accumulation : (s + 1) * accumulation] for i in batch)
@@ -64,11 +64,11 @@ def test_an_epoch_visits_each_sequence_once_in_a_new_order():
 
 def test_too_little_data_for_one_step():
     with pytest.raises(ValueError, match=r"7 sequences, less than one global batch of 8 \(2 x 2 accumulated x 2"):
-        corpus.StepBatches(range(7), 2, 2, 0, 2, 0, range(1))
+        order.StepBatches(range(7), 2, 2, 0, 2, 0, range(1))
 
 
 def test_validation_covers_the_same_sequences_on_any_number_of_ranks():
-    held_out = corpus.SyntheticSequences(23, 8, 50, seed=1)
+    held_out = SyntheticSequences(23, 8, 50, seed=1)
 
     def rows(world):
         batches = [corpus.validation_batches(held_out, 10, 3, rank, world) for rank in range(world)]
@@ -81,65 +81,6 @@ def test_validation_covers_the_same_sequences_on_any_number_of_ranks():
     assert len(rows(1)) == 10
     assert rows(1) == rows(2) == rows(4) == sorted(held_out[i * 23 // 10].tolist() for i in range(10))
     assert len(rows(1)) == 10 and len(corpus.validation_batches(held_out, 1000, 3, 0, 1)) == 8  # no more than there are
-
-
-@pytest.fixture
-def tokenizer(tmp_path) -> str:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    ids = {"<eos>": 0, "<unk>": 1, **{f"w{i}": i + 2 for i in range(60)}}
-    words = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
-    fast.save_pretrained(tmp_path / "tokenizer")
-    return str(tmp_path / "tokenizer")
-
-
-def _documents(count=60):
-    return [" ".join(f"w{i}" for _ in range(9)) for i in range(count)]  # document i repeats word i: 9 tokens and <eos>
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "files", "paragraphs"])
-def test_text_is_split_by_document(tmp_path, tokenizer, kind):
-    source = tmp_path / "text"
-    source.mkdir()
-    if kind == "jsonl":
-        (source / "a.jsonl").write_text("".join(json.dumps({"text": d, "id": 1}) + "\n" for d in _documents()))
-    elif kind == "files":
-        for index, document in enumerate(_documents()):
-            (source / f"{index}.txt").write_text(document)
-    else:
-        (source / "a.txt").write_text("\n\n".join(_documents()))
-    loaded = corpus.load_corpus(str(source), tokenizer, 10, vocab_size=62)
-    halves = (loaded.train, loaded.validation)
-    words = [{int(i) for row in range(len(half)) for i in half[row]} - {0} for half in halves]
-    assert not words[0] & words[1]
-    assert len(words[0] | words[1]) == 60 and len(words[1]) == 3
-    assert loaded.train[0].tolist()[-1] == 0 and len(set(loaded.train[0].tolist())) == 2
-    assert loaded.train[0].dtype == torch.int64 and loaded.train[0].shape == (10,)
-
-
-def test_bad_data_is_refused(tmp_path, tokenizer):
-    (tmp_path / "rows.jsonl").write_text('{"body": "w1"}\n' * 3)
-    (tmp_path / "one.jsonl").write_text('{"text": "w1"}\n')
-    (tmp_path / "short.jsonl").write_text('{"text": "w1"}\n' * 3)
-    (tmp_path / "empty").mkdir()
-    cases = [
-        ("nowhere", tokenizer, "--data .*nowhere: no such file or folder"),
-        ("empty", tokenizer, "no .txt, .md, .py, .jsonl or .json file"),
-        ("rows.jsonl", tokenizer, "rows need a field 'text', they have body"),
-        ("one.jsonl", tokenizer, "holds 1 documents; 2 are needed"),
-        ("short.jsonl", tokenizer, "documents give no sequence of 10 tokens"),
-        ("rows.jsonl", None, "needs --tokenizer FOLDER"),
-        ("rows.jsonl", str(tmp_path / "no"), "needs --tokenizer FOLDER .* got .*no"),
-    ]
-    for name, folder, message in cases:
-        with pytest.raises(ValueError, match=message):
-            corpus.load_corpus(str(tmp_path / name), folder, 10, vocab_size=62)
-    with pytest.raises(ValueError, match="--tokenizer .* has no meaning with --data stdlib"):
-        corpus.load_corpus("stdlib", tokenizer, 10, vocab_size=256)
-    with pytest.raises(ValueError, match="stdlib need 256 ids but the model embeds 100"):
-        corpus.load_corpus("stdlib", None, 10, vocab_size=100)
 
 
 # --- models ---

@@ -10,8 +10,8 @@ import torch
 
 from ds_memopt.optimizers import capabilities_of
 from ds_memopt.train import checkpoint
-from ds_memopt.train.data.corpus import StepBatches
 from ds_memopt.train.data.length_batches import Halves, LengthBatches, divide
+from ds_memopt.train.data.order import StepBatches
 from ds_memopt.train.data.rows import Row, collate, find_encoder, load_rows, totals, train_batches
 from ds_memopt.train.evaluation import evaluate
 from ds_memopt.train.loop import Work, build_engine, run

@@ -36,7 +36,10 @@ from ds_memopt.results.record import MetricsFile, as_text, environment, write_js
 from ds_memopt.results.schema import MetricsRow, ValidationRow
 from ds_memopt.train import checkpoint
 from ds_memopt.train.config import zero_stage
-from ds_memopt.train.data.corpus import Corpus, StepBatches, load_corpus, train_loader, validation_batches
+from ds_memopt.train.data.corpus import Corpus, load_corpus, train_loader, validation_batches
+from ds_memopt.train.data.order import StepBatches
+from ds_memopt.train.data.packing import check_document_borders, model_inputs
+from ds_memopt.train.data.tokenised import Reading
 from ds_memopt.train.flops import model_flops
 from ds_memopt.train.model_speed import attention_of, check_under_deepspeed, make_ready
 from ds_memopt.train.options import PretrainOptions, RunOptions
@@ -93,10 +96,11 @@ def _pretrain(
 ) -> None:
     settings = on_all_ranks(lambda: _check_halves(settings_of(options, ranks)))
     claim(settings.output_dir, ranks)
-    corpus: Corpus = first_rank_of_node_first(
-        lambda: load_corpus(options.data, options.tokenizer, settings.seq_length, settings.model_config.vocab_size),
-        ranks.local_rank,
-    )
+    corpus: Corpus = first_rank_of_node_first(lambda: _load_corpus(options, settings), ranks.local_rank)
+    settings.facts["data"] = corpus.description  # what is in the files counts, not their names alone
+    if ranks.is_main:
+        print(f"data: {corpus.description}", flush=True)
+    end_of_text = on_all_ranks(lambda: corpus.ends_of_documents() if options.document_borders else None)
     first_step = checkpoint.find(options, settings, ranks) if options.resume else 0
     batches = on_all_ranks(
         lambda: StepBatches(
@@ -107,6 +111,7 @@ def _pretrain(
             ranks.world_size,
             options.seed,
             range(first_step, settings.steps),
+            corpus.mixture(options.seed),
         )
     )
     held_out = validation_batches(
@@ -117,13 +122,29 @@ def _pretrain(
         ranks.world_size,
     )
     tokens_per_step = settings.facts["global_batch"] * settings.seq_length
+    loader = train_loader(corpus.train, batches, options.workers, pin_memory=ranks.device.type == "cuda")
     work = Work(
-        batches=({"input_ids": ids, "labels": ids} for ids in train_loader(corpus.train, batches)),
+        batches=({**model_inputs(ids, end_of_text), "labels": ids} for ids in loader),
         tokens=range(0, (settings.steps + 1) * tokens_per_step, tokens_per_step),
-        validate=lambda engine: {"validation_loss": validation_loss(engine, held_out, ranks.device)},
+        validate=lambda engine: {"validation_loss": validation_loss(engine, held_out, ranks.device, end_of_text)},
         seq_length=settings.seq_length,
     )
-    run(build(options, settings, ranks), settings, ranks, work, first_step, options.tokenizer)
+    engine = build(options, settings, ranks)
+    if end_of_text is not None:
+        check_document_borders(engine, end_of_text, settings.micro_batch, settings.seq_length, ranks.device)
+    run(engine, settings, ranks, work, first_step, options.tokenizer)
+
+
+def _load_corpus(options: PretrainOptions, settings: Settings) -> Corpus:
+    return load_corpus(
+        options.data,
+        options.tokenizer,
+        settings.seq_length,
+        settings.model_config.vocab_size,
+        validation_data=tuple(options.validation_data),
+        end_of_text=options.end_of_text,
+        reading=Reading(tuple(options.text_field), options.num_proc, options.bad_rows),
+    )
 
 
 def _check_halves(settings: Settings) -> Settings:
@@ -216,14 +237,21 @@ def announce(model: torch.nn.Module, options: RunOptions, settings: Settings, ra
     )
 
 
-def validation_loss(engine: Any, batches: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device) -> float:
-    """Mean loss per predicted token over the batches of all ranks, summed in fp64. All ranks call."""
+def validation_loss(
+    engine: Any, batches: list[tuple[torch.Tensor, torch.Tensor]], device: torch.device, end_of_text: int | None = None
+) -> float:
+    """Mean loss per predicted token over the batches of all ranks, summed in fp64. All ranks call.
+
+    end_of_text: see `model_inputs`.
+    """
     total = torch.zeros(2, dtype=torch.float64, device=device)  # loss, tokens
     engine.eval()
     with torch.no_grad():
         for inputs, labels in batches:
             tokens = (labels[:, 1:] != IGNORED_LABEL).sum().to(device)
-            loss = engine(input_ids=inputs.to(device), labels=labels.to(device), use_cache=False).loss
+            loss = engine(
+                **model_inputs(inputs.to(device), end_of_text), labels=labels.to(device), use_cache=False
+            ).loss
             total += torch.stack([torch.where(tokens > 0, loss * tokens, 0.0), tokens])
     engine.train()
     dist.all_reduce(total)
@@ -264,7 +292,7 @@ def _train(
         with meter:
             for micro_step in range(settings.accumulation):
                 batch = {
-                    name: value.to(ranks.device) if isinstance(value, torch.Tensor) else value
+                    name: value.to(ranks.device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                     for name, value in next(batches).items()
                 }
                 loss = engine(**batch, use_cache=False).loss

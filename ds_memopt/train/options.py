@@ -116,6 +116,11 @@ class RunOptions:
     data: str = option(DATA, "file", MISSING)
     tokenizer: str | None = option(DATA, "local Hugging Face tokenizer folder")
 
+    @property
+    def sources(self) -> list[str]:
+        """The words of --data."""
+        return [self.data] if isinstance(self.data, str) else list(self.data)
+
     def defaults(self, steps: int, warmup_fraction: float, on_cpu: bool) -> dict[str, Any]:
         """Values of options that are None here and that neither DeepSpeed config nor recipe knows.
 
@@ -129,7 +134,7 @@ class RunOptions:
             "warmup_steps": math.ceil(warmup_fraction * steps),
             "logging_interval": min(10, math.ceil(steps / 40)),
             "validation_interval": max(1, steps // 10),
-            "save_interval": 0 if self.data == "synthetic" else steps,
+            "save_interval": 0 if self.sources == ["synthetic"] else steps,
         }
 
     def check(self) -> None:
@@ -150,8 +155,6 @@ class PretrainOptions(RunOptions):
     job: ClassVar[str] = "pretrain"
 
     model: str = option(DATA, "tiny, llama-39m ... llama-1b, llama2-7b, ... or a local HF folder", "tiny")
-    data: str = option(DATA, "stdlib, synthetic, or a text/JSONL file or folder", "stdlib")
-    tokenizer: str | None = option(DATA, "local Hugging Face tokenizer folder, for text and JSONL data")
     float8: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = option(
         SIZE, "FSDP2: products with layers' weights in float8, by torchao, with a scale for each tensor, each row, or "
         "each row but weights' gradients in bf16; default: no",
@@ -159,6 +162,31 @@ class PretrainOptions(RunOptions):
     reduce_once: bool = option(
         SPEED, "FSDP2: reduce gradients after the last micro-batch of a step, and hold whole ones in fp32 until then",
         default=False,
+    )  # fmt: skip
+    data: str | tuple[str, ...] = option(
+        DATA, "stdlib, synthetic, or files, folders or globs of text, JSON, Parquet or tokens, each with a weight if "
+        "there are several: web=FOLDER:0.7 code='*.parquet':0.3", "stdlib", nargs="+", metavar="[NAME=]PATH[:WEIGHT]",
+    )  # fmt: skip
+    tokenizer: str | None = option(DATA, "local Hugging Face tokenizer folder, for all but token files")
+    text_field: tuple[str, ...] = option(
+        DATA, "field of a row that holds its text; of several, the first that it has; default: text", ("text",),
+        nargs="+", metavar="NAME",
+    )  # fmt: skip
+    end_of_text: int | None = option(
+        DATA, "id that ends a document in token files; default: the tokenizer's, if there is one", at_least=0
+    )
+    document_borders: bool = option(DATA, "attention does not leave a document, positions restart", default=False)
+    bad_rows: float = option(
+        DATA, "rows without a text that are left out, a count, or below 1 a fraction; one more is an error; default: 0",
+        default=0.0, at_least=0,
+    )  # fmt: skip
+    num_proc: int | None = option(
+        DATA, "processes that cut text into tokens, once; default: one for 32 MiB, at most one a core", at_least=1
+    )
+    workers: int = option(DATA, "processes of each rank that read batches ahead; default: 0", default=0, at_least=0)
+    validation_data: tuple[str, ...] = option(
+        DATA, "sources to validate on; default: a twentieth of the documents of --data, which are not trained on", (),
+        nargs="+", metavar="[NAME=]PATH",
     )  # fmt: skip
     validation_batches: int = option(DATA, "global batches of held-out text; default: 32", default=32, at_least=1)
 

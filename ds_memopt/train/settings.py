@@ -149,7 +149,7 @@ def make_settings(
     seq_length = options.seq_length or recipe.seq_length
     facts = {
         "model": options.model,
-        "data": options.data,
+        "data": " ".join(options.sources),
         "optimizer": config["optimizer"],
         "zero_stage": zero_stage(config),
         "world_size": ranks.world_size,

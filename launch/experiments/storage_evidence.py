@@ -36,7 +36,8 @@ from ds_memopt.kernels import codes, packed  # noqa: E402
 from ds_memopt.measure import state_bytes  # noqa: E402
 from ds_memopt.optimizers.adam_mini import AdamMini  # noqa: E402
 from ds_memopt.optimizers.adamw import AdamW  # noqa: E402
-from ds_memopt.train.data.corpus import StepBatches, load_corpus, train_loader, validation_batches  # noqa: E402
+from ds_memopt.train.data.corpus import load_corpus, train_loader, validation_batches  # noqa: E402
+from ds_memopt.train.data.order import StepBatches  # noqa: E402
 from ds_memopt.train.presets import build_model, parameter_groups  # noqa: E402
 
 METHODS = {"AdamMini": AdamMini, "AdamW": AdamW}

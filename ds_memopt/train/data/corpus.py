@@ -1,103 +1,115 @@
-"""Training text as sequences of token ids, with held-out documents for validation, and the order of the batches."""
+"""What a pre-training run reads: sequences of token ids to train on and to validate on."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator, Sized
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampler, Sampler, Subset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from ds_memopt.engines.losses import IGNORED_LABEL
+from ds_memopt.train.data.order import Mixture
+from ds_memopt.train.data.sequences import (
+    HELD_OUT_FRACTION,
+    Sequences,
+    SyntheticSequences,
+    Tokens,
+    all_of,
+    hold_out,
+)
+from ds_memopt.train.data.sources import BUILT_IN, Files, Source, find_files, parse_sources
+from ds_memopt.train.data.token_files import open_token_files, training_and_validation
+from ds_memopt.train.data.tokenised import Reading, find_tokenizer, saved_tokens, tokenise
 
-HELD_OUT_FRACTION = 0.05
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Items of both data sets are int64 tensors [seq_length] of token ids below vocab_size."""
+    """Items of both data sets are int64 tensors [seq_length] of token ids below vocab_size.
+
+    vocab_size: of the tokenizer; None where none made the tokens here. end_of_text: the id that ends a document, None
+    where nothing tells. description: what was read, the same when it is the same. sizes: sequences of each source of
+    `train`; weights: their shares, None for one that is as large as its source.
+    """
 
     train: Dataset
     validation: Dataset
-    vocab_size: int
+    vocab_size: int | None
+    end_of_text: int | None
+    description: str
+    sizes: tuple[int, ...] = ()
+    weights: tuple[float, ...] | None = None
+
+    def ends_of_documents(self) -> int:
+        """The id that ends a document. ValueError where nothing tells."""
+        if self.end_of_text is None:
+            raise ValueError(
+                f"--document_borders: nothing tells where the documents of {self.description} end; give "
+                "--end_of_text ID or a --tokenizer"
+            )
+        return self.end_of_text
+
+    def mixture(self, seed: int) -> Mixture | None:
+        """The order that gives the sources their weights; None where there are none."""
+        return self.weights and Mixture(self.sizes, self.weights, seed)
 
 
-class ByteSequences(Dataset):
-    """Cuts a uint8 array into sequences of seq_length bytes; a shorter tail is dropped."""
-
-    def __init__(self, data: np.ndarray, seq_length: int) -> None:
-        self._data, self._seq_length = data, seq_length
-
-    def __len__(self) -> int:
-        return len(self._data) // self._seq_length
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        start = index * self._seq_length
-        return torch.from_numpy(self._data[start : start + self._seq_length].astype(np.int64))
-
-
-class SyntheticSequences(Dataset):
-    """`length` sequences of random ids, a function of (seed, index)."""
-
-    def __init__(self, length: int, seq_length: int, vocab_size: int, seed: int) -> None:
-        self._length, self._seq_length, self._vocab_size, self._seed = length, seq_length, vocab_size, seed
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        generator = np.random.default_rng([self._seed, index])
-        return torch.from_numpy(generator.integers(0, self._vocab_size, self._seq_length))
-
-
-class TokenRows(Dataset):
-    """A `datasets.Dataset` of fixed-length rows, memory-mapped from its cache."""
-
-    def __init__(self, rows: Sized) -> None:
-        self._rows = rows.with_format("torch")
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return self._rows[index]["input_ids"]
-
-
-def load_corpus(data: str, tokenizer: str | None, seq_length: int, vocab_size: int) -> Corpus:
+def load_corpus(
+    data: str | Sequence[str],
+    tokenizer: str | None,
+    seq_length: int,
+    vocab_size: int,
+    *,
+    validation_data: Sequence[str] = (),
+    end_of_text: int | None = None,
+    reading: Reading = Reading(),  # noqa: B008
+) -> Corpus:
     """The corpus that `--data` names.
 
-    data: "stdlib" (source text of this Python's standard library, token = byte), "synthetic" (random ids), or a .txt,
-    .jsonl or .json file or a folder of such files, cut into tokens by the tokenizer in the local folder `tokenizer`.
-    vocab_size: the model's; ids must lie below it.
+    data: "stdlib" (source text of this Python's standard library, token = byte), "synthetic" (random ids), or sources,
+    see `parse_sources`, whose text the tokenizer in the local folder `tokenizer` cuts into tokens.
+    vocab_size: the model's; ids must lie below it. validation_data: sources of what to validate on; without any it is
+    5 % of the documents of each source. end_of_text: the id that ends a document in token files; None: the tokenizer's.
     ValueError for a missing file or tokenizer, an empty corpus, or ids that the model cannot embed.
     """
-    if data in ("stdlib", "synthetic") and tokenizer is not None:
-        raise ValueError(
-            f"--tokenizer {tokenizer} has no meaning with --data {data}, whose tokens are fixed; leave it out"
-        )
-    if data == "synthetic":
-        corpus = Corpus(
-            SyntheticSequences(2**20, seq_length, vocab_size, seed=0),
-            SyntheticSequences(2**12, seq_length, vocab_size, seed=1),
-            vocab_size,
-        )
-    elif data == "stdlib":
-        corpus = _load_stdlib(seq_length)
+    words = [data] if isinstance(data, str) else list(data)
+    sources = parse_sources(words)
+    if (built_in := sources[0].path) in BUILT_IN:
+        corpus = _built_in(built_in, tokenizer, seq_length, vocab_size, validation_data)
     else:
-        corpus = _load_text(data, tokenizer, seq_length)
-    if corpus.vocab_size > vocab_size:
+        corpus = _of_sources(sources, tokenizer, seq_length, vocab_size, validation_data, end_of_text, reading)
+    if corpus.vocab_size is not None and corpus.vocab_size > vocab_size:
         raise ValueError(
-            f"the tokens of --data {data} need {corpus.vocab_size} ids but the model embeds {vocab_size}: "
+            f"the tokens of --data {' '.join(words)} need {corpus.vocab_size} ids but the model embeds {vocab_size}: "
             "choose the tokenizer that belongs to the model"
         )
     return corpus
+
+
+def _built_in(
+    data: str, tokenizer: str | None, seq_length: int, vocab_size: int, validation_data: Sequence[str]
+) -> Corpus:
+    for option, given in (("--tokenizer", tokenizer), ("--validation_data", " ".join(validation_data))):
+        if given:
+            raise ValueError(
+                f"{option} {given} has no meaning with --data {data}, whose tokens are fixed; leave it out"
+            )
+    if data == "stdlib":
+        return _load_stdlib(seq_length)
+    return Corpus(
+        SyntheticSequences(2**20, seq_length, vocab_size, seed=0),
+        SyntheticSequences(2**12, seq_length, vocab_size, seed=1),
+        vocab_size,
+        None,
+        data,
+    )
 
 
 def stdlib_files(root: Path) -> list[str]:
@@ -119,95 +131,127 @@ def _load_stdlib(seq_length: int) -> Corpus:
     parts: dict[bool, list[bytes]] = {False: [], True: []}
     for name in stdlib_files(root):
         parts[is_held_out(name)] += [(root / name).read_bytes(), b"\0"]
-    train, validation = (np.frombuffer(b"".join(parts[held_out]), np.uint8) for held_out in (False, True))
-    if len(train) < seq_length or len(validation) < seq_length:
+    halves = [Tokens("stdlib", [np.frombuffer(b"".join(parts[half]), np.uint8)], None) for half in (False, True)]
+    if min(map(len, halves)) < seq_length:
         raise ValueError(
-            f"the standard library at {root} has {len(train)} bytes of .py files for training, {len(validation)} for "
-            f"validation, less than one sequence of {seq_length}: this Python ships no source text, use --data FILE"
+            f"the standard library at {root} has {len(halves[0])} bytes of .py files for training, {len(halves[1])} "
+            f"for validation, less than one sequence of {seq_length}: this Python ships no source text, use --data FILE"
         )
-    return Corpus(ByteSequences(train, seq_length), ByteSequences(validation, seq_length), 256)
+    train, validation = (Sequences(half, all_of(half), seq_length, 256) for half in halves)
+    return Corpus(train, validation, 256, 0, "stdlib")
 
 
-def _load_text(data: str, tokenizer: str | None, seq_length: int) -> Corpus:
-    import datasets
-    import transformers
-
-    path = Path(data)
-    if not path.exists():
-        raise ValueError(f"--data {data}: no such file or folder (and not one of stdlib, synthetic)")
-    files = sorted(str(p) for p in (path.rglob("*") if path.is_dir() else [path]) if p.is_file())
-    texts, jsons = ([f for f in files if f.endswith(ends)] for ends in ((".txt", ".md", ".py"), (".jsonl", ".json")))
-    if bool(texts) == bool(jsons):
-        found = "both text and JSON files" if texts else "no .txt, .md, .py, .jsonl or .json file"
-        raise ValueError(f"--data {data}: {found}; give a file, or a folder of files of one kind")
-    if tokenizer is None or not Path(tokenizer).is_dir():
-        raise ValueError(f"--data {data} needs --tokenizer FOLDER with a local Hugging Face tokenizer, got {tokenizer}")
-    encoder = transformers.AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
-    if encoder.eos_token_id is None:
-        raise ValueError(f"--tokenizer {tokenizer} has no end-of-sequence token, which must separate documents")
-
-    if jsons:
-        documents = datasets.load_dataset("json", data_files=jsons, split="train")
-        if "text" not in documents.column_names:
-            raise ValueError(f"--data {data}: rows need a field 'text', they have {', '.join(documents.column_names)}")
-    else:  # a document is a file, or a paragraph if there is one file only
-        by = "document" if len(texts) > 1 else "paragraph"
-        documents = datasets.load_dataset("text", data_files=texts, sample_by=by, split="train")
-    if len(documents) < 2:
-        raise ValueError(f"--data {data} holds {len(documents)} documents; 2 are needed, one of them for validation")
-
-    def tokens(batch: dict) -> dict:
-        ids = [i for one in encoder(batch["text"])["input_ids"] for i in [*one, encoder.eos_token_id]]
-        cut = len(ids) - len(ids) % seq_length
-        return {"input_ids": [ids[start : start + seq_length] for start in range(0, cut, seq_length)]}
-
-    halves = documents.train_test_split(test_size=HELD_OUT_FRACTION, seed=0)
-    rows = halves.map(tokens, batched=True, remove_columns=documents.column_names)
-    for half, part in rows.items():
-        if not len(part):
-            raise ValueError(f"--data {data}: the {half} documents give no sequence of {seq_length} tokens; add text")
-    return Corpus(TokenRows(rows["train"]), TokenRows(rows["test"]), len(encoder))
+def _of_sources(
+    sources: list[Source],
+    tokenizer: str | None,
+    seq_length: int,
+    vocab_size: int,
+    validation_data: Sequence[str],
+    end_of_text: int | None,
+    reading: Reading,
+) -> Corpus:
+    load = _Loader(sources[0].name, tokenizer, seq_length, vocab_size, end_of_text, reading)
+    halves = [load.train_and_validation(source, split=not validation_data) for source in sources]
+    train = [half[0] for half in halves]
+    if validation_data:
+        validation = [load.validation(source) for source in parse_sources(validation_data)]
+    else:
+        validation = [half[1] for half in halves]
+    weights = tuple(source.weight for source in sources) if len(sources) > 1 and sources[0].weight else None
+    if weights and not validation_data:
+        validation = _in_shares(validation, weights)
+    return Corpus(
+        ConcatDataset(train),
+        ConcatDataset(validation),
+        load.vocab_size,
+        load.end_of_text,
+        "; ".join(load.told),
+        tuple(map(len, train)),
+        weights,
+    )
 
 
-class StepBatches(Sampler[list[int]]):
-    """Indices of each micro-batch of one rank, for steps start_step + 1, ..., steps.
+def _in_shares(parts: list[Sequences], weights: tuple[float, ...]) -> list[Dataset]:
+    """Evenly spaced items of each part, as many of them as its weight asks for, and at least one."""
+    most = min(len(part) / weight for part, weight in zip(parts, weights, strict=True))
+    counts = [max(1, int(most * weight)) for weight in weights]
+    return [
+        Subset(part, [i * len(part) // count for i in range(count)]) for part, count in zip(parts, counts, strict=True)
+    ]
 
-    Step s consumes positions [(s-1) G, s G) of a permutation that depends on seed and epoch alone, G = global batch:
-    the same sequences whatever the number of ranks, and no state to save. An epoch has len(dataset) // G steps.
-    """
+
+class _Loader:
+    """Sources as sequences. told: what was found in each. vocab_size: of the tokenizer, if one was needed."""
 
     def __init__(
-        self, dataset: Sized, micro_batch: int, accumulation: int, rank: int, world_size: int, seed: int, steps: range
+        self,
+        data: str,
+        tokenizer: str | None,
+        seq_length: int,
+        vocab_size: int,
+        end_of_text: int | None,
+        reading: Reading,
     ) -> None:
-        global_batch = micro_batch * accumulation * world_size
-        self._steps_per_epoch = len(dataset) // global_batch
-        if not self._steps_per_epoch:
+        self._tokenizer, self._seq_length, self._reading = tokenizer, seq_length, reading
+        self._model_ids = vocab_size
+        self.vocab_size: int | None = None
+        self.end_of_text = end_of_text
+        if end_of_text is None and tokenizer is not None:
+            self.end_of_text = find_tokenizer(tokenizer, data).eos_token_id
+        self.told: list[str] = []
+
+    def train_and_validation(self, source: Source, split: bool) -> tuple[Sequences, Sequences | None]:
+        """The halves of a source; only the first, with all of it, unless `split`."""
+        files, validation_files = find_files(source), ()
+        if files.kind == "tokens":
+            training, validation_files = training_and_validation(files)
+            files = Files(files.kind, training)
+        tokens = self._open(source, files)
+        if not split:
+            return self._cut(tokens, all_of(tokens), "training"), None
+        if validation_files:
+            held_out = self._open(source, Files("tokens", validation_files), "validation on ")
+            return self._cut(tokens, all_of(tokens), "training"), self._cut(held_out, all_of(held_out), "validation")
+        training_runs, validation_runs = hold_out(tokens)
+        return self._cut(tokens, training_runs, "training"), self._cut(tokens, validation_runs, "validation")
+
+    def validation(self, source: Source) -> Sequences:
+        """All of a source of --validation_data."""
+        tokens = self._open(source, find_files(source, "--validation_data"), "validation on ")
+        return self._cut(tokens, all_of(tokens), "validation")
+
+    def _open(self, source: Source, files: Files, told_of: str = "") -> Tokens:
+        left_out = ""
+        if files.kind == "tokens":
+            tokens = open_token_files(source.name, files.paths, self.end_of_text)
+        elif (tokens := saved_tokens(source.name, files) if files.kind == "saved" else None) is None:
+            encoder = find_tokenizer(self._tokenizer, source.name)
+            if self.end_of_text != encoder.eos_token_id:
+                raise ValueError(
+                    f"--end_of_text {self.end_of_text} is for token files: text gets the id {encoder.eos_token_id} of "
+                    f"--tokenizer {self._tokenizer}; leave it out"
+                )
+            self.vocab_size = len(encoder)
+            tokens, left_out = tokenise(source.name, files, self._tokenizer, self._reading)
+        share = f" (weight {source.weight:g})" if source.weight else ""
+        documents = f"{tokens.documents} documents, " if tokens.documents is not None else ""
+        self.told.append(f"{told_of}{source.name}{share}: {documents}{len(tokens)} tokens{left_out}")
+        return tokens
+
+    def _cut(self, tokens: Tokens, runs: np.ndarray, half: str) -> Sequences:
+        cut = Sequences(tokens, runs, self._seq_length, self._model_ids)
+        if not len(cut):
             raise ValueError(
-                f"the training data has {len(dataset)} sequences, less than one global batch of {global_batch} "
-                f"({micro_batch} x {accumulation} accumulated x {world_size} ranks): lower the batch or give more data"
+                f"--data {tokens.name}: the {half} documents give no sequence of {self._seq_length} tokens; add text"
             )
-        # Cut to whole global batches, or DistributedSampler would cut to whole multiples of the world size.
-        whole = Subset(dataset, range(self._steps_per_epoch * global_batch))
-        self._sampler = DistributedSampler(whole, world_size, rank, shuffle=True, seed=seed)
-        self._batches = BatchSampler(self._sampler, micro_batch, drop_last=True)
-        self._accumulation, self._steps = accumulation, steps
-
-    def __len__(self) -> int:
-        return len(self._steps) * self._accumulation
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, batches = None, iter(())
-        for step in self._steps:
-            if step // self._steps_per_epoch != epoch:
-                epoch, passed = divmod(step, self._steps_per_epoch)
-                self._sampler.set_epoch(epoch)
-                batches = islice(self._batches, passed * self._accumulation, None)
-            yield from islice(batches, self._accumulation)
+        return cut
 
 
-def train_loader(dataset: Dataset, batches: StepBatches) -> DataLoader:
-    """Micro-batches of token ids [micro_batch, seq_length], int64."""
-    return DataLoader(dataset, batch_sampler=batches)
+def train_loader(
+    dataset: Dataset, batches: Sampler[list[int]], workers: int = 0, pin_memory: bool = False
+) -> DataLoader:
+    """Micro-batches of token ids [micro_batch, seq_length], int64. workers: processes that read ahead."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory)
 
 
 def validation_batches(

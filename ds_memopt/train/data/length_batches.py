@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch.utils.data import Sampler
 
-from ds_memopt.train.data.corpus import StepBatches
+from ds_memopt.train.data.order import StepBatches
 
 OTHER_SEED = 2**31  # apart from all epochs of the first half, and within the 32 bits that torch's CPU generator takes
 
