@@ -17,7 +17,7 @@ import torch
 import transformers
 
 from ds_memopt.train.data import order, tokenised
-from ds_memopt.train.data.corpus import load_corpus
+from ds_memopt.train.data.corpus import load_corpus, stream_corpus
 from ds_memopt.train.data.packing import check_document_borders, model_inputs, positions_in_documents
 from ds_memopt.train.data.sources import Source, parse_sources
 from ds_memopt.train.data.tokenised import Reading
@@ -298,3 +298,53 @@ def test_a_packed_document_has_the_logits_that_it_has_alone():
     check_document_borders(Engine(True), EOS, 2, 24, torch.device("cpu"))
     with pytest.raises(ValueError, match="LlamaForCausalLM lets a document attend to the one before it"):
         check_document_borders(Engine(False), EOS, 2, 24, torch.device("cpu"))
+
+
+def test_streamed_data_are_a_function_of_seed_and_step(tmp_path, tokenizer):
+    for part in range(2):
+        pq.write_table(_table(DOCUMENTS[30 * part : 30 * part + 30]), tmp_path / f"{part}.parquet", row_group_size=6)
+    (tmp_path / "b.jsonl").write_bytes(_lines())
+    words = [f"words={tmp_path}/*.parquet"]  # 10 row groups of 60 tokens, which is 7 sequences of 8, and a rest
+
+    def steps(world, rest=range(50), seed=3, accumulation=1):
+        streams = stream_corpus(words, tokenizer, 8, 62, validation_sequences=9).train
+        micro = 4 // world // accumulation
+        loaders = [
+            streams.loader(micro, accumulation, rank, world, seed, rest, workers=0, pin_memory=False)
+            for rank in range(world)
+        ]
+        batches = [list(loader) for loader in loaders]
+        assert {len(one) for one in batches} == {len(rest) * accumulation}
+        return [
+            sorted(
+                row
+                for one in batches
+                for batch in one[s * accumulation : (s + 1) * accumulation]
+                for row in batch.tolist()
+            )
+            for s in range(len(rest))
+        ]
+
+    whole = steps(1)
+    assert steps(2) == steps(4) == steps(2, accumulation=2) == whole
+    assert steps(2, range(31, 50)) == whole[31:] and steps(1, seed=4) != whole
+
+    loaded = stream_corpus(words, tokenizer, 8, 62, validation_sequences=9)
+    held_out = {i for row in _rows(loaded.validation) for i in row} - {EOS}
+    trained = {i for step in whole for row in step for i in row} - {EOS}
+    assert not held_out & trained and len(held_out) == 12
+    assert len(held_out | trained) >= 58  # the end of a row group may lie beyond its sequences
+    assert loaded.validation[11].tolist() == loaded.validation[11].tolist()  # also when it is read again
+    assert loaded.description.startswith("words: 10 row groups, ")
+    (batches,) = [list(loaded.train.loader(4, 1, 0, 1, 3, range(2), workers=1, pin_memory=False))]
+    assert [sorted(batch.tolist()) for batch in batches] == whole[:2]
+
+    with pytest.raises(ValueError, match="8 row groups beside 2 for validation, but a global batch reads 9 of them"):
+        loaded.train.loader(9, 1, 0, 1, 3, range(2), workers=0, pin_memory=False)
+    with pytest.raises(ValueError, match="--streaming reads row groups .*b.jsonl is json"):
+        stream_corpus([str(tmp_path / "b.jsonl")], tokenizer, 8, 62)
+    two = [f"a={tmp_path / '0.parquet'}:0.75", f"b={tmp_path / '1.parquet'}:0.25"]
+    batches = list(
+        stream_corpus(two, tokenizer, 10, 62).train.loader(4, 1, 0, 1, 3, range(9), workers=0, pin_memory=False)
+    )
+    assert all(sum(int(row[0]) < 32 for row in batch) == 3 for batch in batches)

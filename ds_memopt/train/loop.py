@@ -36,7 +36,7 @@ from ds_memopt.results.record import MetricsFile, as_text, environment, write_js
 from ds_memopt.results.schema import MetricsRow, ValidationRow
 from ds_memopt.train import checkpoint
 from ds_memopt.train.config import zero_stage
-from ds_memopt.train.data.corpus import Corpus, load_corpus, train_loader, validation_batches
+from ds_memopt.train.data.corpus import Corpus, load_corpus, stream_corpus, train_loader, validation_batches
 from ds_memopt.train.data.order import StepBatches
 from ds_memopt.train.data.packing import check_document_borders, model_inputs
 from ds_memopt.train.data.tokenised import Reading
@@ -102,18 +102,7 @@ def _pretrain(
         print(f"data: {corpus.description}", flush=True)
     end_of_text = on_all_ranks(lambda: corpus.ends_of_documents() if options.document_borders else None)
     first_step = checkpoint.find(options, settings, ranks) if options.resume else 0
-    batches = on_all_ranks(
-        lambda: StepBatches(
-            corpus.train,
-            settings.micro_batch,
-            settings.accumulation,
-            ranks.rank,
-            ranks.world_size,
-            options.seed,
-            range(first_step, settings.steps),
-            corpus.mixture(options.seed),
-        )
-    )
+    loader = on_all_ranks(lambda: _train_loader(corpus, options, settings, ranks, range(first_step, settings.steps)))
     held_out = validation_batches(
         corpus.validation,
         options.validation_batches * settings.facts["global_batch"],
@@ -122,7 +111,6 @@ def _pretrain(
         ranks.world_size,
     )
     tokens_per_step = settings.facts["global_batch"] * settings.seq_length
-    loader = train_loader(corpus.train, batches, options.workers, pin_memory=ranks.device.type == "cuda")
     work = Work(
         batches=({**model_inputs(ids, end_of_text), "labels": ids} for ids in loader),
         tokens=range(0, (settings.steps + 1) * tokens_per_step, tokens_per_step),
@@ -136,15 +124,24 @@ def _pretrain(
 
 
 def _load_corpus(options: PretrainOptions, settings: Settings) -> Corpus:
-    return load_corpus(
-        options.data,
-        options.tokenizer,
-        settings.seq_length,
-        settings.model_config.vocab_size,
-        validation_data=tuple(options.validation_data),
-        end_of_text=options.end_of_text,
-        reading=Reading(tuple(options.text_field), options.num_proc, options.bad_rows),
-    )
+    where = (options.data, options.tokenizer, settings.seq_length, settings.model_config.vocab_size)
+    reading = Reading(tuple(options.text_field), options.num_proc, options.bad_rows)
+    validation_data = tuple(options.validation_data)
+    if options.streaming:
+        sequences = options.validation_batches * settings.facts["global_batch"]
+        return stream_corpus(*where, validation_data=validation_data, validation_sequences=sequences, reading=reading)
+    return load_corpus(*where, validation_data=validation_data, end_of_text=options.end_of_text, reading=reading)
+
+
+def _train_loader(
+    corpus: Corpus, options: PretrainOptions, settings: Settings, ranks: Ranks, steps: range
+) -> Iterable[torch.Tensor]:
+    place = (settings.micro_batch, settings.accumulation, ranks.rank, ranks.world_size, options.seed, steps)
+    pin_memory = ranks.device.type == "cuda"
+    if options.streaming:
+        return corpus.train.loader(*place, options.workers, pin_memory)
+    batches = StepBatches(corpus.train, *place, corpus.mixture(options.seed))
+    return train_loader(corpus.train, batches, options.workers, pin_memory)
 
 
 def _check_halves(settings: Settings) -> Settings:

@@ -184,6 +184,9 @@ class PretrainOptions(RunOptions):
         DATA, "processes that cut text into tokens, once; default: one for 32 MiB, at most one a core", at_least=1
     )
     workers: int = option(DATA, "processes of each rank that read batches ahead; default: 0", default=0, at_least=0)
+    streaming: bool = option(
+        DATA, "cut Parquet files into tokens while training, and keep no tokens on disk", default=False
+    )
     validation_data: tuple[str, ...] = option(
         DATA, "sources to validate on; default: a twentieth of the documents of --data, which are not trained on", (),
         nargs="+", metavar="[NAME=]PATH",

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from ds_memopt.engines.losses import IGNORED_LABEL
-from ds_memopt.train.data.order import Mixture
+from ds_memopt.train.data.order import Mixture, shares
 from ds_memopt.train.data.sequences import (
     HELD_OUT_FRACTION,
     Sequences,
@@ -24,6 +24,7 @@ from ds_memopt.train.data.sequences import (
     hold_out,
 )
 from ds_memopt.train.data.sources import BUILT_IN, Files, Source, find_files, parse_sources
+from ds_memopt.train.data.streaming import HeldOutSequences, StreamedSource, Streams
 from ds_memopt.train.data.token_files import open_token_files, training_and_validation
 from ds_memopt.train.data.tokenised import Reading, find_tokenizer, saved_tokens, tokenise
 
@@ -39,7 +40,7 @@ class Corpus:
     `train`; weights: their shares, None for one that is as large as its source.
     """
 
-    train: Dataset
+    train: Dataset | Streams
     validation: Dataset
     vocab_size: int | None
     end_of_text: int | None
@@ -85,11 +86,8 @@ def load_corpus(
         corpus = _built_in(built_in, tokenizer, seq_length, vocab_size, validation_data)
     else:
         corpus = _of_sources(sources, tokenizer, seq_length, vocab_size, validation_data, end_of_text, reading)
-    if corpus.vocab_size is not None and corpus.vocab_size > vocab_size:
-        raise ValueError(
-            f"the tokens of --data {' '.join(words)} need {corpus.vocab_size} ids but the model embeds {vocab_size}: "
-            "choose the tokenizer that belongs to the model"
-        )
+    if corpus.vocab_size is not None:
+        _check_vocabulary(" ".join(words), corpus.vocab_size, vocab_size)
     return corpus
 
 
@@ -169,6 +167,50 @@ def _of_sources(
         tuple(map(len, train)),
         weights,
     )
+
+
+def stream_corpus(
+    data: str | Sequence[str],
+    tokenizer: str | None,
+    seq_length: int,
+    vocab_size: int,
+    *,
+    validation_data: Sequence[str] = (),
+    validation_sequences: int = 0,
+    reading: Reading = Reading(),  # noqa: B008
+) -> Corpus:
+    """The corpus of --streaming, whose `train` is a `Streams`.
+
+    validation_sequences: how many to hold out, in whole row groups, without validation_data. ValueError as
+    `load_corpus`, and for sources that are not Parquet files.
+    """
+    sources = parse_sources([data] if isinstance(data, str) else data)
+    if sources[0].path in BUILT_IN:
+        raise ValueError(f"--streaming reads Parquet files, --data {sources[0].path} is none: leave it out")
+    encoder = find_tokenizer(tokenizer, sources[0].path)
+    streamed = [StreamedSource(source, encoder, seq_length, reading) for source in sources]
+    told = [source.description for source in streamed]
+    if validation_data:
+        load = _Loader(sources[0].name, tokenizer, seq_length, vocab_size, None, reading)
+        validation = [load.validation(source) for source in parse_sources(validation_data)]
+        told += load.told
+    else:
+        wanted = shares([source.source.weight or source.sequences for source in streamed], validation_sequences)
+        validation = [
+            HeldOutSequences(source, source.hold_out(max(1, count)))
+            for source, count in zip(streamed, wanted, strict=True)
+        ]
+    _check_vocabulary(" ".join(source.path for source in sources), len(encoder), vocab_size)
+    description = "; ".join(told) + "; streamed"
+    return Corpus(Streams(streamed), ConcatDataset(validation), len(encoder), encoder.eos_token_id, description)
+
+
+def _check_vocabulary(data: str, tokenizer_ids: int, model_ids: int) -> None:
+    if tokenizer_ids > model_ids:
+        raise ValueError(
+            f"the tokens of --data {data} need {tokenizer_ids} ids but the model embeds {model_ids}: choose the "
+            "tokenizer that belongs to the model"
+        )
 
 
 def _in_shares(parts: list[Sequences], weights: tuple[float, ...]) -> list[Dataset]:

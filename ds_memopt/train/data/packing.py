@@ -45,5 +45,6 @@ def check_document_borders(
     if not (one - other).abs().max() <= 0.02 * one.std():
         raise ValueError(
             f"--document_borders: {type(engine.module).__name__} lets a document attend to the one before it, as it "
-            "does not read position_ids that restart: leave the option out, or choose another model class"
+            "does not read position_ids that restart (flash_attention_2 does so at --micro_batch 1 alone): take "
+            "--attention sdpa, leave the option out, or choose another model class"
         )
