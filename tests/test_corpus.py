@@ -203,6 +203,10 @@ def test_data_that_makes_no_corpus_is_refused(tmp_path, tokenizer):
             load_corpus(str(tmp_path / name), folder, 10, vocab_size=62)
     with pytest.raises(ValueError, match="--tokenizer .* has no meaning with --data stdlib"):
         load_corpus("stdlib", tokenizer, 10, vocab_size=256)
+    with pytest.raises(ValueError, match="--num_proc, --bad_rows and --end_of_text have no meaning with --data stdlib"):
+        load_corpus("stdlib", None, 10, vocab_size=256, end_of_text=0)
+    with pytest.raises(ValueError, match="--validation_data v.jsonl: give files, folders or globs, without weights"):
+        load_corpus([str(tmp_path / "short.jsonl")], tokenizer, 1, 62, validation_data=["v.jsonl:2"])
     with pytest.raises(ValueError, match="stdlib need 256 ids but the model embeds 100"):
         load_corpus("stdlib", None, 10, vocab_size=100)
 
@@ -336,6 +340,8 @@ def test_streamed_data_are_a_function_of_seed_and_step(tmp_path, tokenizer):
     assert len(held_out | trained) >= 58  # the end of a row group may lie beyond its sequences
     assert loaded.validation[11].tolist() == loaded.validation[11].tolist()  # also when it is read again
     assert loaded.description.startswith("words: 10 row groups, ")
+    with pytest.raises(ValueError, match="--num_proc 2 has no meaning with --streaming"):
+        stream_corpus(words, tokenizer, 8, 62, reading=Reading(num_proc=2))
     (batches,) = [list(loaded.train.loader(4, 1, 0, 1, 3, range(2), workers=1, pin_memory=False))]
     assert [sorted(batch.tolist()) for batch in batches] == whole[:2]
 

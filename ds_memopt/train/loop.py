@@ -97,9 +97,10 @@ def _pretrain(
     settings = on_all_ranks(lambda: _check_halves(settings_of(options, ranks)))
     claim(settings.output_dir, ranks)
     corpus: Corpus = first_rank_of_node_first(lambda: _load_corpus(options, settings), ranks.local_rank)
-    settings.facts["data"] = corpus.description  # what is in the files counts, not their names alone
+    # What is in the files counts, not their names alone.
+    settings.facts["data"] = corpus.description + ("; document borders" if options.document_borders else "")
     if ranks.is_main:
-        print(f"data: {corpus.description}", flush=True)
+        print(f"data: {settings.facts['data']}", flush=True)
     end_of_text = on_all_ranks(lambda: corpus.ends_of_documents() if options.document_borders else None)
     first_step = checkpoint.find(options, settings, ranks) if options.resume else 0
     loader = on_all_ranks(lambda: _train_loader(corpus, options, settings, ranks, range(first_step, settings.steps)))

@@ -83,6 +83,11 @@ def load_corpus(
     words = [data] if isinstance(data, str) else list(data)
     sources = parse_sources(words)
     if (built_in := sources[0].path) in BUILT_IN:
+        if reading != Reading() or end_of_text is not None:
+            raise ValueError(
+                "--text_field, --num_proc, --bad_rows and --end_of_text have no meaning with --data "
+                f"{built_in}, whose tokens are fixed; leave them out"
+            )
         corpus = _built_in(built_in, tokenizer, seq_length, vocab_size, validation_data)
     else:
         corpus = _of_sources(sources, tokenizer, seq_length, vocab_size, validation_data, end_of_text, reading)
@@ -152,7 +157,7 @@ def _of_sources(
     halves = [load.train_and_validation(source, split=not validation_data) for source in sources]
     train = [half[0] for half in halves]
     if validation_data:
-        validation = [load.validation(source) for source in parse_sources(validation_data)]
+        validation = [load.validation(source) for source in _validation_sources(validation_data)]
     else:
         validation = [half[1] for half in halves]
     weights = tuple(source.weight for source in sources) if len(sources) > 1 and sources[0].weight else None
@@ -187,12 +192,14 @@ def stream_corpus(
     sources = parse_sources([data] if isinstance(data, str) else data)
     if sources[0].path in BUILT_IN:
         raise ValueError(f"--streaming reads Parquet files, --data {sources[0].path} is none: leave it out")
+    if reading.num_proc is not None:
+        raise ValueError(f"--num_proc {reading.num_proc} has no meaning with --streaming; leave it out")
     encoder = find_tokenizer(tokenizer, sources[0].path)
     streamed = [StreamedSource(source, encoder, seq_length, reading) for source in sources]
     told = [source.description for source in streamed]
     if validation_data:
         load = _Loader(sources[0].name, tokenizer, seq_length, vocab_size, None, reading)
-        validation = [load.validation(source) for source in parse_sources(validation_data)]
+        validation = [load.validation(source) for source in _validation_sources(validation_data)]
         told += load.told
     else:
         wanted = shares([source.source.weight or source.sequences for source in streamed], validation_sequences)
@@ -211,6 +218,13 @@ def _check_vocabulary(data: str, tokenizer_ids: int, model_ids: int) -> None:
             f"the tokens of --data {data} need {tokenizer_ids} ids but the model embeds {model_ids}: choose the "
             "tokenizer that belongs to the model"
         )
+
+
+def _validation_sources(words: Sequence[str]) -> list[Source]:
+    sources = parse_sources(words)
+    if wrong := next((source for source in sources if source.weight or source.path in BUILT_IN), None):
+        raise ValueError(f"--validation_data {wrong.name}: give files, folders or globs, without weights: all is read")
+    return sources
 
 
 def _in_shares(parts: list[Sequences], weights: tuple[float, ...]) -> list[Dataset]:
