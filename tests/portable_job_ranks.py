@@ -22,7 +22,8 @@ from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.reshard import convert
 
 SIZE = dict(
-    steps=6, seq_length=16, micro_batch=2, validation_interval=0, logging_interval=1, save_interval=2, data="synthetic",
+    steps=6, seq_length=16, micro_batch=2, validation_interval=0, logging_interval=1, save_interval=2, end_of_text=0,
+    document_borders=True, workers=1,
 )  # fmt: skip
 
 
@@ -31,7 +32,7 @@ def run_job(place: Path, folder: Path, config: str, options: dict[str, Any]) -> 
     torch.set_num_threads(1)
     given = PretrainOptions(
         deepspeed_config=str(place / f"{config}.json"), output_dir=str(folder), model=str(place / "config"),
-        **SIZE | options,
+        data=(f"a={place}/a.bin:0.7", f"b={place}/b.bin:0.3"), **SIZE | options,
     )  # fmt: skip
     printed, message = io.StringIO(), None
     with contextlib.redirect_stdout(printed):

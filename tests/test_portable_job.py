@@ -8,6 +8,7 @@ import shutil
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -28,6 +29,9 @@ from ds_memopt.train.resumed_batch import keep_global_batch, keep_halves, of_any
 def place(tmp_path_factory) -> Path:
     place = tmp_path_factory.mktemp("job")
     make_model(place)
+    for number, name in enumerate("ab"):  # documents of about 12 ids
+        ids = np.random.default_rng(number).integers(0, 256, 9000)
+        np.where(ids < 20, 0, ids).astype(np.uint16).tofile(place / f"{name}.bin")
     config = json.loads((place / "zero2_adam_mini.json").read_text())
     for name, stage in (("zero3", 3), ("fsdp2", 1)):
         (place / f"{name}.json").write_text(json.dumps(config | {"zero_optimization": {"stage": stage}}))
@@ -200,14 +204,14 @@ def test_the_command_reshards_on_ranks_of_its_own(outcomes, place, tmp_path, cap
 @pytest.mark.parametrize(("run", "accumulation"), [("one", 4), ("damaged", 1)])
 def test_another_place_sees_the_same_batches(outcomes, place, run, accumulation):
     """One rank at ZeRO-3; two under FSDP2, with larger micro-batches. Losses differed by at most 5e-7; those of other
-    batches by more than 1e-3."""
+    batches by more than 5e-4. The data are a mixture, with borders between documents."""
     message, printed = outcomes[run]
     assert message is None and f"{accumulation} passes" in printed
     rows, whole = read_metrics(place / run), read_metrics(place / "whole")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     print(run, [abs(a["loss"] - b["loss"]) for a, b in zip(rows, whole, strict=True)], [row["loss"] for row in whole])
     assert max(abs(a["loss"] - b["loss"]) for a, b in zip(rows, whole, strict=True)) < 1e-5
-    assert len({round(row["loss"], 3) for row in whole}) == 6
+    assert len({round(row["loss"], 4) for row in whole}) == 6
     ours, theirs = weights(place / run), weights(place / "whole")
     print(max((ours[name] - theirs[name]).abs().max() for name in theirs))
     assert max((ours[name] - theirs[name]).abs().max() for name in theirs) < 1e-5
