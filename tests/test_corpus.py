@@ -136,7 +136,10 @@ def test_bad_rows_are_named_counted_and_limited(tmp_path, tokenizer):
     lines[4], lines[30], lines[31] = b'{"text": 5}\n', b"{no JSON\n", b'{"text": "\\ud800"}\n'
     (tmp_path / "a.jsonl").write_bytes(b"".join(lines))
     words = [f"words={tmp_path / 'a.jsonl'}"]
-    with pytest.raises(ValueError, match=r"a.jsonl, line 5: the field 'text' must be a string, it is 5; --bad_rows"):
+    with pytest.raises(
+        ValueError,
+        match=rf"^--data words: {tmp_path}/a.jsonl, line 5: the field 'text' must be a string, it is 5; --bad_rows",
+    ):
         load_corpus(words, tokenizer, 10, 62)
     for allowed in (2, 2 / 60):
         with pytest.raises(

@@ -126,12 +126,15 @@ def _pretrain(
 
 def _load_corpus(options: PretrainOptions, settings: Settings) -> Corpus:
     where = (options.data, options.tokenizer, settings.seq_length, settings.model_config.vocab_size)
-    reading = Reading(tuple(options.text_field), options.num_proc, options.bad_rows)
-    validation_data = tuple(options.validation_data)
+    how = {
+        "validation_data": tuple(options.validation_data),
+        "end_of_text": options.end_of_text,
+        "reading": Reading(tuple(options.text_field), options.num_proc, options.bad_rows),
+    }
     if options.streaming:
         sequences = options.validation_batches * settings.facts["global_batch"]
-        return stream_corpus(*where, validation_data=validation_data, validation_sequences=sequences, reading=reading)
-    return load_corpus(*where, validation_data=validation_data, end_of_text=options.end_of_text, reading=reading)
+        return stream_corpus(*where, **how, validation_sequences=sequences)
+    return load_corpus(*where, **how)
 
 
 def _train_loader(

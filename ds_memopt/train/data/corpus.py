@@ -181,6 +181,7 @@ def stream_corpus(
     vocab_size: int,
     *,
     validation_data: Sequence[str] = (),
+    end_of_text: int | None = None,
     validation_sequences: int = 0,
     reading: Reading = Reading(),  # noqa: B008
 ) -> Corpus:
@@ -192,8 +193,9 @@ def stream_corpus(
     sources = parse_sources([data] if isinstance(data, str) else data)
     if sources[0].path in BUILT_IN:
         raise ValueError(f"--streaming reads Parquet files, --data {sources[0].path} is none: leave it out")
-    if reading.num_proc is not None:
-        raise ValueError(f"--num_proc {reading.num_proc} has no meaning with --streaming; leave it out")
+    for option, given in (("--num_proc", reading.num_proc), ("--end_of_text", end_of_text)):
+        if given is not None:
+            raise ValueError(f"{option} {given} has no meaning with --streaming; leave it out")
     encoder = find_tokenizer(tokenizer, sources[0].path)
     streamed = [StreamedSource(source, encoder, seq_length, reading) for source in sources]
     told = [source.description for source in streamed]

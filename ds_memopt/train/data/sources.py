@@ -77,7 +77,7 @@ def find_files(source: Source, option: str = "--data") -> Files:
     told = f"{option} {source.path}"
     if system.isdir(path):
         if any(system.exists(f"{path}/{name}") for name in SAVED):
-            return Files("saved", (system.unstrip_protocol(path),))
+            return Files("saved", (_named(system, path),))
         found = system.find(path)
     else:
         found = [path] if system.exists(path) else [file for file in system.glob(path) if system.isfile(file)]
@@ -86,7 +86,7 @@ def find_files(source: Source, option: str = "--data") -> Files:
     by_kind: dict[str, list[str]] = {}
     for file in sorted(found):
         if kind := kind_of(file):
-            by_kind.setdefault(kind, []).append(system.unstrip_protocol(file))
+            by_kind.setdefault(kind, []).append(_named(system, file))
     if len(by_kind) > 1 and "text" in by_kind:  # a dataset's own page is none of its documents
         by_kind["text"] = [file for file in by_kind["text"] if PurePosixPath(file).name != "README.md"]
         by_kind = {kind: files for kind, files in by_kind.items() if files}
@@ -127,7 +127,7 @@ def open_file(file: str) -> Any:
 def local_path(file: str) -> str:
     """The path of a file on this machine. ValueError for one that is elsewhere: it could not be memory-mapped."""
     system, path = _open(file)
-    if "file" not in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,)):
+    if not _is_local(system):
         raise ValueError(f"{file}: token files and saved datasets are memory-mapped, so they must lie on this machine")
     return path
 
@@ -139,6 +139,15 @@ def _open(path: str) -> tuple[Any, str]:
         return url_to_fs(path)
     except (ValueError, ImportError) as error:
         raise ValueError(f"--data {path}: {error}") from error
+
+
+def _is_local(system: Any) -> bool:
+    return "file" in (system.protocol if isinstance(system.protocol, tuple) else (system.protocol,))
+
+
+def _named(system: Any, path: str) -> str:
+    """The path by which fsspec finds the file again."""
+    return path if _is_local(system) else system.unstrip_protocol(path)
 
 
 def _exists(path: str) -> bool:
