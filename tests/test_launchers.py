@@ -413,11 +413,12 @@ def test_h100_8x_pretrains(monkeypatch):
     launcher = runner.parse_args(words[1:])
     assert words[0] == "deepspeed" and launcher.num_gpus == 8 and launcher.user_script == "launch/pretrain.py"
     options = job_options(words, monkeypatch)
-    assert options["model"] == "llama2-7b" and options["data"] == "synthetic" and options["steps"] == 20
+    assert options["model"] == "llama2-7b" and options["data"] == ["synthetic"] and options["steps"] == 20
     assert (ROOT / options["deepspeed_config"]).is_file()
     ((*words,),) = dry_run("h100_8x.sh", "--data", "texts", "--tokenizer", "llama", GPUS="4")
     options = job_options(words, monkeypatch)
-    assert runner.parse_args(words[1:]).num_gpus == 4 and (options["data"], options["tokenizer"]) == ("texts", "llama")
+    assert runner.parse_args(words[1:]).num_gpus == 4
+    assert (options["data"], options["tokenizer"]) == (["texts"], "llama")
 
 
 @pytest.mark.parametrize("script", ["a800_2x.sh", "h100_8x.sh"])
@@ -458,7 +459,7 @@ def test_multi_node_by_torchrun(monkeypatch, tmp_path):
     assert (launcher.nnodes, launcher.node_rank, launcher.nproc_per_node) == ("2", 1, "8")
     assert (launcher.master_addr, launcher.master_port) == ("node01", 29500)
     assert launcher.training_script == "launch/pretrain_fsdp2.py"
-    assert job_options(words, monkeypatch)["data"] == "my texts"
+    assert job_options(words, monkeypatch)["data"] == ["my texts"]
     (tmp_path / "hosts").write_text("a slots=8\nb slots=4\n")
     done = run(
         ["bash", "launch/multi_node.sh", "--launcher", "torchrun", "--hostfile", str(tmp_path / "hosts"), "--dry_run"]
