@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-# Two processes take one file after another: with the longest first none is left alone.
+# Processes take one file after another: with the longest first none is left alone.
 LONGEST_FIRST = (
     "test_exactness", "test_plan", "test_ipsgd", "test_train_multirank", "test_features", "test_sweep",
     "test_launchers", "test_peak", "test_lockstep", "test_zeroth", "test_processes", "test_engines", "test_finetune",

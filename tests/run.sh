@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv like the quick start and runs all tests, or those that pytest's arguments select, in two processes.
+# Sets up .venv like the quick start and runs all tests, or those that pytest's arguments select, in three processes.
 # A file's tests share what its fixtures started, so each file stays in one process. To see what tests print: -n 0 -s.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -11,4 +11,4 @@ if [ ! -d .venv/torchao ]; then
 fi
 # Ranks share the cores: one thread each.
 export OMP_NUM_THREADS=1
-exec python -m pytest --durations=10 -n 2 --dist loadfile --no-loadscope-reorder "$@"
+exec python -m pytest --durations=10 -n 3 --dist loadfile --no-loadscope-reorder "$@"

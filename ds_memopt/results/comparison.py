@@ -20,8 +20,8 @@ STORED = ("weights", "masters", "gradients")
 class Summary:
     """A run in numbers; units as in `MetricsRow`, whose names the fields have.
 
-    validation_loss and accuracy are the last ones, accuracy_before is the first; None if there is none. tokens_per_s:
-    the median over the `steady` rows. peak_gib: the highest; peak_of: what it is. held_gib and
+    validation_loss and accuracy are the last ones, accuracy_before is the first; None if there is none. tokens_per_s
+    and bytes_sent_per_step: medians over the `steady` rows. peak_gib: the highest; peak_of: what it is. held_gib and
     optimizer_state_bytes_per_parameter: the most. What else there is: of the last row.
     """
 
@@ -63,7 +63,7 @@ def summarize(folder: Path, damaged: list[str] | None = None) -> Summary:
         peak_of=next(what for key, what in PEAKS.items() if key in last),
         # Where blocks take turns, a new one has no state yet.
         optimizer_state_bytes_per_parameter=max(row["optimizer_state_bytes_per_parameter"] for row in rows),
-        bytes_sent_per_step=last["bytes_sent_per_step"],
+        bytes_sent_per_step=int(statistics.median(row["bytes_sent_per_step"] for row in steady(rows))),
         held_gib=max(
             (row["held_gib"] for row in rows if "held_gib" in row), key=lambda h: sum(h.values()), default=None
         ),
