@@ -77,6 +77,21 @@ def trained_by_torchtitan(folder: str) -> dict[str, dict[str, dict[str, torch.Te
     return {method: _run_torchtitan(method, f"{folder}/{method}") for method in ("AdamMini", "GWT", "CAME")}
 
 
+def refused_in_a_pipeline() -> str:
+    """What a rank is told that holds another part of the model than the first."""
+    from torchtitan.components.optimizer import ParamGroupConfig
+
+    from ds_memopt.torchtitan_optimizers import NamedOptimizersContainer
+
+    part = torch.nn.ModuleDict({f"layer{torch.distributed.get_rank()}": torch.nn.Linear(4, 4)})
+    group = ParamGroupConfig(pattern=".*", optimizer_name="AdamMini", optimizer_kwargs={"lr": 1e-3})
+    try:
+        NamedOptimizersContainer.Config(param_groups=[group]).build(model_parts=[part])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
 def _run_torchtitan(method: str, folder: str) -> dict[str, dict[str, torch.Tensor]]:
     """Weights of torchtitan's debug model, of one layer, before and after three steps on the same random gradients: by
     an optimizer of the whole model, and in torchtitan's container under FSDP2, whose state torchtitan makes first, and

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from examples_ranks import trained_by_torchtitan, trained_by_trainer
+from examples_ranks import refused_in_a_pipeline, trained_by_torchtitan, trained_by_trainer
 from spawn import run_ranks
 from test_roles import by_channel, by_head, zeroed_by_blocks
 from torch import nn
@@ -47,6 +47,12 @@ def test_torchtitan(tmp_path):
         for method, trained in rank.items():
             assert largest(trained["before"], trained["alone"]) > 1e-3, method
             assert largest(trained["alone"], trained["sharded"]) < 1e-6, method
+
+
+@needs_torchtitan
+def test_torchtitan_refuses_a_pipeline():
+    for message in run_ranks(refused_in_a_pipeline, 2):
+        assert "as in a pipeline" in message and "set parallelism.pipeline_parallel_degree to 1" in message
 
 
 @needs_torchtitan
