@@ -12,18 +12,21 @@ import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from spawn import CONTEXT, TIME_LIMIT, free_port
 
 from ds_memopt.engines import processes
-from ds_memopt.engines.processes import SharedError, fail, remove_abandoned_shared_memory
+from ds_memopt.engines.processes import AskedToEnd, SharedError, fail, remove_abandoned_shared_memory
 from ds_memopt.train import loop, watchdog
 from ds_memopt.train.fsdp2_job import pretrain_fsdp2
 from ds_memopt.train.launcher import MPI_SIZES, PLACE, deepspeed_is_gone
 from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.ranks import start_ranks
+from ds_memopt.train.saving import Saving
+from ds_memopt.train.termination import NOT_SAVED, SAVED, Termination
 from ds_memopt.train.watchdog import Beat, Watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -330,3 +333,18 @@ def test_a_rank_is_waited_for_only_while_it_answers(silent_s, told):
     beats = {0: Beat(9, 3, 0, "step 3", False), 1: Beat(4, 1, 0, "step 1", False)}
     one._judge(beats, {0: 0.0, 1: silent_s}, {0: 0.0, 1: 6.0})
     assert told in "".join(said) and len(said) == bool(told)
+
+
+def test_a_save_that_would_take_longer_than_what_is_left_is_not_begun(tmp_path, monkeypatch):
+    """By the time that the last one took: the deadline alone would end the run in the middle of it."""
+    settings, begun = SimpleNamespace(output_dir=tmp_path, save_interval=1), []
+    monkeypatch.setattr("ds_memopt.train.checkpoint.save", lambda *_: begun.append(1))
+    ranks = SimpleNamespace(largest=lambda *numbers: [*numbers], enter=lambda *_, **__: None)
+    saving, termination = Saving(None, settings, ranks), Termination(10, lambda: "step 4 is left")
+    termination.tell()
+    for last_s, code in ((1.0, SAVED), (20.0, NOT_SAVED)):
+        saving._last_s = last_s
+        with pytest.raises(AskedToEnd) as ended:
+            saving.save_and_end(5, termination)
+        assert ended.value.code == code
+    assert begun == [1] and "--grace_seconds 10 leaves no time to save; step 4 is left" in str(ended.value.args)
