@@ -1,8 +1,9 @@
 """Pre-train the same model with every method, three seeds each, and show the validation losses beside each other.
 
     python launch/experiments/evidence.py --jobs 2
-    python launch/experiments/evidence.py --jobs 2 --output_dir runs/longer --steps 5000 --save_interval 500 \
-        --keep_checkpoints 1
+    python launch/experiments/evidence.py --jobs 2 --output_dir runs/longer --steps 5000 --sweep_steps 1000 \
+        --methods AdamMini GWT-2 "GWT-2 + AdamMini" BAdam --save_interval 500 --keep_checkpoints 1 \
+        --dtype bf16 --attention eager --compile
 
 The second asks whether the gap to AdamW closes over ten times the tokens; started again, it goes on.
 
@@ -45,24 +46,27 @@ def methods(adamw_lr: float) -> dict[str, tuple[str, dict, tuple[float, ...]]]:
 
 
 class Evidence:
-    def __init__(self, runner: Runner, options: list[str]) -> None:
-        self._runner, self._options = runner, options
+    def __init__(self, runner: Runner, options: list[str], sweep_steps: int | None) -> None:
+        self._runner, self._options, self._sweep_steps = runner, options, sweep_steps
 
     def run(self, runs: list[tuple[str, str, dict, float, int]]) -> list[Path]:
         """Run (name, type, hyper-parameters, lr, seed) each; returns their folders."""
         return self._runner.run([self._describe(*run) for run in runs])
+
+    def best(self, name: str, kind: str, params: dict, lrs: tuple[float, ...]) -> float:
+        """The learning rate with the lowest final validation loss at the first seed."""
+        trials = [self._describe(name, kind, params, lr, 0) for lr in lrs]
+        if self._sweep_steps:
+            steps = str(self._sweep_steps)
+            trials = [t._replace(name=f"{t.name}-{steps}steps", options=[*t.options, "--steps", steps]) for t in trials]
+        folders = self._runner.run(trials)
+        return min(zip(folders, lrs, strict=True), key=lambda pair: summarize(pair[0]).validation_loss)[1]
 
     def _describe(self, name: str, kind: str, params: dict, lr: float, seed: int) -> Trial:
         config = load_config("zero2_adamw", **({"torch_adam": True} if kind == "AdamW" else {}), **params)
         config["optimizer"]["type"] = kind
         options = ["--lr", f"{lr:g}", "--seed", str(seed), "--save_interval", "0", *self._options]
         return Trial(f"{name.replace(' ', '')}-lr{lr:g}-seed{seed}", "pretrain.py", config, options)
-
-
-def best(runner: Evidence, name: str, kind: str, params: dict, lrs: tuple[float, ...]) -> float:
-    """The learning rate with the lowest final validation loss at the first seed."""
-    folders = runner.run([(name, kind, params, lr, 0) for lr in lrs])
-    return min(zip(folders, lrs, strict=True), key=lambda pair: summarize(pair[0]).validation_loss)[1]
 
 
 def table(results: dict[str, tuple[tuple[float, ...], float, list[Path]]]) -> str:
@@ -116,13 +120,18 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("runs/evidence"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=methods(1.0), default=list(methods(1.0)), help="beside AdamW")
+    parser.add_argument(
+        "--sweep_steps", type=int, help="of the runs that choose a learning rate; default: as the others"
+    )
     arguments, options = parser.parse_known_args()  # the rest goes to launch/pretrain.py
-    runner = Evidence(Runner(arguments.output_dir, arguments.jobs), options)
+    runner = Evidence(Runner(arguments.output_dir, arguments.jobs), options, arguments.sweep_steps)
 
-    adamw_lr = best(runner, "AdamW", "AdamW", {}, ADAMW_LRS)
+    adamw_lr = runner.best("AdamW", "AdamW", {}, ADAMW_LRS)
     chosen = {"AdamW": ("AdamW", {}, ADAMW_LRS, adamw_lr)}
-    for name, (kind, params, lrs) in methods(adamw_lr).items():
-        chosen[name] = kind, params, lrs, best(runner, name, kind, params, lrs)
+    for name in arguments.methods:
+        kind, params, lrs = methods(adamw_lr)[name]
+        chosen[name] = kind, params, lrs, runner.best(name, kind, params, lrs)
     seeds = range(arguments.seeds)
     folders = runner.run([(n, kind, params, lr, s) for n, (kind, params, _, lr) in chosen.items() for s in seeds])
     results = {
