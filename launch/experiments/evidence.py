@@ -133,11 +133,8 @@ def main() -> None:
         kind, params, lrs = methods(adamw_lr)[name]
         chosen[name] = kind, params, lrs, runner.best(name, kind, params, lrs)
     seeds = range(arguments.seeds)
-    folders = runner.run([(n, kind, params, lr, s) for n, (kind, params, _, lr) in chosen.items() for s in seeds])
-    results = {
-        name: (lrs, lr, folders[arguments.seeds * index : arguments.seeds * (index + 1)])
-        for index, (name, (_, _, lrs, lr)) in enumerate(chosen.items())
-    }
+    folders = runner.run([(n, kind, params, lr, s) for s in seeds for n, (kind, params, _, lr) in chosen.items()])
+    results = {name: (lrs, lr, folders[i :: len(chosen)]) for i, (name, (_, _, lrs, lr)) in enumerate(chosen.items())}
     (arguments.output_dir / "evidence.md").write_text(table(results) + "\n")
     plot(results, arguments.output_dir / "evidence.png")
     print(table(results), f"\nplot: {arguments.output_dir / 'evidence.png'}")
