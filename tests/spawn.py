@@ -1,4 +1,5 @@
-"""Run a function on several ranks of a gloo process group on this machine: `run_ranks(function, world_size, *args)`.
+"""Run a function on several ranks of a gloo process group on this machine: `run_ranks(function, world_size, *args)`;
+or a script, by itself or as one of several ranks: `run_script(path, *arguments)`.
 
 Processes are forked from a server that has imported the slow packages once, so that a spawn costs about a second.
 """
@@ -10,15 +11,21 @@ import gc
 import itertools
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
 
+from ds_memopt.train.launcher import MPI_SIZES, PLACE
+
+ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload([
@@ -90,9 +97,7 @@ def run_ranks(function, world_size: int, *args, timeout_s: float = TIME_LIMIT):
                 rank.join(60 if not any(Path(folder).glob("*.failed")) else 0)
                 if rank.is_alive():
                     rank.kill()
-            # DeepSpeed's CPU all_reduce leaves 66 MiB of shared memory per rank behind.
-            for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-                buffer.unlink(missing_ok=True)
+            remove_shared_memory(port)
         if missing := [rank for rank in range(world_size) if not Path(folder, f"{rank}.result").exists()]:
             raise RuntimeError(
                 f"{function.__name__}: {''.join(crashed)}ranks {missing} of {world_size} died without a result"
@@ -100,11 +105,22 @@ def run_ranks(function, world_size: int, *args, timeout_s: float = TIME_LIMIT):
         return [torch.load(Path(folder, f"{rank}.result"), weights_only=False) for rank in range(world_size)]
 
 
+def place_of(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What a launcher puts into a rank's environment."""
+    return {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+
+
+def remove_shared_memory(port: int) -> None:
+    """DeepSpeed's CPU all_reduce leaves 66 MiB of it per rank behind."""
+    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+        buffer.unlink(missing_ok=True)
+
+
 def _rank_main(function, rank: int, world_size: int, port: int, folder: str, args: tuple) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    os.environ.update(place_of(rank, world_size, port))
     torch.set_num_threads(1)
     gc.freeze()  # ZeRO-3 collects garbage at every build: spare it the imported packages
     try:
@@ -119,3 +135,60 @@ def _rank_main(function, rank: int, world_size: int, port: int, folder: str, arg
     except BaseException:
         Path(folder, f"{rank}.failed").write_text(traceback.format_exc())
         raise
+
+
+def run_script(
+    script: str | Path, *arguments: object, ranks: int | None = None, cwd: str | Path = ROOT, **environment: str
+) -> subprocess.CompletedProcess:
+    """What `python script arguments` does, or `python -m script` for the name of a module, without its 8 s of imports.
+
+    ranks: so many processes, each with its place in its environment, as a launcher starts them; None is one without.
+    All write into the same stdout and stderr. The first exit code that is not 0 is returned, and ends the others.
+    What reads the environment when a package is imported, like OMP_NUM_THREADS, sees what it was at the first spawn.
+    """
+    outside = {name: value for name, value in os.environ.items() if name not in {*PLACE, *MPI_SIZES}} | environment
+    port = free_port()
+    places = [{}] if ranks is None else [place_of(rank, ranks, port) for rank in range(ranks)]
+    words = [str(script), *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder, name) for name in ("stdout", "stderr")]
+        processes = [
+            CONTEXT.Process(target=_script_main, args=(words, str(cwd), outside | place, said)) for place in places
+        ]
+        deadline = time.monotonic() + TIME_LIMIT
+        try:
+            for process in processes:
+                process.start()
+            while (alive := [one.sentinel for one in processes if one.exitcode is None]) and not any(
+                one.exitcode for one in processes
+            ):
+                if not wait(alive, deadline - time.monotonic()):
+                    raise subprocess.TimeoutExpired(words, TIME_LIMIT, *(file.read_bytes() for file in said))
+            code = next((one.exitcode for one in processes if one.exitcode), 0)
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+            remove_shared_memory(port)
+        return subprocess.CompletedProcess(words, code, *(file.read_text() for file in said))
+
+
+def _script_main(words: list[str], cwd: str, environment: dict[str, str], said: list[Path]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, file in enumerate(said, start=1):
+        os.dup2(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY), number)
+    os.chdir(cwd)
+    torch.set_num_threads(1)
+    gc.freeze()
+    sys.argv = words
+    is_file = words[0].endswith(".py")
+    sys.path.insert(0, str(Path(words[0]).parent.absolute()) if is_file else cwd)
+    try:
+        if is_file:
+            runpy.run_path(words[0], run_name="__main__")
+        else:
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.exit(1)

@@ -14,7 +14,7 @@ import torch
 import transformers
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors.torch import load_file, save_file
-from spawn import TIME_LIMIT, run_ranks
+from spawn import run_ranks, run_script
 from tiny import equal_tensors
 
 from ds_memopt.optimizers import METHODS
@@ -456,9 +456,8 @@ def test_ranks_and_stages_change_nothing_of_addax(place, whole):
 def test_the_script_says_what_is_wrong_and_fails(place):
     """`python launch/finetune.py` alone, without a launcher."""
     write(place / "bad.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "a"}])
-    command = [sys.executable, str(ROOT / "launch/finetune.py"), "--model", str(place / "sure"), "--steps", "1"]
-    command += ["--data", str(place / "bad.jsonl"), "--output_dir", str(place / "bad")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+    words = ["--model", place / "sure", "--data", place / "bad.jsonl", "--output_dir", place / "bad", "--steps", "1"]
+    done = run_script("launch/finetune.py", *words)
     assert done.returncode == 1 and [path.name for path in (place / "bad").iterdir()] == [LOCK]
     assert f"ValueError: {place}/bad.jsonl, line 2: the field 'completion' must be a string" in done.stderr
     assert "Traceback" not in done.stderr

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from spawn import CONTEXT, TIME_LIMIT, free_port
+from spawn import CONTEXT, TIME_LIMIT, free_port, place_of, remove_shared_memory
 
 from ds_memopt.engines import processes
 from ds_memopt.engines.processes import AskedToEnd, SharedError, fail, remove_abandoned_shared_memory
@@ -89,10 +89,7 @@ def test_whatever_ends_a_rank_is_told_and_ends_the_others(launcher, program, fau
 
 def _rank_main(work, rank: int, world_size: int, port: int, folder: Path, args: tuple) -> None:
     """As launch/arguments.run_job does, with stderr in a file."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-    )  # fmt: skip
+    os.environ.update(place_of(rank, world_size, port))
     os.dup2(os.open(folder / f"{rank}.err", os.O_CREAT | os.O_WRONLY), 2)
     torch.set_num_threads(1)
     try:
@@ -121,8 +118,7 @@ def launch(
     for task in tasks:
         task.kill()
         task.join()
-    for buffer in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-        buffer.unlink(missing_ok=True)
+    remove_shared_memory(port)
     said = [(folder / f"{rank}.err").read_text() for rank in numbers]
     assert any(codes), (codes, said)  # one has ended, with a failure
     return said, seconds

@@ -6,9 +6,6 @@ import ast
 import base64
 import io
 import json
-import os
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +14,7 @@ from typing import get_type_hints
 import pytest
 import transformers
 from PIL import Image
+from spawn import run_script
 
 from ds_memopt import cli
 from ds_memopt.results import plots, schema
@@ -114,9 +112,8 @@ def real(tmp_path_factory) -> Path:
     transformers.LlamaConfig(**sizes, max_position_embeddings=16).save_pretrained(place / "config")
     options = dict(model=place / "config", data="synthetic", steps=4, seq_length=16, micro_batch=2,
                    validation_interval=2, output_dir=place / "run")  # fmt: skip
-    command = [sys.executable, ROOT / "launch/pretrain.py"]
-    command += [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    done = run_script("launch/pretrain.py", *words)
     assert done.returncode == 0, done.stderr
     return place / "run"
 

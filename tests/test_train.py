@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from deepspeed.runtime.config import DeepSpeedConfig
-from spawn import TIME_LIMIT
+from spawn import TIME_LIMIT, run_script
 
 from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.results import comparison
@@ -274,8 +274,7 @@ def test_a_finished_run_is_not_overwritten(tmp_path):
 
 def test_the_script_says_what_is_wrong_and_fails(tmp_path):
     """`python launch/pretrain.py` alone, without a launcher."""
-    command = [sys.executable, str(ROOT / "launch/pretrain.py"), "--output_dir", str(tmp_path), "--data", "nowhere.txt"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=TIME_LIMIT)
+    done = run_script("launch/pretrain.py", "--output_dir", tmp_path, "--data", "nowhere.txt")
     assert done.returncode == 1
     assert "ValueError: --data nowhere.txt: no such file or folder" in done.stderr
     assert "Traceback" not in done.stderr and [path.name for path in tmp_path.iterdir()] == [".lock"]
