@@ -110,7 +110,7 @@ def test_every_form_holds_the_same_documents(tmp_path, tokenizer, form):
         halves[0]
     )  # each once, in the order of the files
     assert len(halves[1]) == 3 and loaded.train[0].dtype == torch.int64
-    assert loaded.description == "words: 60 documents, 600 tokens" and loaded.ends_of_documents() == EOS
+    assert loaded.description == "words: 60 documents, 600 tokens (d3af29b4)" and loaded.ends_of_documents() == EOS
 
 
 def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch, capfd):
@@ -129,6 +129,14 @@ def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch, capfd):
     assert len([*(tmp_path / "cache").rglob("*.arrow")]) > len(made)
     assert _rows(parallel.train) == _rows(alone.train) and _rows(parallel.validation) == _rows(alone.validation)
     assert parallel.description == alone.description
+
+
+def test_other_data_of_the_same_size_are_told_apart(tmp_path, tokenizer):
+    told = []
+    for name, documents in (("a", DOCUMENTS), ("b", DOCUMENTS[::-1]), ("c", DOCUMENTS)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+        told.append(load_corpus([f"words={tmp_path / name}.jsonl"], tokenizer, 10, 62).description)
+    assert told[0] == told[2] != told[1]
 
 
 def test_bad_rows_are_named_counted_and_limited(tmp_path, tokenizer):
@@ -151,7 +159,8 @@ def test_bad_rows_are_named_counted_and_limited(tmp_path, tokenizer):
         assert sorted(_rows(loaded.train) + _rows(loaded.validation)) == [
             IDS[i] for i in range(60) if i not in (4, 30, 31)
         ]
-        assert "57 documents, 570 tokens; 3 of 60 rows are bad, the first: " in loaded.description
+        assert "57 documents, 570 tokens" in loaded.description
+        assert "; 3 of 60 rows are bad, the first: " in loaded.description
 
     pq.write_table(pa.table({"text": ["w1", None]}), tmp_path / "b.parquet", row_group_size=1)
     with pytest.raises(ValueError, match=r"b.parquet, row 2: the field 'text' must be a string, it is None"):

@@ -293,7 +293,8 @@ class _Loader:
             tokens, left_out = tokenise(source.name, files, self._tokenizer, self._reading)
         share = f" (weight {source.weight:g})" if source.weight else ""
         documents = f"{tokens.documents} documents, " if tokens.documents is not None else ""
-        self.told.append(f"{told_of}{source.name}{share}: {documents}{len(tokens)} tokens{left_out}")
+        told = f"{documents}{len(tokens)} tokens ({tokens.digest()}){left_out}"
+        self.told.append(f"{told_of}{source.name}{share}: {told}")
         return tokens
 
     def _cut(self, tokens: Tokens, runs: np.ndarray, half: str) -> Sequences:

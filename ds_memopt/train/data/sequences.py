@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,9 @@ import torch
 from torch.utils.data import Dataset
 
 HELD_OUT_FRACTION = 0.05
+
+SAMPLES, IDS_OF_SAMPLE = 256, 64
+"""Stretches that stand for all of a stream: few enough pages to read before each run."""
 
 Runs = np.ndarray
 """Stretches of a stream, int64 [runs, 2]: where each begins and where it ends."""
@@ -32,6 +36,13 @@ class Tokens:
     @property
     def documents(self) -> int | None:
         return None if self.borders is None else len(self.borders) - 1
+
+    def digest(self) -> str:
+        """Of evenly spaced ids: other text of the same length, or the same in another order, has another one."""
+        last = max(0, len(self) - IDS_OF_SAMPLE)
+        starts = sorted({last * i // (SAMPLES - 1) for i in range(SAMPLES)})
+        ids = [self.read(start, min(start + IDS_OF_SAMPLE, len(self))) for start in starts]
+        return hashlib.sha256(np.concatenate(ids).astype("<i8")).hexdigest()[:8]
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Ids [start, stop), int64."""
