@@ -15,6 +15,7 @@ import json
 import signal
 import sys
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 from arguments import CONFIGS, add_options
@@ -36,6 +37,14 @@ def parse() -> argparse.Namespace:
     what.add_argument("--stage", nargs="+", type=int, choices=range(4), default=[2])
     what.add_argument("--micro_batch", nargs="+", default=["auto"], help='sizes, or "auto" to find the largest')
     what.add_argument("--largest_micro_batch", type=int, default=128, help='where "auto" ends')
+    what.add_argument(
+        "--vary",
+        nargs="+",
+        default=[],
+        metavar="OPTION=VALUE,VALUE",
+        help="of the options below that make steps faster and smaller, all combinations: attention=sdpa,eager "
+        "loss_chunks=1,8 compile=,inductor; an empty value leaves the option out",
+    )
     case = parser.add_argument_group("every case")
     case.add_argument("--model", default="tiny", help="as in launch/pretrain.py")
     case.add_argument("--gpus", type=int, help="default: all of this machine; 2 CPU ranks where it has none")
@@ -70,6 +79,25 @@ def check(arguments: argparse.Namespace, gpus: int) -> list[int] | None:
     return [int(size) for size in arguments.micro_batch]
 
 
+def combinations(vary: list[str]) -> list[str]:
+    """The command-line words of every combination. ValueError for what is no option, or no value of it."""
+    reader = argparse.ArgumentParser(exit_on_error=False, allow_abbrev=False)
+    known = add_options(reader, RunOptions, SPEED)
+    varied = []
+    for word in vary:
+        name, _, values = word.partition("=")
+        if name not in known or not values:
+            raise ValueError(f"--vary {word} is none of {', '.join(known)} with values: write attention=sdpa,eager")
+        options = [f"--{name} {value}" if value else "" for value in values.split(",")]
+        try:
+            for option in options:
+                reader.parse_args(option.split())
+        except argparse.ArgumentError as error:
+            raise ValueError(f"--vary {word}: {error}") from error
+        varied.append(options)
+    return [" ".join(filter(None, chosen)) for chosen in product(*varied)]
+
+
 def main() -> int:
     arguments = parse()
     import torch
@@ -95,10 +123,11 @@ def main() -> int:
         words += [LAUNCH / "pretrain.py", "--deepspeed_config", config, "--output_dir", folder]
         words += ["--micro_batch", case.micro_batch, "--accumulation", 1]
         words += ["--validation_interval", 0, "--save_interval", 0]
-        return [str(word) for word in words] + [str(w) for name, value in options.items() for w in (f"--{name}", value)]
+        words += [word for name, value in options.items() for word in (f"--{name}", value)]
+        return [*map(str, words), *case.options.split()]
 
     try:
-        sizes = check(arguments, gpus)
+        sizes, varied = check(arguments, gpus), combinations(arguments.vary)
         for optimizer in arguments.optimizer:  # a trial: a wrong one must fail now
             check_optimizer_type(sweep.ds_config(optimizer, arguments.stage[0], CONFIGS)["optimizer"]["type"])
         find_model(arguments.model)
@@ -108,10 +137,9 @@ def main() -> int:
     except ValueError as error:
         sys.exit(f"ValueError: {error}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the case that runs is ended too
-    total = len(arguments.optimizer) * len(arguments.stage)
-    sweep.progress(
-        sweep.run_all(cases, arguments.optimizer, arguments.stage, sizes, arguments.largest_micro_batch), total
-    )
+    total = len(arguments.optimizer) * len(arguments.stage) * len(varied)
+    largest = arguments.largest_micro_batch
+    sweep.progress(sweep.run_all(cases, arguments.optimizer, arguments.stage, sizes, largest, varied), total)
     print(sweep.summary(cases.results))
     print(f"{folder}/{RESULTS} has all figures; a page: ds-memopt report {folder}")
     return 0 if any(result["status"] == OK for result in cases.results.values()) else 1

@@ -112,6 +112,28 @@ def test_resumed_sweep_runs_only_what_failed(swept, monkeypatch):
     assert after["wrong-zero3-batch1"]["reason"] == "again"
 
 
+def test_a_sweep_varies_options(tmp_path, monkeypatch):
+    commands = {}
+
+    def start(command, log, timeout):
+        commands[log.parent.name] = " ".join(command)
+        return "failed", "not begun"
+
+    monkeypatch.setattr("ds_memopt.train.sweep._execute", start)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # main's would stay in this process
+    arguments = ["--output_dir", str(tmp_path / "out"), "--optimizer", "AdamW", "--micro_batch", "4"]
+    varied = ["--vary", "attention=sdpa,eager", "compile=,inductor"]
+    assert _throughput([*arguments, *varied, "--loss_chunks", "8"], monkeypatch)() == 1
+    assert list(commands) == [
+        "AdamW-zero2-batch4-attention-sdpa", "AdamW-zero2-batch4-attention-sdpa-compile-inductor",
+        "AdamW-zero2-batch4-attention-eager", "AdamW-zero2-batch4-attention-eager-compile-inductor",
+    ]  # fmt: skip
+    ends = [command.partition("--loss_chunks 8 ")[2] for command in commands.values()]
+    assert [end.partition("--attention")[2] for end in ends] == [
+        " sdpa", " sdpa --compile inductor", " eager", " eager --compile inductor"
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,6 +145,8 @@ def test_resumed_sweep_runs_only_what_failed(swept, monkeypatch):
         (["--gpus", "0"], "--gpus 0 is out of range: it must be more than 0"),
         (["--memory_limit_gib", "-1"], "--memory_limit_gib -1.0 is out of range: it must be more than 0"),
         (["--model", "llama-8b"], "model 'llama-8b' is neither a preset nor a local folder"),
+        (["--vary", "atention=eager"], "--vary atention=eager is none of attention, gradient_checkpointing, "),
+        (["--vary", "attention=eager,flash"], "--vary attention=eager,flash: argument --attention: invalid choice"),
         (["--optimizer", "nowhere.json"], "cannot read the DeepSpeed config nowhere.json: No such file"),
     ],
 )
@@ -183,8 +207,10 @@ def test_summary_compares_with_the_fastest_adamw():
     keys = ("optimizer", "zero_stage", "micro_batch", "tokens_per_s")
     results = {str(row): dict(zip(keys, row, strict=True), status="ok") for row in rows}
     results["oom"] = {"optimizer": "AdamW", "zero_stage": 2, "micro_batch": 2, "status": "out of memory"}
+    results["compiled"] = results[str(rows[2])] | {"options": "--compile inductor", "tokens_per_s": 130.0}
     assert summary(results).splitlines() == [
         "AdamW at ZeRO-2: 100 tokens/s with micro-batches of 1, 0.83 x the fastest AdamW",
         "AdamW at ZeRO-3: 120 tokens/s with micro-batches of 2, 1.00 x the fastest AdamW",
         "AdamMini at ZeRO-2: 180 tokens/s with micro-batches of 4, 1.50 x the fastest AdamW",
+        "AdamMini --compile inductor at ZeRO-2: 130 tokens/s with micro-batches of 1, 1.08 x the fastest AdamW",
     ]

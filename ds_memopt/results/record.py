@@ -63,6 +63,12 @@ def read_results(folder: Path, damaged: list[str] | None = None) -> dict[str, Ca
     return {line["case"]: line for line in _read_lines(folder / RESULTS, _is_case, damaged)}
 
 
+def setting_of(result: CaseResult) -> tuple[str, int]:
+    """What a case has beside its micro-batch: optimizer, by the name of the file if it is one, with options; stage."""
+    optimizer = Path(result["optimizer"].removesuffix(".json")).name
+    return f"{optimizer} {result.get('options', '')}".rstrip(), result["zero_stage"]
+
+
 def write_results(folder: Path, results: Iterable[CaseResult]) -> None:
     write_text(folder / RESULTS, "".join(json.dumps(result) + "\n" for result in results))
 

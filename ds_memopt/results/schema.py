@@ -92,6 +92,8 @@ class CaseResult(TypedDict):
     zero_stage: int
     micro_batch: int
     """Sequences per rank and forward pass."""
+    options: NotRequired[str]
+    """Of the job, that not all cases have, "--attention eager"."""
     status: str
     """OK, OUT_OF_MEMORY, FAILED or TIMEOUT."""
     gpus: NotRequired[int]

@@ -13,6 +13,7 @@ from ds_memopt.measure import GIB, MIB, OTHER, PHASES
 from ds_memopt.results import plots
 from ds_memopt.results.comparison import Summary, figures, number, peak_gib, steady
 from ds_memopt.results.plots import PROCESS, REST, UNDIVIDED
+from ds_memopt.results.record import setting_of
 from ds_memopt.results.schema import CaseResult, Environment, MetricsRow
 
 _FIRST, _LAST = [PROCESS, "weights", "masters", "gradients"], [REST, UNDIVIDED]  # of the parts of a bar
@@ -118,7 +119,7 @@ def _figures(runs: Sequence[Run]) -> Section:
             formulas[run.settings["mfu"]].append(run.name)
     notes = _notes(formulas, runs)
     if largest:
-        notes.append(f"{_LARGEST.strip()}: the largest micro-batch of its sweep, optimizer and ZeRO stage that ran.")
+        notes.append(f"{_LARGEST.strip()}: the largest micro-batch of its sweep, optimizer and stage that ran.")
     if missing:
         notes.append(f"Not recorded by any run: {', '.join(missing)}.")
     return Section(
@@ -134,15 +135,16 @@ def _figures(runs: Sequence[Run]) -> Section:
 
 
 def _sweep(runs: Sequence[Run], failures: Sequence[Failure], name: str, image_name: str) -> Section:
-    """Of each optimizer and ZeRO stage the largest micro-batch that ran and the best speed, and gains over AdamW."""
-    speeds: dict[tuple[str, int], dict[int, float]] = {_setting(case): {} for case in (*runs, *failures)}
+    """Of each setting the largest micro-batch that ran and the best speed, and gains over AdamW."""
+    speeds: dict[tuple[str, int], dict[int, float]] = {setting_of(case.result): {} for case in (*runs, *failures)}
     for run in runs:
-        speeds[_setting(run)][run.result["micro_batch"]] = run.summary.tokens_per_s
+        speeds[setting_of(run.result)][run.result["micro_batch"]] = run.summary.tokens_per_s
     rows = []
     for (optimizer, stage), of_batch in speeds.items():
         largest = max(of_batch, default=0)
         best = max(of_batch, key=of_batch.get, default=None)
-        beyond = [f for f in failures if _setting(f) == (optimizer, stage) and f.result["micro_batch"] > largest]
+        failed = [failure for failure in failures if setting_of(failure.result) == (optimizer, stage)]
+        beyond = [failure for failure in failed if failure.result["micro_batch"] > largest]
         next_one = min(beyond, key=lambda failure: failure.result["micro_batch"], default=None)
         rows.append([
             f"{optimizer}, ZeRO-{stage}",
@@ -166,19 +168,20 @@ def _sweep(runs: Sequence[Run], failures: Sequence[Failure], name: str, image_na
 
 
 def _gains(speeds: Mapping[tuple[str, int], Mapping[int, float]]) -> Iterator[str]:
-    """The best speed of each optimizer over AdamW's, in words."""
+    """The best speed of each optimizer, with its options, over AdamW's with any, in words."""
     best: dict[str, tuple[float, str]] = {}
     for (optimizer, stage), of_batch in speeds.items():
         for batch, speed in of_batch.items():
             best[optimizer] = max(
                 best.get(optimizer, (0.0, "")), (speed, f"{speed:,.0f} at ZeRO-{stage}, micro-batch {batch}")
             )
-    if "AdamW" not in best:
+    adamw = max((name for name in best if name.split()[0] == "AdamW"), key=best.get, default=None)
+    if adamw is None:
         yield "No case of AdamW ran, so there is nothing to measure a gain against."
         return
-    base, base_text = best.pop("AdamW")
+    base, base_text = best.pop(adamw)
     for optimizer, (speed, text) in best.items():
-        yield f"{optimizer} trains {speed / base:.2f} times as many tokens/s as AdamW: {text}, against {base_text}."
+        yield f"{optimizer} trains {speed / base:.2f} times as many tokens/s as {adamw}: {text}, against {base_text}."
 
 
 def _speed(runs: Sequence[Run]) -> Section:
@@ -326,17 +329,12 @@ def _rank(runs: Sequence[Run]) -> str:
     return kinds.pop() if len(kinds) == 1 else "GPU or CPU rank"
 
 
-def _setting(case: Run | Failure) -> tuple[str, int]:
-    """Optimizer, which a sweep may also name by the file of a ds_config, and ZeRO stage."""
-    return Path(case.result["optimizer"].removesuffix(".json")).name, case.result["zero_stage"]
-
-
 def _largest(runs: Sequence[Run]) -> list[Run]:
-    """Of each sweep, optimizer and ZeRO stage the run with the largest micro-batch."""
+    """Of each sweep and setting the run with the largest micro-batch."""
     largest: dict[tuple, Run] = {}
     for run in runs:
         if run.sweep:
-            rival = largest.setdefault((run.sweep, *_setting(run)), run)
+            rival = largest.setdefault((run.sweep, *setting_of(run.result)), run)
             if run.result["micro_batch"] > rival.result["micro_batch"]:
-                largest[run.sweep, *_setting(run)] = run
+                largest[run.sweep, *setting_of(run.result)] = run
     return list(largest.values())

@@ -1,4 +1,4 @@
-"""Many short runs, one for each optimizer, ZeRO stage and micro-batch: what is fastest, and what fits."""
+"""Many short runs, one for each optimizer, ZeRO stage, options and micro-batch: what is fastest, and what fits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from ds_memopt.engines.processes import remove_shared_memory
 from ds_memopt.optimizers import method_of
 from ds_memopt.results.comparison import steady, steps, summarize
-from ds_memopt.results.record import RESULTS, read_json, read_results, write_json, write_results
+from ds_memopt.results.record import RESULTS, read_json, read_results, setting_of, write_json, write_results
 from ds_memopt.results.schema import FAILED, OK, OUT_OF_MEMORY, TIMEOUT, CaseResult
 from ds_memopt.train.config import load_config, override_optimizer
 from ds_memopt.train.launcher import free_port
@@ -32,15 +33,18 @@ _ERROR = re.compile(r"^(?:\[rank\d+\]: ?)?([\w.]*(?:Error|Exception|Interrupt)\b
 
 @dataclass(frozen=True)
 class Case:
-    """One run. optimizer: a type of DeepSpeed's JSON or of ours, or a ds_config whose optimizer block is taken."""
+    """One run. optimizer: a type of DeepSpeed's JSON or of ours, or a ds_config whose optimizer block is taken.
+    options: further words of the job's command line."""
 
     optimizer: str
     zero_stage: int
     micro_batch: int
+    options: str = ""
 
     @property
     def name(self) -> str:
-        return f"{Path(self.optimizer).stem}-zero{self.zero_stage}-batch{self.micro_batch}"
+        further = "".join(f"-{word.removeprefix('--')}" for word in self.options.split())
+        return f"{Path(self.optimizer).stem}-zero{self.zero_stage}-batch{self.micro_batch}{further}"
 
 
 def ds_config(optimizer: str, zero_stage: int, configs: Path) -> dict[str, Any]:
@@ -143,11 +147,11 @@ class Sweep:
         }
         return result | (_figures(folder) if status == OK else {})
 
-    def largest_micro_batch(self, optimizer: str, zero_stage: int, largest: int) -> None:
+    def largest_micro_batch(self, optimizer: str, zero_stage: int, options: str, largest: int) -> None:
         """Find it, by running cases. A case that fails for another reason than memory ends the search."""
 
         def fits(size: int) -> bool:
-            status = self.run(Case(optimizer, zero_stage, size))["status"]
+            status = self.run(Case(optimizer, zero_stage, size, options))["status"]
             if status not in (OK, OUT_OF_MEMORY):
                 raise _SearchEnded
             return status == OK
@@ -161,16 +165,20 @@ class _SearchEnded(Exception):
 
 
 def run_all(
-    sweep: Sweep, optimizers: list[str], stages: list[int], micro_batches: list[int] | None, largest: int
+    sweep: Sweep,
+    optimizers: list[str],
+    stages: list[int],
+    micro_batches: list[int] | None,
+    largest: int,
+    options: list[str],
 ) -> Iterator[None]:
-    """Run every combination; yields after each optimizer and stage. micro_batches: None to find the largest."""
-    for optimizer in optimizers:
-        for stage in stages:
-            if micro_batches is None:
-                sweep.largest_micro_batch(optimizer, stage, largest)
-            for size in micro_batches or ():
-                sweep.run(Case(optimizer, stage, size))
-            yield
+    """Run every combination; yields after each but for micro-batches. micro_batches: None to find the largest."""
+    for optimizer, stage, words in product(optimizers, stages, options):
+        if micro_batches is None:
+            sweep.largest_micro_batch(optimizer, stage, words, largest)
+        for size in micro_batches or ():
+            sweep.run(Case(optimizer, stage, size, words))
+        yield
 
 
 def _type(optimizer: str) -> str:
@@ -234,18 +242,18 @@ def describe(result: CaseResult) -> str:
 
 
 def summary(results: dict[str, CaseResult]) -> str:
-    """The fastest case of each optimizer and stage, beside the fastest of AdamW at any stage, as text."""
+    """The fastest case of each optimizer, options and stage, beside the fastest of AdamW with any, as text."""
     best: dict[tuple[str, int], CaseResult] = {}
     for result in results.values():
-        setting = result["optimizer"], result["zero_stage"]
+        setting = setting_of(result)
         if result["status"] == OK and (setting not in best or result["tokens_per_s"] > best[setting]["tokens_per_s"]):
             best[setting] = result
-    of_adamw = [result["tokens_per_s"] for (optimizer, _), result in best.items() if optimizer == "AdamW"]
+    of_adamw = [result["tokens_per_s"] for (optimizer, _), result in best.items() if optimizer.split()[0] == "AdamW"]
     lines = []
     for (optimizer, stage), result in best.items():
         gain = f", {result['tokens_per_s'] / max(of_adamw):.2f} x the fastest AdamW" if of_adamw else ""
         lines.append(
-            f"{Path(optimizer).stem} at ZeRO-{stage}: {result['tokens_per_s']:.0f} tokens/s with micro-batches of "
+            f"{optimizer} at ZeRO-{stage}: {result['tokens_per_s']:.0f} tokens/s with micro-batches of "
             f"{result['micro_batch']}{gain}"
         )
     return "\n".join(lines) or "no case was ok: see the reasons above"
@@ -253,5 +261,5 @@ def summary(results: dict[str, CaseResult]) -> str:
 
 def progress(combinations: Iterator[None], total: int) -> None:
     """Run them, with a progress line that tells the time left."""
-    for _ in tqdm(combinations, total=total, unit="optimizer x stage"):
+    for _ in tqdm(combinations, total=total, unit="setting"):
         pass
