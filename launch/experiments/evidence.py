@@ -35,7 +35,7 @@ BADAM = {"switch_every": 12, "include_embedding": True, "include_lm_head": True}
 def methods(adamw_lr: float) -> dict[str, tuple[str, dict, tuple[float, ...]]]:
     """Name -> type, hyper-parameters, lrs to try. GWT's matrices see lr * scale, its other weights dense_lr."""
     gwt = {"scale": 0.25, "dense_lr": adamw_lr}
-    rates = (4 * adamw_lr, 8 * adamw_lr, 16 * adamw_lr)
+    rates = (2 * adamw_lr, 4 * adamw_lr, 8 * adamw_lr)
     return {
         "AdamMini": ("AdamMini", {}, (adamw_lr, adamw_lr / 2, adamw_lr / 4)),
         "GWT-2": ("GWT", gwt | {"level": 2}, rates),
