@@ -252,7 +252,7 @@ class _FlatPartitions(_Planned):
     def step_bytes(self) -> int | None:
         """Where no kernel is fused, what PyTorch's operators move."""
         fused = super().step_bytes()
-        return self.of_operators.total if fused is None else fused
+        return self.of_operators if fused is None else fused
 
     def _step(self, layout: FlatPartitions | WholeMasters | PlannedRows) -> int:
         """Make a step with all states; returns the bytes that are summed over the ranks."""
@@ -266,15 +266,20 @@ class _FlatPartitions(_Planned):
         def begin(_: Seams, slots: torch.Tensor) -> Callable[[], None]:
             return lambda: sums.append(slots.nbytes)
 
-        with (
-            BytesMoved() as self.of_operators,
-            mock.patch.multiple(Seams, begin_sum=begin, begin_max=begin),
-            mock.patch.object(packed, "rounding_bits", _once_for_each_size(self.of_operators)),
-        ):
-            optimizer.step()  # which makes the states
-            sums.clear()
-            self.of_operators.total = 0
-            optimizer.step()
+        with mock.patch.multiple(Seams, begin_sum=begin, begin_max=begin):
+            with (
+                mock.patch.object(packed, "rounding_bits", _no_bits),
+                mock.patch.object(packed.Segment, "scales_of", _no_places),
+            ):
+                optimizer.step()  # which makes the states
+            if super().step_bytes() is None:  # no kernel is fused
+                sums.clear()
+                with (
+                    BytesMoved() as counted,
+                    mock.patch.object(packed, "rounding_bits", _once_for_each_size(counted)),
+                ):
+                    optimizer.step()
+                self.of_operators = counted.total
         if sums:
             self.send("all_reduce", sum(sums))
         return sum(sums)
@@ -466,9 +471,19 @@ def _layers(model: nn.Module) -> list[str]:
         return []
 
 
+def _no_bits(part: packed.Segment, step: int, probe: int, device: torch.device) -> torch.Tensor:
+    """In the place of `packed.rounding_bits`, whose formula would take most of a step on tensors that hold nothing."""
+    return torch.empty(part.count, dtype=torch.int32, device=device)
+
+
+def _no_places(part: packed.Segment, device: torch.device) -> torch.Tensor:
+    """In the place of `packed.Segment.scales_of`, likewise."""
+    return torch.empty(part.count, dtype=torch.int64, device=device)
+
+
 def _once_for_each_size(counted: BytesMoved) -> Callable[..., torch.Tensor]:
-    """In the place of `packed.rounding_bits`, whose formula would take most of a step on tensors that hold nothing: it
-    runs once for each number of bits, and then what it moves is added."""
+    """As `_no_bits`, where what is moved is counted: the formula runs once for each number of bits, and then what it
+    moves is added."""
     moved: dict[tuple[int, int], int] = {}
     rounding_bits = packed.rounding_bits
 
@@ -480,7 +495,7 @@ def _once_for_each_size(counted: BytesMoved) -> Callable[..., torch.Tensor]:
             before = counted.total
             rounding_bits(part, step, probe, device)
             moved[size] = counted.total - before
-        return torch.empty(part.count, dtype=torch.int32, device=device)
+        return _no_bits(part, step, probe, device)
 
     return bits
 
