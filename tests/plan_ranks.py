@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from release_ranks import GradientsAlive
 from tiny import ds_config, initialize, llama, local
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LambdaLR
 
 from ds_memopt.engines.fsdp2_engine import Fsdp2Engine, shard
@@ -18,6 +19,7 @@ METHODS = {
     "AdamW": {},
     "AdamMini": {},
     "AdamMini, release": {"release_gradients": True},
+    "AdamMini, once": {},
     "AdamMini, compact": {"state_dtype": "int8", "masters": "remainder16"},
     "GWT": {},
     "GWT, release": {"release_gradients": True},
@@ -46,8 +48,17 @@ PLACEMENTS = {
     "zero3, all": {"stage": 3, **SMALL},
     "fsdp2": {"stage": "FSDP2"},
 }
-UNDER_FSDP2 = ("AdamW", "AdamMini", "AdamMini, release", "AdamMini, compact", "GWT", "GWT, release", "GWT, compact")
-UNDER_FSDP2_WITH_MORE_RANKS = ("AdamMini", "AdamMini, release", "GWT", "GWT, release", "GWT, compact")
+UNDER_FSDP2 = (
+    "AdamW",
+    "AdamMini",
+    "AdamMini, once",
+    "AdamMini, release",
+    "AdamMini, compact",
+    "GWT",
+    "GWT, release",
+    "GWT, compact",
+)
+UNDER_FSDP2_WITH_MORE_RANKS = ("AdamMini", "AdamMini, once", "AdamMini, release", "GWT", "GWT, release", "GWT, compact")
 FP32 = [("AdamW", "zero2"), ("AdamMini", "zero3"), ("GWT", "zero0"), ("IPSGD", "zero1")]
 """Tried in fp32 as well."""
 WITH_MORE_RANKS = ("AdamMini", "GWT", "BAdam", "MeZO", "IPSGD")
@@ -60,7 +71,7 @@ def cases(ranks: int) -> list[tuple[str, str, str]]:
     """(method, placement, dtype). To save time, options and more ranks, which change sizes alone, under few placements,
     and the longest distance for one method of each way through the model."""
     under_fsdp2 = [(method, "fsdp2", "bf16") for method in UNDER_FSDP2]
-    in_zero = [method for method in METHODS if not METHODS[method].get("release_gradients")]
+    in_zero = [method for method in METHODS if not method.endswith(("release", "once"))]
     if ranks > 2:
         few = [(method, placement, "bf16") for method in WITH_MORE_RANKS for placement in FEW]
         return few + [case for case in under_fsdp2 if case[0] in UNDER_FSDP2_WITH_MORE_RANKS]
@@ -100,8 +111,19 @@ def under_fsdp2(method: str) -> dict:
         optimizer = torch.optim.AdamW(param_groups(model), lr=1e-4)
     else:
         optimizer = OURS[type_of(method)].from_model(model, param_groups(model), lr=1e-4, **METHODS[method])
-    engine = Fsdp2Engine(model, optimizer, LambdaLR(optimizer, lambda _: 1.0), 1, 0.0, None)
-    return measured_in(engine, torch.device("cpu"), method) | {"most": alive.most}
+    once, schedule = method.endswith("once"), LambdaLR(optimizer, lambda _: 1.0)
+    engine = Fsdp2Engine(model, optimizer, schedule, 2 if once else 1, 0.0, None, reduce_once=once)
+    whole, step = [], engine.step
+    engine.step = lambda: (whole.append(kept_whole(model)), step())
+    result = measured_in(engine, torch.device("cpu"), method) | {"most": alive.most}
+    return result | {"gradients": whole[0]} if once else result
+
+
+def kept_whole(model) -> int:
+    """Bytes of the gradients that FSDP2 has not reduced yet."""
+    units = [one._get_fsdp_state()._fsdp_param_group for one in model.modules() if isinstance(one, FSDPModule)]
+    kept = [p.unsharded_accumulated_grad for unit in units for p in unit.fsdp_params]
+    return sum(gradient.nbytes for gradient in kept if gradient is not None)
 
 
 def measured(method: str, placement: str, dtype: str) -> dict:

@@ -33,6 +33,7 @@ def predicted(case: tuple, ranks: int, rank: int, **other) -> Prediction:
     method, placement, dtype = case
     zero = dict(PLACEMENTS[placement])
     arguments = {"stage": zero.pop("stage"), "ranks": ranks, "rank": rank, "dtype": dtype, "zero": zero}
+    arguments["reduce_once"] = method.endswith("once")
     model = llama(**SIZES)
     return predict(model, type_of(method), METHODS[method], params=param_groups(model), **arguments | other)
 
@@ -178,6 +179,8 @@ def test_badam_keeps_residuals_of_all_blocks():
         ({"stage": 4}, "stage=4 is out of range"),
         ({"stage": "FSDP2", "method": "BAdam"}, "stage='FSDP2' is out of range: it must be one of 0, 1, 2, 3"),
         ({"stage": "FSDP2", "zero": {"overlap_comm": True}}, "it must be left out with FSDP2"),
+        ({"reduce_once": True}, "reduce_once is FSDP2's, and stage=2: leave it out"),
+        ({"reduce_once": True, "stage": "FSDP2", "options": {"release_gradients": True}}, "give one of them"),
         ({"options": {"release_gradients": True}}, "Set release_gradients to false, or use FSDP2"),
         ({"ranks": 0}, "ranks=0 is out of range"),
         ({"rank": 2}, "rank=2 is out of range: it must be from 0 to 1"),
@@ -293,6 +296,17 @@ def test_a_config_that_releases_gradients_is_planned_under_fsdp2(tmp_path, capsy
     config = load_config(str(best))
     assert config["gradient_accumulation_steps"] == 1 and config["gradient_clipping"] == 0.0
     assert config["optimizer"]["params"]["release_gradients"] and "zero_optimization" not in config
+
+
+def test_fsdp2_is_planned_if_it_is_asked_for(capsys):
+    """With whole gradients of the model's 4,852,992 weights."""
+    arguments = ["plan", "--model", "tiny", "--gpus", "2", "--gpu_memory", "16GB", "--seq_length", "128", "--fsdp2"]
+    assert main([*arguments, "--reduce_once", "--by_kind"]) == 0
+    printed = capsys.readouterr().out
+    assert "Recommended: AdamW at FSDP2" in printed and "ZeRO-" not in printed
+    assert printed.count(f"gradients {4 * 4_852_992:>18,}") == printed.count(" at FSDP2, bytes of a rank") == 4
+    assert main(arguments[:-1] + ["--reduce_once"]) == 2
+    assert "--reduce_once is FSDP2's: add --fsdp2" in capsys.readouterr().err
 
 
 def built_tiny():

@@ -20,7 +20,7 @@ from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.optimizers.base.hyper_parameters import check_range
 from ds_memopt.plan.activations import Activations, measure_activations
 from ds_memopt.plan.planned_layout import FSDP2, Stage
-from ds_memopt.plan.predict import DTYPES, RULES, Prediction, predict
+from ds_memopt.plan.predict import DTYPES, RULES, Prediction, predict, stages_of
 from ds_memopt.results.record import write_json
 from ds_memopt.train.config import AUTO, load_config
 from ds_memopt.train.flops import model_flops
@@ -41,7 +41,7 @@ besides: buckets, gathered weights, gradients on their way. batch, select., chec
 without activation checkpointing, with selective and with full; "-" where none does. BAdam: while its largest block
 trains.
 gain: how many times fewer bytes a sequence costs on the wire, in the largest micro-batch, than with AdamW at the stage
-where that sends least. FSDP2: weights and gradients in fp32, with release_gradients.
+where that sends least. FSDP2: weights and gradients in fp32.
 """
 FASTER = """\
 faster: a step for a sequence, than AdamW's where that is fastest, if GPUs keep {tflops:g} TFLOP/s, send {bandwidth} a \
@@ -141,13 +141,15 @@ def compare_methods(
     dtype: str = "bf16",
     loss_chunks: int = 1,
     attention: str = "sdpa",
+    fsdp2: bool = False,
+    reduce_once: bool = False,
 ) -> Comparison:
-    """Every method at every stage, or with release_gradients under FSDP2.
+    """Every method at every stage, or under FSDP2, if that is asked for and with release_gradients.
 
     methods: types, with the options that they have by default, or paths of ds_configs whose optimizer block is taken.
     model: a preset, a folder with a Hugging Face config.json, or such a configuration. gpus: ranks. gpu_memory: bytes
         of each that a run may use. seq_length: tokens of each sequence. loss_chunks, attention: as the jobs' options;
-        methods that compare losses have whole logits.
+        methods that compare losses have whole logits. reduce_once: of FSDP2, as the job's option.
 
     Raises ValueError for a number out of range, an unknown method, or a model that is not found.
     """
@@ -165,9 +167,10 @@ def compare_methods(
     zero = {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": bucket}
     rows = []
     for name, method, options in named:
-        for stage in _stages(method, options):
-            of_zero = {} if stage == FSDP2 else zero
-            prediction = predict(built, method, options, stage=stage, ranks=gpus, dtype=dtype, zero=of_zero)
+        for stage in (FSDP2,) if fsdp2 else _stages(method, options):
+            of_zero, once = ({}, reduce_once) if stage == FSDP2 else (zero, False)
+            place = {"stage": stage, "ranks": gpus, "zero": of_zero, "reduce_once": once}
+            prediction = predict(built, method, options, dtype=dtype, **place)
             fits = [_largest(prediction, _needed(method, measure, kind, loss_chunks), gpu_memory) for kind in kinds]
             per_sequence = None if isinstance(flops, str) else flops.per_token * seq_length
             rows.append(Candidate(Path(name).stem, method, options, stage, of_zero, prediction, *fits, per_sequence))
@@ -318,6 +321,8 @@ def run(
     dtype: str,
     loss_chunks: int,
     attention: str,
+    fsdp2: bool,
+    reduce_once: bool,
     tflops: float | None,
     bandwidth: str | None,
     gpu: str | None,
@@ -330,8 +335,12 @@ def run(
     if tflops is not None:
         check_range("tflops", tflops, tflops > 0, "a number > 0", "Half of the data sheet's is usual.")
     memory_bandwidth = MEMORY_BANDWIDTH[gpu] if gpu else None
-    methods = NEAREST_TO_ADAMW_FIRST if optimizer == "all" else tuple(optimizer.split(","))
-    compared = compare_methods(model, gpus, bytes_of(gpu_memory), seq_length, methods, dtype, loss_chunks, attention)
+    if reduce_once and not fsdp2:
+        raise ValueError("--reduce_once is FSDP2's: add --fsdp2, or leave it out.")
+    known = [name for name in NEAREST_TO_ADAMW_FIRST if not fsdp2 or FSDP2 in stages_of(name)]
+    methods = known if optimizer == "all" else optimizer.split(",")
+    given = (gpus, bytes_of(gpu_memory), seq_length)
+    compared = compare_methods(model, *given, methods, dtype, loss_chunks, attention, fsdp2, reduce_once)
     names = ("plain", "selective", "checkpointed", "logits")
     rows, sizes = compared.rows, {name: getattr(compared, name) / GIB for name in names}
     print(HEADING.format(model=model, gpus=gpus, gpu_memory=gpu_memory, seq_length=seq_length, dtype=dtype, **sizes))
