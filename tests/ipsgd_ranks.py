@@ -36,7 +36,7 @@ from ds_memopt.engines.checkpoint_files import load_only_data
 from ds_memopt.measure import CommunicationMeter
 from ds_memopt.optimizers import METHODS
 
-STEPS = 3
+STEPS = 2
 BF16 = {"bf16": {"enabled": True}}
 SMALL = {"reduce_bucket_size": 3000}
 THRESHOLD = 11
@@ -63,39 +63,46 @@ PLACEMENTS = {
     "zero3, offload of parameters": {"stage": 3, "zero_optimization": {"offload_param": {"device": "cpu"}}},
 }
 FEW = ("zero0", "zero2, small buckets", "zero3, small buckets")
-TRIED = {name: tuple(PLACEMENTS) if name in ("IPSGD", "Addax") else FEW for name in OPTIONS}
-"""Placements under which each of the options is tried."""
+TRIED = dict.fromkeys(("IPSGD, tensor", "IPSGD, two passes", "AdaLomo"), FEW) | {
+    "IPSGD": tuple(PLACEMENTS),
+    "AdaLomo, two passes": FEW[2:],
+    "Addax": (*FEW, "zero3, offload of parameters"),
+    "Addax, two passes": FEW[1:],
+    "Addax, tensor": FEW[:1],
+}
+"""Placements under which each of the options is tried on two ranks."""
 LENGTHS = (12, 16, 6, 13, 10, 8, 7, 14, 9, 15, 16, 5)
 ORDERS = {
     "mixed": range(GLOBAL_BATCH),
     "long first": sorted(range(GLOBAL_BATCH), key=LENGTHS.__getitem__, reverse=True),
     "short first": sorted(range(GLOBAL_BATCH), key=LENGTHS.__getitem__),
 }
-EMPTY = {
-    "long on one rank": {"order": "long first"},
-    "long on the other": {"order": "short first"},
-    "all short": {"threshold": 16},
-    "all long": {"threshold": 4},
-    "no labels on one rank": {"order": "long first", "labels_from": 8},
-}
-"""Batches of which a rank, or all, lack a half."""
-EMPTY_AT = [(stage, case) for stage in (2, 3) for case in EMPTY] + [(0, "long on one rank")]
-"""With the stage: at ZeRO-0 only whether a rank without the half takes part in the sum."""
+EMPTY = (
+    {"order": "long first"}, {"order": "short first"}, {"longest": THRESHOLD}, {"shortest": THRESHOLD + 1},
+    {"order": "long first", "labels_from": 8},
+)  # fmt: skip
+"""Batches of whose halves a rank, or all, lack the rows or the labels: each is a step's."""
 NO_LABELS, HALF = {"order": "long first", "labels_from": 12}, ("IPSGD, two passes", "AdaLomo")
 """One of two ranks has no labels at all; where."""
 
 
 def hyper_of(options: str) -> dict:
-    return {"lr": 0.03 if "AdaLomo" in options else 0.1, "weight_decay": 0.1} | OPTIONS[options]
+    return (
+        {"lr": 1e-4}
+        if options == "AdamW"
+        else {"lr": 0.03 if "AdaLomo" in options else 0.1, "weight_decay": 0.1} | OPTIONS[options]
+    )
 
 
-def data(order: str = "mixed", steps: int = STEPS, labels_from: int | None = None, **_) -> list[dict]:
+def data(
+    order: str = "mixed", steps: int = STEPS, labels_from: int | None = None, shortest: int = 0, longest: int = 16
+) -> list[dict]:
     """Global batches of padded rows, each with a prompt, so that their numbers of labels differ.
 
-    labels_from: only of this row on have labels.
+    labels_from: only rows of this length on have labels.
     """
     results, place = [], torch.arange(16)
-    lengths = torch.tensor(LENGTHS)
+    lengths = torch.tensor(LENGTHS).clamp(shortest, longest)
     for tokens in batches(steps):
         there = place < lengths[:, None]
         counted = there & (place >= tokens[:, :1] % 4)
@@ -106,14 +113,18 @@ def data(order: str = "mixed", steps: int = STEPS, labels_from: int | None = Non
     return results
 
 
+def lacking_halves() -> list[dict]:
+    return [data(**case, steps=step + 1)[step] for step, case in enumerate(EMPTY)]
+
+
 def local(batch: dict) -> dict:
     """This rank's rows, padded to their longest."""
     mine = {key: value.chunk(dist.get_world_size())[dist.get_rank()] for key, value in batch.items()}
     return {key: value[:, : mine["attention_mask"].sum(1).max()] for key, value in mine.items()}
 
 
-def long_rows(batch: dict, threshold: int) -> torch.Tensor:
-    return batch["attention_mask"].sum(1) > threshold
+def long_rows(batch: dict) -> torch.Tensor:
+    return batch["attention_mask"].sum(1) > THRESHOLD
 
 
 def take(batch: dict, rows: torch.Tensor) -> dict | None:
@@ -129,26 +140,24 @@ def sum_of_losses(model, batch: dict | None) -> tuple[torch.Tensor, int]:
     return (total, int((labels != -100).sum())) if batch is not None else (total * 0, 0)
 
 
-def plain(model, options: str, global_batches: list[dict], mine: Callable = lambda batch: batch, threshold=THRESHOLD):
+def plain(model, options: str, global_batches: list[dict], mine: Callable = lambda batch: batch):
     """Weights after steps with closures, without DeepSpeed. mine: picks this rank's rows."""
     optimizer = METHODS[type_of(options)].from_model(model, model.parameters(), **hyper_of(options))
     for batch in map(mine, global_batches):
-        go_on(model, optimizer, batch, threshold)
+        if isinstance(optimizer, Addax):
+            above = long_rows(batch)
+            zo, fo = take(batch, above), take(batch, ~above)
+            optimizer.step(lambda zo=zo: sum_of_losses(model, zo), lambda fo=fo: sum_of_losses(model, fo))
+        else:
+            optimizer.step(lambda batch=batch: sum_of_losses(model, batch))
     return full_parameters(model)
 
 
-def go_on(model, optimizer, batch: dict, threshold: int = THRESHOLD) -> None:
-    if isinstance(optimizer, Addax):
-        above = long_rows(batch, threshold)
-        zo, fo = take(batch, above), take(batch, ~above)
-        optimizer.step(lambda: sum_of_losses(model, zo), lambda: sum_of_losses(model, fo))
-    else:
-        optimizer.step(lambda: sum_of_losses(model, batch))
-
-
-def engine_of(stage: int, options: str, hyper: dict | None = None, zero_init=False, make: Callable = llama, **changes):
+def engine_of(stage: int, options: str, hyper=None, zero_init=False, make: Callable = llama, weights=None, **changes):
     config = ds_config(stage, type_of(options), hyper_of(options) | (hyper or {}), **changes)
     model = llama_under_zero_init(config) if zero_init else make()
+    if weights:
+        model.load_state_dict(weights)
     return initialize(model, config, model_parameters=model.parameters())
 
 
@@ -173,7 +182,7 @@ def cuts_a_row(engine) -> bool:
     return any(end % shapes[name][-1] for name, end in ends if len(shapes[name]) == 2)
 
 
-def exact(tried: dict[str, tuple] = TRIED) -> dict[str, dict]:
+def exact(tried: dict[str, tuple]) -> dict[str, dict]:
     """{options: {placement: weights}}."""
     results = {}
     for options, placements in tried.items():
@@ -187,22 +196,10 @@ def exact(tried: dict[str, tuple] = TRIED) -> dict[str, dict]:
     return results
 
 
-def some_exact() -> dict[str, dict]:
-    """The same on ranks that divide neither rows nor parameters."""
-    results = {}
-    for options in ("IPSGD, tensor", "AdaLomo, two passes", "Addax"):
-        results[options] = {"fsdp2": plain(shard_fsdp2(llama()), options, data(), local)}
-        for placement in ("zero0", "zero2, small buckets", "zero3"):
-            with running(**PLACEMENTS[placement], options=options) as engine:
-                train(engine, data())
-                results[options][placement] = full_parameters(engine.module)
-    return results
-
-
 def hsdp() -> dict[str, dict]:
     """Shards on two of four ranks, twice."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
-    tried = ("IPSGD, tensor", "IPSGD, two passes", "AdaLomo", "Addax")
+    tried = ("AdaLomo, two passes", "Addax, tensor")
     return {options: plain(shard_fsdp2(llama(), mesh), options, data(), local) for options in tried}
 
 
@@ -219,18 +216,30 @@ def unchanged_loop_of_fsdp2(options: str) -> dict[str, torch.Tensor]:
     return full_parameters(model)
 
 
-def empty(stage: int, case: dict, options: str = "Addax") -> tuple[dict, int]:
-    threshold = {"length_threshold": case.get("threshold", THRESHOLD)} if options == "Addax" else {}
-    with running(stage, options, threshold) as engine:
-        train(engine, data(**case))
+def weights_and_skipped(stage: int, options: str, some_batches: list[dict]) -> tuple[dict, int]:
+    with running(stage, options) as engine:
+        train(engine, some_batches)
         return full_parameters(engine.module), engine.skipped_steps
+
+
+def without_threshold() -> list[dict[str, torch.Tensor]]:
+    """Weights where both halves are the whole batch: as it is, and with its number of tokens, which Trainer tells."""
+    results = []
+    for told in (False, True):
+        with running(2, "Addax", {"length_threshold": None}) as engine:
+            for batch in data():
+                count = {"num_items_in_batch": (batch["labels"][:, 1:] != -100).sum()}
+                engine.backward(engine(**batch, **(count if told else {})).loss)
+                engine.step()
+            results.append(full_parameters(engine.module))
+    return results
 
 
 def by_train_step(stage: int, options: str, order: str) -> dict[str, torch.Tensor]:
     """With a batch; for Addax one for each half, None where this rank has no rows of it."""
     with running(stage, options, {"length_threshold": None} if options == "Addax" else {}) as engine:
         for batch in map(local, data(order)):
-            above = long_rows(batch, THRESHOLD)
+            above = long_rows(batch)
             engine.train_step(*([take(batch, above), take(batch, ~above)] if options == "Addax" else [batch]))
         return full_parameters(engine.module)
 
@@ -272,48 +281,41 @@ def with_accelerate(stage: int, options: str) -> dict[str, torch.Tensor]:
     return weights
 
 
-def in_bf16() -> dict[str, dict]:
-    """{options: {placement: weights}}; "fp32 sums": gradients added up in fp32, before any rule, so for one."""
-    cases = {name: {"stage": stage} for stage, name in enumerate(("zero0", "zero1", "zero2", "zero3"))}
-    fp32 = {f"{name}, fp32 sums": case | {"communication_data_type": "fp32"} for name, case in cases.items()}
-    results = {}
-    for options in ("IPSGD", "AdaLomo", "Addax"):
-        results[options] = {"fsdp2": plain(shard_fsdp2(bf16_llama()), options, data(), local)}
-        for name, case in (cases | fp32 if options == "IPSGD" else cases).items():
-            with running(options=options, make=bf16_llama, **case, **BF16) as engine:
-                train(engine, data())
-                results[options][name] = full_parameters(engine.module)
-    return results
+STAGES = (0, 2, 3)
+"""What steps do is the same at ZeRO-1 and 2."""
 
 
-TRAFFIC = ("IPSGD", "AdaLomo", "Addax")
-
-
-def traffic(options: str, stage: int) -> dict:
-    """What a step sends after DeepSpeed has traced the first ones."""
-    # As in a model of usual size: a layer is gathered anew for backward, and for both halves of Addax at once.
-    anew = {"stage3_max_reuse_distance": 30000 if options == "Addax" else 0, "stage3_prefetch_bucket_size": 0}
-    case = {"zero_optimization": anew if stage == 3 else {}, **BF16}
-    if options == "AdamW":
-        model = llama()
-        engine = initialize(model, ds_config(stage, "AdamW", {"lr": 1e-4}, **case), model_parameters=model.parameters())
-    else:
-        engine = engine_of(stage, options, **case)
-    train(engine, data(steps=7)[: 6 if stage == 3 else 1])
-    with CommunicationMeter() as meter:
-        train(engine, data(steps=7)[6:])
-    engine.destroy()
-    return {"sent": meter.bytes_sent(), "by collective": meter.by_collective()}
+def in_bf16() -> tuple[dict[str, dict], dict[tuple[str, int], int]]:
+    """{options: {placement: weights}}, and what the last step has sent, also that of AdamW. "fp32 sums": gradients
+    added up in fp32, before any rule, so for one."""
+    fsdp2 = {o: {"fsdp2": plain(shard_fsdp2(bf16_llama()), o, data(), local)} for o in ("IPSGD", "AdaLomo", "Addax")}
+    results, sent = fsdp2 | {"AdamW": {}}, {}
+    for options in results:
+        for stage in STAGES:
+            # As in a model of usual size: a layer is gathered anew for backward, and for both halves of Addax at once.
+            anew = {"stage3_max_reuse_distance": 30000 if options == "Addax" else 0, "stage3_prefetch_bucket_size": 0}
+            case = {"zero_optimization": anew if stage == 3 else {}, **BF16}
+            if options == "IPSGD":
+                with running(stage, options, make=bf16_llama, communication_data_type="fp32", **case) as engine:
+                    train(engine, data())
+                    results[options][f"zero{stage}, fp32 sums"] = full_parameters(engine.module)
+            with running(stage, options, make=bf16_llama, **case) as engine:
+                train(engine, data()[:-1])
+                with CommunicationMeter() as meter:
+                    train(engine, data()[-1:])
+                results[options][f"zero{stage}"] = full_parameters(engine.module)
+                sent[options, stage] = meter.bytes_sent()
+    return results, sent
 
 
 WARMUP = {"warmup_min_lr": 0.01, "warmup_max_lr": 0.1, "warmup_num_steps": 3, "warmup_type": "linear"}
 
 
 def skipping(stage: int, options: str) -> tuple[list[tuple], dict[str, torch.Tensor]]:
-    """What four steps counted, in the second of which the last rank's loss is not finite, and the weights."""
+    """What three steps counted, in the second of which the last rank's loss is not finite, and the weights."""
     counted, last = [], dist.get_rank() == dist.get_world_size() - 1
     with running(stage, options, scheduler={"type": "WarmupLR", "params": WARMUP}) as engine:
-        for step, batch in enumerate(map(local, data(steps=4))):
+        for step, batch in enumerate(map(local, data(steps=3))):
             before = full_parameters(engine.module)
             loss = engine(**batch).loss
             engine.backward(loss * float("nan") if step == 1 and last else loss)
@@ -329,93 +331,82 @@ def held(optimizer) -> dict:
     return {"parts": parts, "progress": copy.deepcopy(optimizer.progress)}
 
 
-RESUMED = ("AdaLomo", "Addax, two passes")
-SAVED_AT = (0, 2, 3)
-"""The stages; what ZeRO-2 saves is taken over by ZeRO-1 as well."""
+RESUMED = [("AdaLomo", 0), ("AdaLomo", 2), ("Addax, two passes", 2), ("Addax, two passes", 3)]
+"""With the stage; what ZeRO-2 saves is taken over elsewhere as well."""
 
 
 def resumed(folder: Path, stage: int, options: str) -> dict[str, dict[str, torch.Tensor]]:
     """Weights at a checkpoint, at the end, and at the end after loading it anew."""
-    case, steps, file = {"stage": stage, "options": options, **BF16}, data(steps=5), folder / f"{options} {stage}"
+    case, steps, file = {"stage": stage, "options": options, **BF16}, data(steps=3), folder / f"{options} {stage}"
     with running(**case) as engine:
-        train(engine, steps[:3])
+        train(engine, steps[:2])
         engine.save_checkpoint(file)
         results = {"saved": full_parameters(engine.module), **held(engine.basic_optimizer)}
-        train(engine, steps[3:])
+        train(engine, steps[2:])
         results["end"] = full_parameters(engine.module)
     with running(**case) as engine:
-        train(engine, steps[3:4])  # what it knew before must go
+        train(engine, steps[2:])  # what it knew before must go
         load_only_data(engine)
         results["message"] = message(engine.load_checkpoint, file)
         results["loaded"] = full_parameters(engine.module)
-        train(engine, steps[3:])
+        train(engine, steps[2:])
         results["resumed"] = full_parameters(engine.module)
     return results
 
 
-def elsewhere(folder: Path, options: str, weights: dict, parts: list, progress: dict) -> dict[str, dict]:
-    """On any number of ranks: what is held of a run that was saved on two, and the weights at its end."""
+ELSEWHERE = (("AdaLomo", 1), ("AdaLomo", 3), ("Addax, two passes", 0))
+"""Which of them go on at which stage: at ZeRO-1 from the file, else from what was held, by the parameters' names."""
 
-    def saved_model():
-        model = bf16_llama()
-        model.load_state_dict(weights)
-        return model
 
-    results, steps = {}, data(steps=5)[3:]
-    with running(1, options, **BF16) as engine:
-        engine.load_checkpoint(folder / f"{options} 2")
-        results["zero1"] = held(engine.basic_optimizer)
-        train(engine, steps)
-        results["zero1"]["end"] = full_parameters(engine.module)
-    for stage in (0, 3):
-        with running(stage, options, make=saved_model, **BF16) as engine:
-            engine.basic_optimizer.load_named_state(parts, progress)
-            results[f"zero{stage}, by name"] = held(engine.basic_optimizer)
+def elsewhere(folder: Path, saved: dict[str, tuple]) -> dict[tuple[str, int], dict]:
+    """What is held of runs that were saved on two ranks, and the weights at their end. saved: {options: (weights,
+    parts, progress)}."""
+    results, steps = {}, data(steps=3)[2:]
+    for options, stage in ELSEWHERE:
+        weights, *state = saved[options]
+        with running(stage, options, make=bf16_llama, weights=stage != 1 and weights, **BF16) as engine:
+            if stage == 1:
+                engine.load_checkpoint(folder / f"{options} 2")
+            else:
+                engine.basic_optimizer.load_named_state(*state)
+            results[options, stage] = held(engine.basic_optimizer)
             train(engine, steps)
-            results[f"zero{stage}, by name"]["end"] = full_parameters(engine.module)
-    model = shard_fsdp2(saved_model())
-    optimizer = METHODS[type_of(options)].from_model(model, model.parameters(), **hyper_of(options))
-    optimizer.load_named_state(parts, progress)
-    results["fsdp2, by name"] = held(optimizer)
-    for batch in map(local, steps):
-        go_on(model, optimizer, batch)
-    results["fsdp2, by name"]["end"] = full_parameters(model)
-    with running(2, options, {"keep": "fp32"}, **BF16) as engine:
-        results["other options"] = message(engine.load_checkpoint, folder / f"{options} 2")
+            results[options, stage]["end"] = full_parameters(engine.module)
+    with running(2, "AdaLomo", {"keep": "fp32"}, **BF16) as engine:
+        results["other options"] = message(engine.load_checkpoint, folder / "AdaLomo 2")
     return results
-
-
-INTERRUPTED = (("IPSGD", 0), ("Addax", 0), ("Addax", 1), ("Addax", 2))
-"""The method, and the number of the forward in a step that fails."""
 
 
 class Interrupted(Exception):
     """Raised in a forward."""
 
 
-def interrupted(stage: int, options: str, at: int) -> tuple[bool, dict[str, torch.Tensor]]:
-    """Whether an exception in a step's forward left every bit that this rank stores, and the weights after going on."""
+def interrupted(stage: int, options: str) -> tuple[list[bool], dict[str, torch.Tensor]]:
+    """Whether an exception left every bit that this rank stores, in each of a step's forwards, one after another, and
+    the weights after going on."""
     with running(stage, options) as engine:
-        steps = data()
-        train(engine, steps[:1])
-        projection, calls = engine.module.get_submodule("model.layers.1.mlp.down_proj"), []
+        first, second = data()
+        train(engine, [first])
+        projection, all_stood = engine.module.get_submodule("model.layers.1.mlp.down_proj"), []
         forward = projection.forward
-
-        def failing(*inputs):
-            calls.append(forward(*inputs))
-            if len(calls) == at + 1:
-                raise Interrupted
-            return calls[-1]
-
         stored = [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters()]
-        before, projection.forward = [p.clone() for p in stored], failing
-        with contextlib.suppress(Interrupted):
-            train(engine, steps[1:2])
-            calls.clear()  # it was not raised
+        for at in range(3 if options == "Addax" else 1):
+            calls = []
+
+            def failing(*inputs, at=at, calls=calls):
+                calls.append(forward(*inputs))
+                if len(calls) == at + 1:
+                    raise Interrupted
+                return calls[-1]
+
+            before, projection.forward = [p.clone() for p in stored], failing
+            with contextlib.suppress(Interrupted):
+                train(engine, [second])
+                calls.clear()  # it was not raised
+            all_stood.append(all(map(torch.equal, before, stored)) and len(calls) == at + 1)
         projection.forward = forward
-        stood = all(torch.equal(a, b) for a, b in zip(before, stored, strict=True)) and len(calls) == at + 1
-        train(engine, steps[1:])
-        return stood, full_parameters(engine.module)
+        train(engine, [second])
+        return all_stood, full_parameters(engine.module)
 
 
 def given_back(stage: int, options: str) -> bool:
@@ -469,32 +460,39 @@ def type_of(options: str) -> str:
 LOOPS = {
     ("Trainer", 2): (trainer, 2, "IPSGD"),
     ("Trainer", 3): (trainer, 3, "Addax"),
-    ("accelerate", 1): (with_accelerate, 1, "IPSGD"),
     ("accelerate", 2): (with_accelerate, 2, "Addax"),
     ("train_step", 3): (by_train_step, 3, "IPSGD", "mixed"),
     ("train_step of halves", 3): (by_train_step, 3, "Addax", "mixed"),
-    ("train_step of a half on each rank", 1): (by_train_step, 1, "Addax", "long first"),
     ("train_step of a half on each rank", 3): (by_train_step, 3, "Addax", "short first"),
 }
-"""What makes three steps at a stage, of which method, with rows in which order."""
+"""What makes all steps at a stage, of which method, with rows in which order."""
 
 
 def on_two_ranks(folder: Path) -> dict:
     return {
-        "exact": exact(),
+        "exact": exact(TRIED),
         "fsdp2 loop": {options: unchanged_loop_of_fsdp2(options) for options in ("IPSGD", "IPSGD, tensor", "AdaLomo")},
-        "empty": {(stage, name): empty(stage, EMPTY[name]) for stage, name in EMPTY_AT},
-        "no labels": {(stage, o): empty(stage, NO_LABELS, o) for stage in (0, 3) for o in HALF},
+        "empty": {stage: weights_and_skipped(stage, "Addax", lacking_halves()) for stage in STAGES},
+        "no labels": {(stage, o): weights_and_skipped(stage, o, data(**NO_LABELS)) for stage in (0, 3) for o in HALF},
         "loops": {name: function(*arguments) for name, (function, *arguments) in LOOPS.items()},
         "bf16": in_bf16(),
-        "traffic": {(o, stage): traffic(o, stage) for stage in range(4) for o in ("AdamW", *TRAFFIC)},
-        "skipping": {(o, stage): skipping(stage, o) for stage in (0, 2, 3) for o in ("IPSGD", "Addax")},
-        "resumed": {(o, stage): resumed(folder, stage, o) for stage in SAVED_AT for o in RESUMED},
-        "interrupted": {(o, stage, at): interrupted(stage, o, at) for stage in (2, 3) for o, at in INTERRUPTED},
-        "given back": [given_back(stage, options) for stage in (0, 2) for options in ("IPSGD", "Addax")],
+        "skipping": {(o, stage): skipping(stage, o) for stage in STAGES for o in ("IPSGD", "Addax")},
+        "resumed": {(options, stage): resumed(folder, stage, options) for options, stage in RESUMED},
+        "interrupted": {(o, stage): interrupted(stage, o) for stage in (2, 3) for o in ("IPSGD", "Addax")},
+        "given back": [given_back(0, "IPSGD"), given_back(2, "Addax")],
         "threshold": {stage: chosen_threshold(stage) for stage in (2, 3)}, "messages": messages(),
     }  # fmt: skip
 
 
+def on_three_ranks(folder: Path, saved: dict[str, tuple]) -> dict:
+    """Neither rows of matrices nor parameters divide by 3."""
+    tried = ("zero2, small buckets", "zero3")
+    return {
+        "exact": exact(dict.fromkeys(("AdaLomo, two passes", "Addax, tensor"), tried)),
+        "elsewhere": elsewhere(folder, saved),
+    }
+
+
 def on_one_rank() -> dict:
-    return exact(dict.fromkeys(OPTIONS, ("zero0", "zero3, small buckets")))
+    tried = {"IPSGD": ("zero0",), "AdaLomo, two passes": ("zero3, small buckets",), "Addax": ("zero0", "zero3")}
+    return {"exact": exact(tried), "without threshold": without_threshold()}
