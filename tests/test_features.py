@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -40,7 +41,7 @@ def two():
 def test_timers_and_profiler_tell_of_a_step(one, case):
     """At all stages, and weights are the same to the bit. MeZO's second forward is its backward, at ZeRO-3 both signs
     are one forward; with two passes a backward is two, and a forward between them."""
-    for stage in (0, 2, 3):
+    for stage in (0, 3):
         told, usual = one["profiled"][case, stage], one["profiled"]["AdamW", stage]
         assert equal(told["weights"], told["without"])
         assert all(told["timers"][name] > 0 for name in ("fwd", "bwd", "step"))
@@ -62,8 +63,8 @@ def test_one_cycle_reaches_every_method(one):
         torchs.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["betas"]))
         optimizer.step()
         schedule.step()
-    for method in METHODS:
-        for stage, kind in SCHEDULES:
+    for method, cases in SCHEDULES.items():
+        for stage, kind in cases:
             rates, betas = zip(*one["schedules"][method, stage, kind][0], strict=True)
             expected = ours if kind == "OneCycle" else [rate for rate, _ in torchs]
             assert rates == pytest.approx(expected), (method, stage, kind)
@@ -86,7 +87,7 @@ def test_a_cycled_momentum_is_the_momentum(one, method):
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-    for stage, kind in [case for case in SCHEDULES if case[1] != "OneCycle"]:
+    for stage, kind in [case for case in SCHEDULES[method] if case[1] != "OneCycle"]:
         weights = one["schedules"][method, stage, kind][1]
         print(method, stage, kind, distance(weights, full_parameters(model)) / distance(weights, start()))
         assert distance(weights, full_parameters(model)) <= 1e-5 * distance(weights, start())
@@ -140,7 +141,9 @@ def test_autocast_around_a_forward_of_mezo_is_refused():
 
 def test_autocast_in_bf16_is_that_of_torch(two):
     """Limit 0.05 of the distance moved, as ranks are summed in bf16; measured 4e-3, BAdam 2.3e-2."""
-    for (method, stage), weights in two[0]["autocast"].items():
+
+    @functools.cache
+    def alone(method: str) -> dict[str, torch.Tensor]:
         model = llama()
         optimizer = METHODS[method].from_model(model, model.parameters(), **OPTIONS[method])
         for batch in batches(STEPS):
@@ -149,7 +152,10 @@ def test_autocast_in_bf16_is_that_of_torch(two):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        expected = full_parameters(model)
+        return full_parameters(model)
+
+    for (method, stage), weights in two[0]["autocast"].items():
+        expected = alone(method)
         print(method, stage, distance(weights, expected) / distance(expected, start()))
         assert distance(weights, expected) < 0.05 * distance(expected, start()), (method, stage)
 
@@ -201,7 +207,9 @@ def test_a_pipeline_changes_nothing(two):
 def test_sequences_may_be_cut_between_ranks(two):
     """Limit: 3 x what AdamW shows between whole sequences in one process and halves on two ranks."""
 
-    def apart(method: str, stage: int) -> float:
+    @functools.cache
+    def alone(method: str) -> tuple[dict[str, torch.Tensor], float]:
+        """The weights, and how far they have moved."""
         changes = dict(num_attention_heads=8, num_key_value_heads=4, hidden_size=32, head_dim=4)
         model = llama(attn_implementation="sdpa", **changes)
         if method == "AdamW":
@@ -213,13 +221,14 @@ def test_sequences_may_be_cut_between_ranks(two):
             optimizer.step()
             optimizer.zero_grad()
         expected = full_parameters(model)
-        return distance(two[0]["sequence"][method, stage], expected) / distance(expected, start(**changes))
+        return expected, distance(expected, start(**changes))
 
-    for stage in (0, 2, 3):
-        usual = apart("AdamW", stage)
-        for method in FIRST_ORDER:
-            print(method, stage, apart(method, stage), usual)
-            assert apart(method, stage) <= 3 * usual, (method, stage)
+    apart = {}
+    for (method, stage), weights in two[0]["sequence"].items():  # AdamW's first
+        expected, moved = alone(method)
+        apart[method, stage] = distance(weights, expected) / moved
+        print(method, stage, apart[method, stage])
+        assert apart[method, stage] <= 3 * apart["AdamW", stage], (method, stage)
 
 
 def test_nothing_of_ours_keeps_a_model_alive(one):
