@@ -62,6 +62,15 @@ def within_what_the_interpreter_can_do():
 
     lock, start = threading.Lock(), launches.start
     convert = triton.runtime.interpreter._convert_float
+    patch_language, patched = triton.runtime.interpreter._patch_lang, set()
+
+    def patched_once(function):
+        """It puts its own functions into triton.language at each call of a function: two thirds of its time."""
+        module = function.__globals__["__name__"]
+        if module not in patched:
+            patched.add(module)
+            patch_language(function)
+        return triton.runtime.interpreter._LangPatchScope()  # with nothing to restore
 
     def locked(*arguments):
         with lock:
@@ -74,12 +83,14 @@ def within_what_the_interpreter_can_do():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(test_kernels.SHAPES, "norm.weight", (17_000,))  # of more than one program
+        patch.setitem(test_kernels.SHAPES, "layers.0.mlp.down_proj.weight", (8, 33))  # a row takes as long as any
         patch.setattr(test_kernels, "STEPS", STEPS)
         patch.setattr(test_packed_kernels, "STEPS", STEPS)
         patch.setattr(packed_kernels, "GROUPS", triton.language.constexpr(64))  # at once: a tile takes as long as any
         patch.setattr(packed_gwt_on_gpu, "TILE", 2**14)
         patch.setattr(launches, "start", locked)
         patch.setattr(triton.runtime.interpreter, "_convert_float", rounded)
+        patch.setattr(triton.runtime.interpreter, "_patch_lang", patched_once)
         caches = beginning, expected, test_packed_kernels.unpacked
         for cached in caches:
             cached.cache_clear()
@@ -104,8 +115,10 @@ def error_of(method: str, cuts: list[int], steps: int = STEPS) -> float:
 
 
 @in_interpreter
-@pytest.mark.parametrize("cuts", CUTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method, cuts", [
+    *((method, "four ranks, one with nothing") for method in METHODS if method != "GWT"),  # which the next test has
+    ("AdamMini", "one rank"), ("GWT over Adam-mini", "one rank"),
+])  # fmt: skip
 def test_triton_makes_the_same_step_as_plain_in_fp64(method, cuts):
     """Measured: up to 3e-7; with m in bf16 9e-4, as plain's own in fp32."""
     error = error_of(method, CUTS[cuts])
@@ -129,14 +142,15 @@ def test_triton_saves_the_update_norms_of_plain():
 @pytest.mark.parametrize("method", ["AdamMini", "GWT", "GWT, level 4, over Adam-mini"])
 def test_without_sums_over_ranks_the_error_is_seen(method, monkeypatch):
     monkeypatch.setattr(test_kernels.Ranks, "begin_sum", lambda ranks, rank, slots: lambda: None)
-    error = error_of(method, [51, 1_000])
+    error = error_of(method, [51, 1_000], steps=1)
     print(f"{method} without sums: {error:.1e}")
     assert error > 1e-3
 
 
 @in_interpreter
-@pytest.mark.parametrize("of_gradient", [BF16, FP32], ids=str)
-@pytest.mark.parametrize("method", ["AdamMini, bf16 state", "AdamW", "GWT over Adam-mini"])
+@pytest.mark.parametrize(
+    "method, of_gradient", [("AdamMini, bf16 state", BF16), ("AdamW", FP32), ("GWT over Adam-mini", FP32)]
+)
 def test_triton_rounds_once_in_bf16(method, of_gradient):
     """A parameter in bf16 is at most half a unit from the step in fp64. Plain rounds up to three times."""
     result, exact = step(method, [51, 1_000], (BF16, of_gradient), steps=1), plain_in_fp64(method, steps=1)
