@@ -1,6 +1,6 @@
-"""What starts the ranks: mpirun, torchrun and srun for real or by their variables, and the scripts for clusters.
+"""What starts the ranks: mpirun for real, torchrun and srun by their variables, and the scripts for clusters.
 
-tests/test_train_multirank.py has the deepspeed launcher."""
+tests/test_train_multirank.py has the deepspeed launcher, and test_processes.py torchrun."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
 import torch
 from deepspeed.launcher import runner
 from safetensors.torch import load_file
-from spawn import CONTEXT, TIME_LIMIT, free_port, run_ranks, with_torchao
+from spawn import CONTEXT, TIME_LIMIT, free_port, run_ranks, run_script, with_torchao
 from torch.distributed.run import get_args_parser
 from transformers import LlamaConfig
 
@@ -48,12 +48,14 @@ def run(command: list[str], **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def job(script: str, folder: Path) -> list[str]:
-    """The job of both launchers, at ZeRO-3 or its equal."""
-    sizes = [word for name, value in {**SIZE, **EVERY}.items() for word in (f"--{name}", str(value))]
-    config = str(ROOT / "ds_configs/zero3_adam_mini.json")
-    where = ["--model", str(folder.parent / "model"), "--output_dir", str(folder)]
-    return [str(ROOT / script), "--deepspeed_config", config, *where, *sizes]
+def run_job(script: str, folder: Path) -> subprocess.CompletedProcess:
+    """The job of both engines on two ranks, at ZeRO-3 or its equal."""
+    sizes = [word for name, value in {**SIZE, **EVERY}.items() for word in (f"--{name}", value)]
+    config = ROOT / "ds_configs/zero3_adam_mini.json"
+    where = ["--model", folder.parent / "model", "--output_dir", folder]
+    done = run_script(f"launch/{script}", "--deepspeed_config", config, *where, *sizes, ranks=2)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
 
 
 def agree(ours: dict, theirs: dict, limit: float) -> None:
@@ -72,51 +74,50 @@ def folders(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def by_mpirun(folders) -> Path:
-    done = run([*MPIRUN, sys.executable, *job("launch/pretrain.py", folders / "mpi")], MASTER_PORT=str(free_port()))
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folders / "mpi"
+def by_zero3(folders) -> Path:
+    run_job("pretrain.py", folders / "zero3")
+    return folders / "zero3"
 
 
 @pytest.fixture(scope="module")
-def by_torchrun(folders) -> Path:
-    torchrun = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", str(free_port())]
-    done = run([*torchrun, *job("launch/pretrain_fsdp2.py", folders / "fsdp2")])
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "AdamMini, FSDP2, 2 x cpu" in done.stdout
+def by_fsdp2(folders) -> Path:
+    assert "AdamMini, FSDP2, 2 x cpu" in run_job("pretrain_fsdp2.py", folders / "fsdp2").stdout
     return folders / "fsdp2"
 
 
-def test_mpirun_starts_one_run_of_two_ranks(by_mpirun):
-    assert [row["step"] for row in read_metrics(by_mpirun)] == [1, 2, 3]
-    assert json.loads((by_mpirun / "environment.json").read_text())["world_size"] == 2
+def test_two_processes_are_one_run(by_zero3):
+    assert [row["step"] for row in read_metrics(by_zero3)] == [1, 2, 3]
+    assert json.loads((by_zero3 / "environment.json").read_text())["world_size"] == 2
 
 
-def test_fsdp2_under_torchrun_repeats_zero_3_under_mpirun(by_torchrun, by_mpirun):
+def test_fsdp2_repeats_zero_3(by_fsdp2, by_zero3):
     """The same weights, data order and updates: what differs is the rounding of sums (another seed: by 1e-2)."""
-    for ours, theirs in zip(read_metrics(by_torchrun), read_metrics(by_mpirun), strict=True):
+    for ours, theirs in zip(read_metrics(by_fsdp2), read_metrics(by_zero3), strict=True):
         assert ours.keys() == theirs.keys()
         agree(ours, theirs, 2e-6)
         assert ours["optimizer_state_bytes_per_parameter"] == pytest.approx(4.11, abs=0.01)
-    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (by_torchrun, by_mpirun))
+    ours, theirs = (load_file(folder / "model/model.safetensors") for folder in (by_fsdp2, by_zero3))
     assert ours.keys() == theirs.keys()
     assert max((ours[name] - theirs[name]).abs().max() for name in ours) < 1e-6  # a step moves a weight by up to 2e-4
-    resolved = json.loads((by_torchrun / "resolved_config.json").read_text())
+    resolved = json.loads((by_fsdp2 / "resolved_config.json").read_text())
     assert resolved["zero_stage"] == "FSDP2" and "zero_optimization" not in resolved["deepspeed"]
 
 
-def test_a_rank_that_fails_under_mpirun_ends_the_others():
-    """And each knows its place: mpirun tells by variables of its own."""
+def test_mpirun_starts_one_run_whose_first_failure_ends_it():
+    """Each rank knows its place, which mpirun tells by variables of its own, and they find each other."""
     program = (
         "import os, time; from ds_memopt.train.launcher import find_place; find_place();"
+        "import torch; torch.distributed.init_process_group('gloo'); total = torch.ones(1, dtype=int);"
+        "torch.distributed.all_reduce(total);"
         "print(*(os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_PORT')),"
-        "flush=True); time.sleep(900 if os.environ['RANK'] == '0' else 1); raise RuntimeError('out of luck')"
+        "total.item(), flush=True);"
+        "time.sleep(900 if os.environ['RANK'] == '0' else 1); raise RuntimeError('out of luck')"
     )
-    began = time.monotonic()
-    done = run([*MPIRUN, sys.executable, "-c", program], MASTER_PORT="12345")
+    began, port = time.monotonic(), str(free_port())
+    done = run([*MPIRUN, sys.executable, "-c", program], MASTER_PORT=port)
     assert done.returncode != 0 and "out of luck" in done.stderr
     assert time.monotonic() - began < 600
-    assert sorted(re.findall(r"^[\d ]+$", done.stdout, re.MULTILINE)) == ["0 0 2 2 12345", "1 1 2 2 12345"]
+    assert sorted(re.findall(r"^[\d ]+$", done.stdout, re.MULTILINE)) == [f"0 0 2 2 {port} 2", f"1 1 2 2 {port} 2"]
 
 
 def _place_by(variables: dict[str, str], results) -> None:
@@ -211,7 +212,7 @@ def _try_all(runs: list[tuple], from_step_2: list[tuple[Path, Path]]) -> list[st
 
 
 @pytest.fixture(scope="module")
-def under_both(folders, by_torchrun) -> dict[str, str]:
+def under_both(folders, by_fsdp2) -> dict[str, str]:
     """Runs under FSDP2 and ZeRO-3 in one process pair, and what was refused, by folder."""
     configs = {
         "AdamW": _config(folders, "adamw", torch_adam=True),
@@ -231,7 +232,7 @@ def under_both(folders, by_torchrun) -> dict[str, str]:
     adam_mini = str(ROOT / "ds_configs/zero3_adam_mini.json")
     for name in ("resumed", "damaged"):
         jobs[name] = (pretrain_fsdp2, dict(deepspeed_config=adam_mini, resume=True))
-        copies.append((folders / name, by_torchrun))
+        copies.append((folders / name, by_fsdp2))
     jobs["bf16, checkpointing"] = (
         pretrain_fsdp2,
         dict(deepspeed_config=adam_mini, dtype="bf16", gradient_checkpointing="full", attention="eager"),
@@ -240,14 +241,9 @@ def under_both(folders, by_torchrun) -> dict[str, str]:
     compiled = dict(deepspeed_config=str(ROOT / "ds_configs/zero2_adam_mini.json"), compile="aot_eager")
     jobs["faster zero3"], jobs["compiled zero2"] = (pretrain, faster), (pretrain, compiled | dict(save_interval=0))
     jobs["faster fsdp2"] = (pretrain_fsdp2, faster | dict(compile="aot_eager", reduce_once=True))
-    for method in ("adam_mini", "gwt"):
-        config = str(ROOT / f"ds_configs/zero3_{method}.json")
-        bf16 = dict(deepspeed_config=config, dtype="bf16", save_interval=0)
-        jobs[f"bf16 {method}"] = (pretrain_fsdp2, bf16)
-        jobs[f"float8 {method}"] = (
-            pretrain_fsdp2,
-            bf16 | dict(float8="tensorwise", gradient_checkpointing="selective"),
-        )
+    bf16 = dict(deepspeed_config=adam_mini, dtype="bf16", save_interval=0)
+    jobs["bf16"] = (pretrain_fsdp2, bf16)
+    jobs["float8"] = (pretrain_fsdp2, bf16 | dict(float8="tensorwise", gradient_checkpointing="selective"))
     jobs["float8 fp32"] = (pretrain_fsdp2, dict(deepspeed_config=adam_mini, float8="rowwise"))
     jobs["float8 zero3"] = (pretrain, bf16 | dict(float8="rowwise"))
     jobs["compiled zero3"] = (pretrain, faster | dict(compile="aot_eager"))
@@ -287,7 +283,7 @@ def test_methods_under_fsdp2_repeat_zero_3(under_both, folders, method, limit):
 
 @pytest.mark.parametrize("run", ["", "BAdam ", "MeZO "])
 def test_fsdp2_resumes_bit_for_bit(under_both, folders, run):
-    """AdamMini from what torchrun left; BAdam between two visits, where it has no state yet; MeZO, whose state is no
+    """AdamMini from what the script left; BAdam between two visits, where it has no state yet; MeZO, whose state is no
     DTensor."""
     assert under_both[f"{run}resumed"] == ""
     resumed, whole = folders / f"{run}resumed", folders / f"{run}fsdp2"
@@ -306,16 +302,16 @@ def test_fsdp2_trains_alike_with_released_gradients(under_both, folders):
 
 
 @pytest.mark.parametrize("run", ["faster zero3", "compiled zero2", "faster fsdp2"])
-def test_what_is_faster_or_smaller_computes_the_same(under_both, folders, by_mpirun, run):
+def test_what_is_faster_or_smaller_computes_the_same(under_both, folders, by_zero3, run):
     """The loss in the head and selective checkpointing, layers compiled, gradients reduced once a step."""
     assert under_both[run] == ""
-    for ours, theirs in zip(read_metrics(folders / run), read_metrics(by_mpirun), strict=True):
+    for ours, theirs in zip(read_metrics(folders / run), read_metrics(by_zero3), strict=True):
         agree(ours, theirs, 2e-6)
 
 
-def test_gradients_reduced_once_a_step_are_sent_once(under_both, folders, by_torchrun):
+def test_gradients_reduced_once_a_step_are_sent_once(under_both, folders, by_fsdp2):
     """42,720 parameters of 4 bytes in two micro-batches, of which a ring of two sends half."""
-    once, each = (read_metrics(folder)[-1] for folder in (folders / "faster fsdp2", by_torchrun))
+    once, each = (read_metrics(folder)[-1] for folder in (folders / "faster fsdp2", by_fsdp2))
     sent = {
         name: each["sent_by_collective"][name] - once["sent_by_collective"][name] for name in each["sent_by_collective"]
     }
@@ -324,25 +320,24 @@ def test_gradients_reduced_once_a_step_are_sent_once(under_both, folders, by_tor
     assert told["attention"] == "sdpa" and told["compile"] == "aot_eager" and told["reduce_once"]
 
 
-@pytest.mark.parametrize("method", ["adam_mini", "gwt"])
-def test_float8_under_fsdp2_follows_bf16(under_both, folders, method):
+def test_float8_under_fsdp2_follows_bf16(under_both, folders):
     """Measured beside bf16: losses 3e-4, norms of gradients 7e-3. Without torchao the run is refused."""
     if not Path(sys.prefix, "torchao").exists():
-        assert "needs the package torchao, which is not installed here: pip" in under_both[f"float8 {method}"]
+        assert "needs the package torchao, which is not installed here: pip" in under_both["float8"]
         return
-    assert under_both[f"float8 {method}"] == ""
-    for ours, theirs in zip(*(read_metrics(folders / f"{name} {method}") for name in ("float8", "bf16")), strict=True):
+    assert under_both["float8"] == ""
+    for ours, theirs in zip(*(read_metrics(folders / name) for name in ("float8", "bf16")), strict=True):
         print(ours["loss"] / theirs["loss"] - 1, ours["grad_norm"] / theirs["grad_norm"] - 1)
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3) and ours["loss"] != theirs["loss"]
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=3e-2)
 
 
-def test_fsdp2_in_bf16_with_checkpointing(under_both, folders, by_torchrun):
+def test_fsdp2_in_bf16_with_checkpointing(under_both, folders, by_fsdp2):
     """And plain attention. bf16 has 3 digits; the masters are saved."""
     assert under_both["bf16, checkpointing"] == ""
     told = json.loads((folders / "bf16, checkpointing" / "resolved_config.json").read_text())["speed"]
     assert told["attention"] == "eager" and told["gradient_checkpointing"] == "full"
-    for bf16, fp32 in zip(read_metrics(folders / "bf16, checkpointing"), read_metrics(by_torchrun), strict=True):
+    for bf16, fp32 in zip(read_metrics(folders / "bf16, checkpointing"), read_metrics(by_fsdp2), strict=True):
         assert bf16["loss"] == pytest.approx(fp32["loss"], rel=3e-3) and bf16["loss"] != fp32["loss"]
     weights = load_file(folders / "bf16, checkpointing/model/model.safetensors")
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
