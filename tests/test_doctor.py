@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import deepspeed
 import torch
-from spawn import TIME_LIMIT
+from spawn import run_script
 
 from ds_memopt import doctor
 from ds_memopt.engines.private_names import check_private_names
@@ -16,10 +12,7 @@ from ds_memopt.engines.private_names import check_private_names
 
 def findings(**environment: str) -> dict[str, str]:
     """Each line that it prints: {name: found}; {name + " without": what does not work}."""
-    command = [sys.executable, "-m", "ds_memopt.cli", "doctor"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | environment, timeout=TIME_LIMIT
-    )
+    done = run_script("ds_memopt.cli", "doctor", **environment)
     assert done.returncode == 0, done.stderr
     results, name = {}, ""
     for line in done.stdout.splitlines():

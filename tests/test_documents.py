@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
-from spawn import free_port
-from test_house import ROOT, run
+from spawn import ROOT, free_port, run_script
 
 from ds_memopt.support import markdown_table
 
@@ -95,7 +93,8 @@ def test_snippets_run(document, tmp_path):
     script = tmp_path / "snippets.py"
     sources = [(f"{shown(document)}, snippet {n}", code) for n, code in enumerate(blocks(document, "python"), 1)]
     script.write_text(RUN.format(tests=str(ROOT / "tests"), environment=environment, sources=sources))
-    run(sys.executable, script)
+    done = run_script(script)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 RUN = """
