@@ -28,7 +28,7 @@ from ds_memopt.optimizers import METHODS
 from ds_memopt.optimizers.adamw import AdamW
 from ds_memopt.shards import Seams
 
-STEPS = 9
+STEPS = 5
 RULES = {
     "AdamW": ("AdamW", {}),
     "AdamMini": ("AdamMini", {}),
@@ -45,14 +45,14 @@ BUILT_RULES = RULES | {"our AdamW": ("our AdamW", {})}
 BUILT_METHODS = METHODS | {"our AdamW": AdamW}
 """BAdam must have the bits of our AdamW: torch's differ from those of a fused kernel."""
 ROTATION = {
-    "switch_every": 2, "order": "ascending", "start_block": 1, "include_embedding": True, "include_lm_head": True,
-    "eps": 1e-5,
+    "switch_every": 1, "order": "ascending", "start_block": 1, "include_embedding": True, "include_lm_head": True,
+    "eps": 1e-4,
 }  # fmt: skip
-"""4 switches in 9 steps, from the first layer on and back to it; embedding and head leave a param group without a
+"""4 switches in 5 steps, from the first layer on and back to it; embedding and head leave a param group without a
 parameter.
 
 The first step of every visit is g / (|g| + eps), which makes much of the rounding of a gradient near zero: with an eps
-of 1e-8 ZeRO-3, whose matrix products round differently, is off by 1e-4 on one rank, with 1e-5 by 2e-6."""
+of 1e-8 ZeRO-3, whose matrix products round differently, is off by 1e-4 on one rank, with 1e-5 by 5e-6."""
 BLOCK_ORDER = ("layers.0.", "layers.1.", "lm_head model.norm", "embed_tokens")
 for _, given in (RULES[rule] for rule in BASE_RULES):
     given |= ROTATION
@@ -72,10 +72,7 @@ FP32_CASES = {
 }
 LIMIT_OF = {name: name[:5] for name in FP32_CASES} | {"zero0, bf16": "zero1, bf16"}
 """Where AdamW runs for a placement's limit, if not in itself: what is kept elsewhere is computed alike."""
-INNER_RULES = [rule for rule in RULES if "," in rule]
-FOR_INNER_RULES = ("plain", "ddp", "fsdp2", "zero0", "zero1", "zero2", "zero3", "zero1, bf16", "zero3, bf16")
-"""What these keep lies as their method without options keeps it: the other placements are for the others."""
-FOR_HSDP = ("AdamW", "AdamMini", "GWT, adam_mini", "BAdam, gwt")
+FOR_HSDP = ("AdamW", "GWT, adam_mini", "BAdam, gwt")
 """What the others sum over ranks is summed in one of these."""
 BF16_CASES = {
     "zero0, bf16": {"stage": 0, **BF16},
@@ -84,6 +81,16 @@ BF16_CASES = {
     "zero2, bf16": {"stage": 2, **BF16},
     "zero3, bf16": {"stage": 3, **BF16},
 }
+PLACEMENTS = ["plain", "ddp", "fsdp2", *FP32_CASES, *BF16_CASES]
+CUTTING = {
+    1: [],
+    2: ["fsdp2", "zero2", "zero3", "zero1, bf16", "zero3, bf16"],
+    3: ["fsdp2", "zero1", "zero3"],
+}
+"""By number of ranks the placements for all rules: each way in which parameters are cut and bound. More ranks than
+cores are slow, so there are no others on three, and a fourth rank cuts no other way."""
+FAMILIES = [rule for rule in RULES if rule.startswith(("AdamMini", "GWT"))], [*BASE_RULES]
+"""The rules of each of our two adapters: of these one by turns runs in any other placement."""
 
 
 def groups(model, active: str = "") -> list[dict]:
@@ -99,14 +106,15 @@ def groups(model, active: str = "") -> list[dict]:
 
 
 def prepared(rule: str, model):
-    """With GWT every fourth loss counts tenfold: its limiter has to act, for its sums over ranks to be seen."""
-    if "gwt" in rule.lower():
-        calls = itertools.count(1)
+    """With GWT each loss counts three times the last one: its limiter has to act, for its sums over ranks to be seen.
+    It does on every matrix, in each of the last three steps."""
+    if rule.startswith("GWT"):
+        factors = (3**number for number in itertools.count())
 
-        def burst(module, inputs, output):
-            output.loss = output.loss * (10 if next(calls) % 4 == 0 else 1)
+        def grow(module, inputs, output):
+            output.loss = output.loss * next(factors)
 
-        model.register_forward_hook(burst)
+        model.register_forward_hook(grow)
     return model
 
 
@@ -199,32 +207,31 @@ def without_seams(rule: str, stage: int) -> dict[str, torch.Tensor]:
 
 
 def is_tried(rule: str, placement: str) -> bool:
-    """What a limit is made of, of AdamW, on one rank at ZeRO-3 in fp32 only. On three ranks the inner rules once in
-    each way that parameters are cut."""
+    """AdamW where it makes a limit: on one rank at ZeRO-3 in fp32 only."""
     ranks = dist.get_world_size()
+    if ranks == 3 or placement in CUTTING[ranks]:
+        return placement in CUTTING[ranks]
     if rule == "AdamW":
-        return LIMIT_OF.get(placement, placement) == placement if ranks > 1 else placement == "zero3"
-    if rule in INNER_RULES:
-        return placement in (FOR_INNER_RULES if ranks < 3 else ("fsdp2", "zero1", "zero3"))
-    return True
+        return LIMIT_OF.get(placement, placement) == placement if ranks == 2 else placement == "zero3"
+    (family,) = (family for family in FAMILIES if rule in family)
+    return (PLACEMENTS.index(placement) + ranks) % len(family) == family.index(rule)
 
 
-def all_placements(cases: dict[str, dict]):
+def all_placements():
     """{rule: {placement: weights}}, {rule: {placement: what is cut}}, {rule: weights with the seams left open}."""
     results = {rule: {} for rule in RULES}
     cuts = {rule: {} for rule in RULES}
-    alone = dist.get_world_size() == 1
+    ranks, wraps = dist.get_world_size(), {"ddp": DistributedDataParallel, "fsdp2": shard_fsdp2}
+    if ranks == 1:
+        wraps["plain"] = lambda model: model
     for rule in RULES:
-        if alone and is_tried(rule, "plain"):
-            results[rule]["plain"] = without_deepspeed(rule, lambda model: model)
-        if rule not in BASE_RULES and is_tried(rule, "ddp"):
-            results[rule]["ddp"] = without_deepspeed(rule, DistributedDataParallel)
-        if is_tried(rule, "fsdp2"):
-            results[rule]["fsdp2"] = without_deepspeed(rule, shard_fsdp2)
-        for placement, case in cases.items():
+        for placement, wrap in wraps.items():
+            if is_tried(rule, placement) and not (placement == "ddp" and rule in BASE_RULES):
+                results[rule][placement] = without_deepspeed(rule, wrap)
+        for placement, case in (FP32_CASES | BF16_CASES).items():
             if is_tried(rule, placement):
                 results[rule][placement], cuts[rule][placement] = zero(rule, **case)
-    summed = [rule for rule in RULES if rule not in ("AdamW", "BAdam") and not alone]
+    summed = [rule for rule in RULES if rule not in ("AdamW", "BAdam") and ranks == 3]
     return results, cuts, {rule: without_seams(rule, stage=2) for rule in summed}
 
 
