@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from triton_interpreter import patch_language_once
 
 from ds_memopt.kernels import Moved, NoiseSource, Step, add_noise, move, residual_of
 from ds_memopt.kernels.back_ends import VARIABLE, status
@@ -38,6 +39,13 @@ def test_triton_in_its_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+
+
+@pytest.fixture(scope="module", autouse=INTERPRETED)
+def quick_interpreter():
+    with pytest.MonkeyPatch.context() as patch:
+        patch_language_once(patch)
+        yield
 
 
 @pytest.fixture(params=BACK_ENDS)

@@ -24,6 +24,7 @@ import test_kernels  # noqa: E402
 import test_packed_kernels  # noqa: E402
 from test_kernels import HYPER, METHODS, beginning, check_update_norms, expected, step  # noqa: E402
 from test_packed_kernels import check_packed_step, check_that_no_number_spreads  # noqa: E402
+from triton_interpreter import patch_language_once  # noqa: E402
 
 from ds_memopt.kernels import back_ends, codes, gpu  # noqa: E402
 from ds_memopt.kernels.gpu import (  # noqa: E402
@@ -62,15 +63,6 @@ def within_what_the_interpreter_can_do():
 
     lock, start = threading.Lock(), launches.start
     convert = triton.runtime.interpreter._convert_float
-    patch_language, patched = triton.runtime.interpreter._patch_lang, set()
-
-    def patched_once(function):
-        """It puts its own functions into triton.language at each call of a function: two thirds of its time."""
-        module = function.__globals__["__name__"]
-        if module not in patched:
-            patched.add(module)
-            patch_language(function)
-        return triton.runtime.interpreter._LangPatchScope()  # with nothing to restore
 
     def locked(*arguments):
         with lock:
@@ -90,7 +82,7 @@ def within_what_the_interpreter_can_do():
         patch.setattr(packed_gwt_on_gpu, "TILE", 2**14)
         patch.setattr(launches, "start", locked)
         patch.setattr(triton.runtime.interpreter, "_convert_float", rounded)
-        patch.setattr(triton.runtime.interpreter, "_patch_lang", patched_once)
+        patch_language_once(patch)
         caches = beginning, expected, test_packed_kernels.unpacked
         for cached in caches:
             cached.cache_clear()
