@@ -80,7 +80,7 @@ class InBackwardAdapter(InPlaceAdapter):
         self.optimizer.placement.sum(count)
         output, first, again = self.first_order(partial(original, *inputs), whole)
         pending = PendingHalves(None, 0, first, whole.count, again, self.share_of(keywords, count.item()))
-        return self.losses.give(output, first, pending)
+        return self.losses.give(output, as_weighed(first, whole.count, keywords), pending)
 
     def first_order(self, original: Callable, half: Half) -> tuple[Any, torch.Tensor, Callable[[], torch.Tensor]]:
         """A forward with a graph: output, loss, and what computes the loss again."""
@@ -226,7 +226,8 @@ class AddaxAdapter(InBackwardAdapter):
         pending = PendingHalves(zeroth, zo.count, first, fo.count, again, share)
         measured = [(torch.stack(zeroth).mean(), zo.count)] if use_zo else []
         measured += [(first, fo.count)] if use_fo else []
-        return self.losses.give(output, _mean(measured), pending)
+        count = fo.count if zo is fo else zo.count + fo.count
+        return self.losses.give(output, as_weighed(_mean(measured), count, keywords), pending)
 
     def observe(self, pending: PendingHalves, factor: torch.Tensor) -> None:
         for number, value in enumerate(pending.zeroth or ()):
@@ -257,6 +258,12 @@ class AddaxAdapter(InBackwardAdapter):
             f"length_threshold is {int(chosen)}: {rows} rows of it take {available / GIB:.2f} GiB in backward"
         )
         return int(chosen)
+
+
+def as_weighed(loss: torch.Tensor, count: Any, keywords: Mapping[str, Any]) -> torch.Tensor:
+    """A mean over this rank's `count` tokens as the caller wants it, who adds ranks' sums over num_items_in_batch."""
+    items = keywords.get("num_items_in_batch")
+    return loss if items is None else loss * (float(count) / float(items))
 
 
 def _mean(measured: list[tuple[torch.Tensor, Any]]) -> torch.Tensor:
