@@ -300,11 +300,32 @@ def test_a_script_that_knows_nothing_of_us_runs_unchanged(tmp_path):
     assert (tmp_path / "result").read_text() == "AdamMini __main__ script.py"
 
 
-def test_a_missing_script_is_named():
+def test_a_module_that_knows_nothing_of_us_runs_unchanged(tmp_path, monkeypatch):
+    from ds_memopt.run import main
+
+    (tmp_path / "their").mkdir()
+    (tmp_path / "their" / "program.py").write_text(
+        "import sys\nfrom . import helper\nhelper.seen.append((__name__, __package__, [*sys.argv]))\n"
+    )
+    (tmp_path / "their" / "helper.py").write_text("seen = []\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", [])  # puts it back
+    main(["--local_rank=0", "-m", "their.program", "settings.yaml", "-m", "x"])
+    file = str(tmp_path / "their" / "program.py")
+    arguments = [file, "--local_rank=0", "settings.yaml", "-m", "x"]
+    assert sys.modules["their.helper"].seen == [("__main__", "their", arguments)]
+
+
+def test_a_missing_script_or_module_is_named():
     from ds_memopt.run import main
 
     with pytest.raises(ValueError, match="was given 'nowhere.py', which is no file. Usage: deepspeed --module"):
         main(["--local_rank=0", "nowhere.py"])
+    for module in ("nowhere", "nowhere.at.all"):
+        with pytest.raises(ValueError, match=f"was given '{module}', which is no module that Python finds"):
+            main(["-m", module])
+    with pytest.raises(ValueError, match="was given no script"):
+        main(["-m"])
 
 
 def test_every_family_has_an_adapter_and_every_hook_of_the_engine_is_one_of_its_own():
