@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import shlex
 
 import pytest
 import torch
-from examples_ranks import refused_in_a_pipeline, trained_by_torchtitan, trained_by_trainer
+import yaml
+from examples_ranks import EXAMPLES, refused_in_a_pipeline, trained_by_torchtitan, trained_by_trainer
 from spawn import run_ranks
 from test_roles import by_channel, by_head, zeroed_by_blocks
 from torch import nn
 
 from ds_memopt.blocks import assign_blocks
+from ds_memopt.optimizers import METHODS
 from ds_memopt.support import SUPPORT
 
 needs_torchtitan = pytest.mark.skipif(
@@ -35,6 +39,34 @@ def test_trainer_under_fsdp2(tmp_path):
         for method, trained in rank.items():
             assert largest(trained["before"], trained["DDP"]) > 1e-3, method
             assert largest(trained["DDP"], trained["FSDP2"]) < 3e-6, method
+
+
+@pytest.mark.parametrize(
+    ("file", "module", "auto"),
+    [
+        (
+            "llama_factory.yaml",
+            "llamafactory.launcher",
+            "learning_rate weight_decay per_device_train_batch_size gradient_accumulation_steps bf16",
+        ),
+        (
+            "axolotl.yaml",
+            "axolotl.cli.train",
+            "learning_rate weight_decay micro_batch_size gradient_accumulation_steps bf16",
+        ),
+    ],
+)
+def test_a_yaml_names_a_ds_config_and_fills_it(file, module, auto):
+    """These programs are too large for the suite. They ran by hand, as launch/README.md tells."""
+    text = (EXAMPLES / file).read_text()
+    settings = yaml.safe_load(text)
+    config = json.loads((EXAMPLES.parent.parent / settings["deepspeed"]).read_text())
+    assert config["optimizer"]["type"] in METHODS and set(config["optimizer"]["params"].values()) == {"auto"}
+    assert all(settings[key] for key in auto.split())
+    (command,) = re.findall(r"^# +(torchrun .*)$", text, re.MULTILINE)
+    words = shlex.split(command)
+    assert words[3:] == ["-m", "ds_memopt.run", "-m", module, f"launch/examples/{file}"]
+    assert command in (EXAMPLES.parent / "README.md").read_text()
 
 
 @needs_torchtitan
