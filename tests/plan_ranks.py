@@ -69,7 +69,7 @@ FEW = ("zero1", "zero3, a layer")
 
 def cases(ranks: int) -> list[tuple[str, str, str]]:
     """(method, placement, dtype). To save time, options and more ranks, which change sizes alone, under few placements,
-    and the longest distance for one method of each way through the model."""
+    and the longest and the shortest distance for one method of each way through the model."""
     under_fsdp2 = [(method, "fsdp2", "bf16") for method in UNDER_FSDP2]
     in_zero = [method for method in METHODS if not method.endswith(("release", "once"))]
     if ranks > 2:
@@ -77,7 +77,8 @@ def cases(ranks: int) -> list[tuple[str, str, str]]:
         return few + [case for case in under_fsdp2 if case[0] in UNDER_FSDP2_WITH_MORE_RANKS]
     stages = [placement for placement in PLACEMENTS if placement != "fsdp2"]
     tried = [(method, placement) for method in in_zero for placement in (FEW if "," in method else stages)]
-    left_out = [(method, "zero3, all") for method in ("AdamMini", "GWT", "IPSGD")]
+    left_out = [(method, "zero3, all") for method in ("AdamMini", "GWT", "IPSGD", "Addax")]
+    left_out += [(method, "zero3") for method in ("AdamW", "AdamMini", "GWT")]  # AdamMini's is tried in fp32
     return [
         *((*case, "bf16") for case in tried if case not in left_out), *((*case, "fp32") for case in FP32), *under_fsdp2,
     ]  # fmt: skip

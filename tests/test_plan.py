@@ -123,15 +123,14 @@ def test_the_comparison_tells_wrong_predictions_apart(runs):
 
 
 @pytest.mark.parametrize("method", ["AdamMini", "GWT", "IPSGD"])
-@pytest.mark.parametrize("placement", ["zero0", *FEW])
+@pytest.mark.parametrize("placement", FEW)
 def test_ranks_hold_as_much_together_as_one_alone(method, placement):
-    """But for padding, "step" and blocks that ranks share; at ZeRO-0 each holds all."""
-    case, ranks = (method, placement, "bf16"), 8
+    """But for padding, "step" and blocks that ranks share."""
+    case, ranks = (method, placement, "bf16"), 7
     alone, parts = predicted(case, 1, 0), [predicted(case, ranks, rank) for rank in range(ranks)]
-    copies = ranks if placement == "zero0" else 1
     for key in alone.states.keys() - {"step", "block_exp_avg_sq", "update_norm"}:
         together = sum(part.states[key] for part in parts)
-        assert 0 <= together / copies - alone.states[key] <= 0.02 * alone.states[key], key
+        assert 0 <= together - alone.states[key] <= 0.02 * alone.states[key], key
     assert alone.sent == {}
 
 
@@ -202,38 +201,23 @@ LENGTH = 256
 """Tokens: in shorter sequences the gradient of a weight outweighs activations here, unlike in a model of usual size."""
 
 
+CHUNKED = {"checkpointing": "selective", "loss_chunks": 3}
+LLAMA, GPT2 = llama().config, GPT2Config(n_embd=48, n_head=4, vocab_size=101)
+
+
 @pytest.mark.parametrize(
-    "options",
-    [{}, {"checkpointing": "full"}, {"checkpointing": "selective", "loss_chunks": 3}, {"backward": False}],
-    ids=str,
+    ("config", "options"),
+    [(LLAMA, {}), (LLAMA, {"checkpointing": "full"}), (LLAMA, CHUNKED), (LLAMA, {"backward": False}), (GPT2, CHUNKED)],
+    ids=lambda value: str(getattr(value, "model_type", value)),
 )
-@pytest.mark.parametrize("config", [llama().config, GPT2Config(n_embd=48, n_head=4, vocab_size=101)], ids=type)
-def test_activations_of_two_layers_tell_those_of_five(config, options):
+def test_activations_of_two_layers_tell_those_of_four(config, options):
     deep = copy.deepcopy(config)
-    deep.num_hidden_layers = 5
+    deep.num_hidden_layers = 4
     told, made = measure_activations(deep, LENGTH, torch.bfloat16, **options), dict(options)
     backward = made.pop("backward", True)
-    for sequences in (1, 3):
-        seen = activations._peak(
-            deep,
-            5,
-            sequences,
-            LENGTH,
-            torch.bfloat16,
-            partial(activations._prepare, **{"checkpointing": "none", "loss_chunks": 1, "eager": False} | made),
-            backward,
-        )
-        assert told.of(sequences) == pytest.approx(seen, rel=0.01)
-
-
-def test_activations_shrink_with_checkpointing_and_without_backward():
-    config = copy.deepcopy(llama(num_hidden_layers=8, attn_implementation="sdpa").config)
-    plain, selective, full, forward = (
-        measure_activations(config, 256, torch.bfloat16, **options)
-        for options in ({}, {"checkpointing": "selective"}, {"checkpointing": "full"}, {"backward": False})
-    )
-    print([needed.further / plain.further for needed in (selective, full, forward)])
-    assert plain.further > 1.5 * selective.further > 2 * full.further > 2 * forward.further > 0
+    prepare = partial(activations._prepare, **{"checkpointing": "none", "loss_chunks": 1, "eager": False} | made)
+    seen = activations._peak(deep, 4, 3, LENGTH, torch.bfloat16, prepare, backward)
+    assert told.of(3) == pytest.approx(seen, rel=0.01)
 
 
 def test_the_micro_batch_is_the_largest_that_fits():
@@ -256,7 +240,8 @@ def test_the_micro_batch_is_the_largest_that_fits():
 def test_gains_are_those_of_the_formula():
     """ZeRO-2 sends (2 + 1) / 2 of the gradients' bytes on two ranks, MeZO half of the weights', at the same speed."""
     compared = table.compare_methods("tiny", 2, 300_000_000, 128, ["AdamW", "AdamMini", "BAdam", "MeZO"])
-    assert compared.plain > 1.5 * compared.selective > 3 * compared.checkpointed > 0
+    forward = measure_activations(find_model("tiny")[0], 128, torch.bfloat16, backward=False).further
+    assert compared.plain > 1.5 * compared.selective > 3 * compared.checkpointed > 3 * forward > 0
     assert compared.logits == 128 * 256 * 4
     rows = {(row.method, row.stage): row for row in compared.rows}
     adamw, mini, mezo = rows["AdamW", 2], rows["AdamMini", 2], rows["MeZO", 2]
@@ -395,7 +380,9 @@ def test_bytes_of_a_parameter_without_fp32_masters(method, options, least, most)
 
 def fp32_bytes(method: str, options: dict | None = None) -> float:
     """Of a step, per parameter that trains at once, of the layers' matrices alone: no norm, no embedding."""
-    model = LlamaForCausalLM(find_model("tiny")[0])
+    config = copy.deepcopy(find_model("tiny")[0])
+    config.num_hidden_layers = 2  # BAdam needs several
+    model = LlamaForCausalLM(config)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "layers." in name]
     plan = predict(model, method, options, stage=1, ranks=1, params=[{"params": matrices}])
     return plan.step_bytes / (plan.masters / 4)
@@ -420,10 +407,14 @@ def fp32_bytes(method: str, options: dict | None = None) -> float:
 def test_a_fused_step_moves_the_bytes_of_its_formula(method, options, fused, monkeypatch):
     """Numbers per row, head or matrix, and the even length of a flat buffer, are at most 0.1 byte per parameter."""
     monkeypatch.delenv("DS_MEMOPT_KERNELS", raising=False)
-    told = fp32_bytes(method, options)
-    assert 0 <= told - fused < 0.1
+    assert 0 <= fp32_bytes(method, options) - fused < 0.1
+
+
+def test_a_step_of_plain_pytorch_moves_more(monkeypatch):
+    """1.4 of a fused one, the least of all methods."""
     monkeypatch.setenv("DS_MEMOPT_KERNELS", "plain")
-    assert fp32_bytes(method, options) > 1.3 * told  # AdamMini, the least of them, takes 1.4
+    assert fp32_bytes("AdamMini") > 1.3 * 20
+    assert fp32_bytes("AdamMini", {"state_dtype": "bf16"}) > fp32_bytes("AdamMini")  # it is unpacked, and rounded
 
 
 def test_what_operators_move_is_counted():
