@@ -71,40 +71,36 @@ def many_small_layers():
 
 
 def peaks(stage: int) -> dict[str, int]:
-    """Of a forward without gradients, and of the engine's second step."""
-    batch = local(1)[0]
+    """Of a forward without gradients, and of the engine's second step; the last rank counts."""
+    batch, counting = local(1)[0], dist.get_rank() == dist.get_world_size() - 1
     with AliveBytes() as before:
         pass
     model = many_small_layers().eval()
-    with torch.no_grad(), AliveBytes() as inference:
-        model(input_ids=batch, labels=batch)
+    if counting:
+        with torch.no_grad(), AliveBytes() as inference:
+            model(input_ids=batch, labels=batch)
     parameters = sum(p.numel() for p in model.parameters())
     del model
     with mock.patch.object(in_place_shards, "BUCKET", 2**16), running(stage, make=many_small_layers, **BF16) as engine:
         train(engine, [batch])  # residuals come to be
-        with AliveBytes() as training:
+        with AliveBytes() if counting else contextlib.nullcontext() as training:
             train(engine, [batch])
-    names = {"inference": inference.peak, "training": training.peak}
+    names = {"inference": inference.peak, "training": training.peak} if counting else {}
     return {"parameters": parameters} | {name: peak - before.alive for name, peak in names.items()}
 
 
-def all_peaks(stages: list[int]) -> list[dict[str, int]]:
-    return [peaks(stage) for stage in stages]
-
-
-@pytest.mark.parametrize("stages, ranks", [([0, 1], 1), ([1], 2)])
-def test_a_step_takes_the_memory_of_inference_and_the_residuals(stages, ranks):
+@pytest.mark.parametrize(("stage", "ranks"), [(0, 1), (1, 2)])
+def test_a_step_takes_the_memory_of_inference_and_the_residuals(stage, ranks):
     """2 / N bytes per weight. Limit 1.05 of both; measured 1.01, and 1.027 on two ranks. The copy of the module that
     runs, its noise and what is gathered at once are small beside this model, as they are in one of usual size.
 
     What ZeRO-1 gathers at once of small parameters, 8 MiB and 1 / N of that, is cut to what it is of 2e8 weights: uncut
     this model would be gathered as a whole, which is 1.97. With fp32 masters it would be 1.33 and more, with a copy of
     all weights 1.5 and more."""
-    for results in run_ranks(all_peaks, ranks, stages):
-        for stage, run in zip(stages, results, strict=True):
-            ratio = run["training"] / (run["inference"] + 2 * run["parameters"] / ranks)
-            print(stage, ranks, run, ratio)
-            assert 1 <= ratio <= 1.05
+    run = run_ranks(peaks, ranks, stage)[-1]
+    ratio = run["training"] / (run["inference"] + 2 * run["parameters"] / ranks)
+    print(stage, ranks, run, ratio)
+    assert 1 <= ratio <= 1.05
 
 
 def batch_of(rows: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -171,7 +167,7 @@ def peak_in_backward(method: str, stage: int, counting: bool) -> tuple[int, int]
     return (parameters, training.peak - before.alive) if counting else None
 
 
-CASES = [(method, stage) for method in ("IPSGD", "Addax") for stage in (0, 1, 3)]
+CASES = [("IPSGD", 0), ("Addax", 1), ("IPSGD", 3), ("Addax", 3)]
 
 
 def all_peaks_in_backward() -> list[tuple[int, int] | None]:
