@@ -138,10 +138,10 @@ def test_what_is_written_behind_the_steps_is_what_is_saved_between_them(outcomes
 def test_kills_at_any_moment_change_no_bit(place):
     """Two in the middle of a save, between the steps and behind them, and two wherever the run is."""
     folder, draw = place / "killed", random.Random(0)
-    latest, steps = folder / "checkpoints/latest", {"steps": 20}
-    unbroken = CONTEXT.Process(target=run_alone, args=(place, place / "unbroken", steps | {"save_interval": 20}))
+    latest, steps = folder / "checkpoints/latest", {"steps": 12}
+    unbroken = CONTEXT.Process(target=run_alone, args=(place, place / "unbroken", steps | {"save_interval": 12}))
     unbroken.start()
-    for number, stuck_at in enumerate((2, 6, None, None)):
+    for number, stuck_at in enumerate((2, 5, None, None)):
         options = steps | {"save_interval": 1, "async_save": number % 2 == 1, "resume": number > 0}
         before = latest.read_text() if number else None
         process = CONTEXT.Process(target=run_alone, args=(place, folder, options, stuck_at))
@@ -164,7 +164,7 @@ def test_kills_at_any_moment_change_no_bit(place):
     ours, whole = (weights(place / name) for name in ("killed", "unbroken"))
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
     ours, whole = ([row["loss"] for row in read_metrics(place / name)] for name in ("killed", "unbroken"))
-    assert ours == whole and len(whole) == 20
+    assert ours == whole and len(whole) == 12
 
 
 def test_a_thread_that_cannot_write_ends_the_run(outcomes, place):
