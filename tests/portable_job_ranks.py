@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from spawn import begin
 
 from ds_memopt.checkpoint import portable
 from ds_memopt.engines.processes import AskedToEnd
@@ -93,6 +94,7 @@ def run_stopped_jobs(place: Path, jobs: list[tuple[Path, str, dict[str, Any]]]) 
 
 def run_alone(place: Path, folder: Path, options: dict[str, Any], stuck_at: int | None = None) -> None:
     """One process. stuck_at: the step whose checkpoint is written by half, and no further."""
+    begin()
     write = portable.write_tensors
 
     def write_by_half(path: Path, *args: Any) -> None:

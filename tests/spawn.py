@@ -119,10 +119,18 @@ def remove_shared_memory(port: int) -> None:
         buffer.unlink(missing_ok=True)
 
 
-def _rank_main(function, rank: int, world_size: int, port: int, folder: str, args: tuple) -> None:
-    os.environ.update(place_of(rank, world_size, port))
+def begin() -> None:
+    """What a forked process does first."""
     torch.set_num_threads(1)
     gc.freeze()  # ZeRO-3 collects garbage at every build: spare it the imported packages
+    # As in a new interpreter. The server's own way starts another server for the workers of a DataLoader, and these
+    # outlive a rank that is killed.
+    multiprocessing.set_start_method("fork", force=True)
+
+
+def _rank_main(function, rank: int, world_size: int, port: int, folder: str, args: tuple) -> None:
+    os.environ.update(place_of(rank, world_size, port))
+    begin()
     try:
         import deepspeed
 
@@ -179,8 +187,7 @@ def _script_main(words: list[str], cwd: str, environment: dict[str, str], said: 
     for number, file in enumerate(said, start=1):
         os.dup2(os.open(file, os.O_CREAT | os.O_APPEND | os.O_WRONLY), number)
     os.chdir(cwd)
-    torch.set_num_threads(1)
-    gc.freeze()
+    begin()
     sys.argv = words
     is_file = words[0].endswith(".py")
     sys.path.insert(0, str(Path(words[0]).parent.absolute()) if is_file else cwd)
