@@ -2,7 +2,7 @@
 
 Losses are fp32 numbers of 4 to 8, off by up to 4.8e-7 where they were added up in another order, and g is the
 difference of two over 2 epsilon. So each step moves an element by up to lr * 4.8e-7 / epsilon elsewhere: `error` is the
-root mean square in these units. A rank that goes by its own loss alone is off by 500 and more.
+root mean square in these units. A rank that goes by its own loss alone is off by 150 and more.
 """
 
 from __future__ import annotations
@@ -19,12 +19,10 @@ from zeroth_ranks import (
     LOOPS,
     OPTIONS,
     STEPS,
-    TRIED,
-    elsewhere,
-    exact,
     gpt2,
     labels_of,
     on_one_rank,
+    on_three_ranks,
     on_two_ranks,
     plain,
 )
@@ -62,10 +60,17 @@ def ranks(folder):
     return run_ranks(on_two_ranks, 2, folder)
 
 
+@pytest.fixture(scope="module")
+def on_three(ranks, folder):
+    saved = [rank["resumed"][2] for rank in ranks]
+    parts = [part for run in saved for part in run["parts"]]
+    return run_ranks(on_three_ranks, 3, folder, saved[0]["saved"], parts, saved[0]["progress"])
+
+
 @pytest.mark.parametrize("options", ["rademacher", "one-sided", "bf16"])
 def test_one_rank_is_bit_for_bit_plain_pytorch(options):
     results = one_rank()["exact"][options]
-    assert set(results) == {*TRIED[options], "fsdp2", "fp64 sums"}
+    assert set(results) == {"zero0", "zero3", "fsdp2", "fp64 sums"}
     for placement, weights in results.items():
         assert equal(weights, reference(options, in_fp64=placement == "fp64 sums")), placement
 
@@ -93,13 +98,12 @@ def test_all_placements_on_two_ranks_agree(ranks, options):
     which moves g by 2 %."""
     check(ranks[0]["exact"][options], options)
     alone = reference(options, rows=6)
-    assert error(alone, reference(options), options) > 400  # what a rank by itself would do
+    assert error(alone, reference(options), options) > 100  # what a rank by itself would do
 
 
-def test_all_placements_on_three_ranks_agree():
+def test_all_placements_on_three_ranks_agree(on_three):
     """Measured 0.2, and 6 in bf16. Neither rows nor parameters divide by 3."""
-    results = run_ranks(exact, 3, ("rademacher", "bf16"), ("zero0", "zero1", "zero3"))[0]
-    for options, placements in results.items():
+    for options, placements in on_three[0]["exact"].items():
         check(placements, options)
 
 
@@ -128,12 +132,12 @@ def test_labels_count_in_a_model_that_does_not_name_its_loss(ranks):
 def test_a_schedule_of_the_json_sets_the_rate():
     for rates, weights in one_rank()["schedule"].values():
         assert rates == pytest.approx([1e-6, 1e-6, 3.4e-5])  # so DeepSpeed's WarmupLR begins
-        assert equal(weights, plain(llama(), {"lr": rates}, list(batches(STEPS))))
+        assert equal(weights, plain(llama(), {"lr": rates}, list(batches(3))))
 
 
 @pytest.mark.parametrize("generate", [False, True])
 def test_any_objective_trains_under_any_stage(ranks, generate):
-    results = {stage: ranks[0]["wrong tokens"][stage, generate] for stage in (0, 2, 3)}
+    results = {stage: ranks[0]["wrong tokens"][stage, generate] for stage in (0, 3)}
     for firsts, weights in results.values():
         assert firsts == results[0][0] and equal(weights, results[0][1])
     assert equal(ranks[1]["wrong tokens"][0, generate][1], results[0][1])
@@ -144,13 +148,13 @@ def test_any_objective_trains_under_any_stage(ranks, generate):
 def test_a_step_sends_nothing_but_the_weights(ranks):
     """And three numbers in fp64. At ZeRO-3 they are gathered once in lockstep and twice in two passes.
 
-    Of what AdamW sends at ZeRO-3, two gathers and a reduction: 0.33, 0.67 in two passes, 0.33 at ZeRO-1 and 2."""
+    Of what AdamW sends at ZeRO-3, two gathers and a reduction: 0.33, 0.67 in two passes, 0.33 at ZeRO-2."""
     for rank in ranks:
         cases = rank["traffic"]
         weights = cases["zero0"]["weights"]
         persistent = sum(size for size in weights.values() if size <= 200)
         total = sum(weights.values())
-        gathered = {"zero0": 0, "zero1": total, "zero2": total, "zero3": total}
+        gathered = {"zero0": 0, "zero2": total, "zero3": total}
         gathered["zero3, two passes"] = 2 * (total - persistent) + persistent
         for name, expected in gathered.items():
             traffic, sent = cases[name]["by collective"], cases[name]["sent"]
@@ -158,8 +162,7 @@ def test_a_step_sends_nothing_but_the_weights(ranks):
             assert (traffic["all_gather"].payload_bytes if expected else 0) == expected
             assert sent - expected // 2 == traffic["all_reduce"].payload_bytes == 24
             assert {*traffic} <= {"all_gather", "all_reduce"}
-        for name in ("zero1", "zero2"):
-            assert cases[name]["by collective"]["all_gather"].calls == 1
+        assert cases["zero2"]["by collective"]["all_gather"].calls == 1
 
 
 @pytest.mark.parametrize("placement", ["zero2", "zero3", "zero3, two passes", "fsdp2"])
@@ -176,17 +179,17 @@ def test_training_goes_on_after_an_exception(ranks, placement):
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_all_ranks_skip_a_step_if_one_has_no_finite_loss(ranks, stage):
-    """The second of four: it is counted by engine and method, and the schedule stands still."""
+    """The second of three: it is counted by engine and method, and the schedule stands still."""
     for rank in ranks:
         counted, weights = rank["skipping"][stage]
         stood, by_engine, by_method, rates = zip(*counted, strict=True)
-        assert stood == (False, True, False, False)
-        assert by_engine == by_method == (0, 1, 1, 1)
-        assert rates == pytest.approx((1e-6, 1e-6, 3.4e-5, 6.7e-5))
+        assert stood == (False, True, False)
+        assert by_engine == by_method == (0, 1, 1)
+        assert rates == pytest.approx((1e-6, 1e-6, 3.4e-5))
         assert equal(weights, ranks[0]["skipping"][0][1])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3, "fsdp2"])
+@pytest.mark.parametrize("stage", [0, 2, 3, "fsdp2"])
 def test_a_checkpoint_is_the_run(ranks, stage):
     """In bf16 with residuals, momentum and normalize: what follows is the same to the bit, and the files are whole."""
     for rank in ranks:
@@ -199,7 +202,7 @@ def test_a_checkpoint_is_the_run(ranks, stage):
             assert equal({name: weight.float() for name, weight in saved.items()}, results["saved"])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, 3])
 def test_weights_alone_can_be_loaded(ranks, stage):
     results = ranks[0]["resumed"][stage]
     assert results["message"] == "no error"
@@ -215,20 +218,17 @@ def whole(runs: list[dict]) -> dict[str, torch.Tensor]:
     return kept
 
 
-def test_a_run_goes_on_on_other_ranks_and_stages(ranks, folder):
-    """Saved on two ranks, taken over by three: from the files at ZeRO-0 to 2, by name anywhere. What they hold is equal
-    to the bit, and three ranks go on alike; measured 1.2e-4 of the distance moved from what two do, by the loss's
+def test_a_run_goes_on_on_other_ranks_and_stages(ranks, on_three):
+    """Saved on two ranks, taken over by three: from the files at ZeRO-1 and 2, by name anywhere. What they hold is
+    equal to the bit, and three ranks go on alike; measured 1.2e-4 of the distance moved from what two do, by the loss's
     rounding."""
-    saved = [rank["resumed"][2] for rank in ranks]
-    parts, weights = [part for run in saved for part in run["parts"]], saved[0]["saved"]
-    results = run_ranks(elsewhere, 3, folder, weights, parts, saved[0]["progress"])
-    cases = ("zero0", "zero1", "zero2", "zero0, by name", "zero3, by name", "fsdp2, by name")
-    expected, moved = whole(saved), distance(saved[0]["end"], weights)
-    for case in cases:
+    saved, results = [rank["resumed"][2] for rank in ranks], [rank["elsewhere"] for rank in on_three]
+    expected, moved = whole(saved), distance(saved[0]["end"], saved[0]["saved"])
+    for case in ("zero1", "zero2", "zero3, by name", "fsdp2, by name"):
         runs = [rank[case] for rank in results]
         assert equal(whole(runs), expected), case
         assert runs[0]["progress"] == saved[0]["progress"], case
-        assert equal(runs[0]["end"], results[0]["zero0"]["end"]), case
+        assert equal(runs[0]["end"], results[0]["zero1"]["end"]), case
         print(case, distance(runs[0]["end"], saved[0]["end"]) / moved)
         assert distance(runs[0]["end"], saved[0]["end"]) < 1e-3 * moved
     messages = results[0]
