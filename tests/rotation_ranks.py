@@ -91,15 +91,15 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def thirty_switches(case: dict) -> list[int]:
-    """Bytes alive after 2, 15 and 30 switches between two layers, beside those alive before there was an engine."""
+def ten_switches(case: dict) -> list[int]:
+    """Bytes alive after 2, 6 and 10 switches between two layers, beside those alive before there was an engine."""
     before = alive_bytes()
     engine = engine_of("BAdam", hyper={"switch_every": 1, "order": "ascending"}, **case)
-    data, alive = local(1) * 30, []
-    for steps in (2, 13, 15):
-        train(engine, data[:steps])
+    data, alive = local(1), []
+    for steps in (2, 4, 4):
+        train(engine, data * steps)
         alive.append(alive_bytes() - before)
-    assert engine.basic_optimizer.position.visit == 30
+    assert engine.basic_optimizer.position.visit == 10
     engine.destroy()
     return alive
 
@@ -120,17 +120,11 @@ def accumulation(stage: int) -> dict[str, torch.Tensor]:
 
 
 def small_steps(stage: int, keep_residual: bool) -> dict[str, dict]:
-    """After 6 visits to each of two layers at lr 1e-6: the weights, this rank's parts of their fp32 masters by name, as
+    """After 3 visits to each of two layers at lr 1e-6: the weights, this rank's parts of their fp32 masters by name, as
     (start, elements), and the bytes of residuals."""
-    hyper = {
-        "switch_every": 4,
-        "order": "ascending",
-        "lr": SMALL_LR,
-        "weight_decay": 0.0,
-        "keep_residual": keep_residual,
-    }
+    hyper = {"switch_every": 4, "order": "ascending", "lr": SMALL_LR, "weight_decay": 0.0}
     engine = engine_of("BAdam", stage, hyper=hyper | {"keep_residual": keep_residual}, **BF16)
-    data = local(48)
+    data = local(24)
     optimizer = engine.basic_optimizer
     train(engine, data[:-1])
     starts = held_intervals(optimizer)
@@ -210,7 +204,8 @@ def on_one_rank() -> dict:
     in_plain_pytorch()
     return {
         "accumulation": {stage: accumulation(stage) for stage in (1, 2, 3)},
-        "small steps": {(stage, keep): small_steps(stage, keep) for stage in (0, 2, 3) for keep in (True, False)},
+        "small steps": {stage: small_steps(stage, keep_residual=True) for stage in (0, 2, 3)},
+        "small steps, lost": small_steps(2, keep_residual=False),
     }
 
 
@@ -254,7 +249,7 @@ def everything(folder: Path) -> dict:
     return {
         "mixed precision": {dtype: mixed_precision(dtype) for dtype in (None, torch.float32)},
         "costs": {name: cost(case) for name, case in COST_CASES.items()},
-        "alive": {name: thirty_switches(case) for name, case in COST_CASES.items()},
+        "alive": {name: ten_switches(case) for name, case in COST_CASES.items()},
         "small steps": {stage: small_steps(stage, keep_residual=True) for stage in (0, 2, 3)},
         "checkpoints": checkpoints(folder),
         "refused": refused_loads(folder),

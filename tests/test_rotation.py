@@ -57,12 +57,12 @@ def test_state_and_masters_are_those_of_the_active_block(results, case):
 
 
 @pytest.mark.parametrize("case", COST_CASES)
-def test_memory_after_30_switches_is_that_after_2(results, case):
+def test_memory_after_10_switches_is_that_after_2(results, case):
     """And small: 0.2 to 0.3 MB for a model of 49,800 parameters. ZeRO-3's bucket for gradients has by default 1 GB."""
     for rank in results[1]:
-        after_2, after_15, after_30 = rank["alive"][case]
-        print(case, after_2, after_15, after_30)
-        assert after_30 == after_15 <= after_2 < 2**20
+        after_2, after_6, after_10 = rank["alive"][case]
+        print(case, after_2, after_6, after_10)
+        assert after_10 == after_6 <= after_2 < 2**20
 
 
 @pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
@@ -124,9 +124,9 @@ def make_step(trained, masters, inner, gradients) -> None:
 def keep_masters_for_ever() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Start and end, in fp32, of a run in bf16 whose masters live on while their layer does not train."""
     model = bf16_llama()
-    start, data = full_parameters(model), list(batches(48))
+    start, data = full_parameters(model), list(batches(24))
     kept = {name: torch.nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
-    for visit in range(12):
+    for visit in range(6):
         trained = {name: p for name, p in model.named_parameters() if f"layers.{visit % 2}." in name}
         masters, inner = adamw_over(trained, {name: kept[name] for name in trained}, lr=SMALL_LR, weight_decay=0.0)
         for batch in data[4 * visit : 4 * visit + 4]:
@@ -147,7 +147,7 @@ def whole_masters(runs: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def test_residuals_keep_the_masters_between_visits(one_rank, results):
-    """Share of the movement at lr 1e-6 that outlives 6 visits of 4 steps to each of two layers.
+    """Share of the movement at lr 1e-6 that outlives 3 visits of 4 steps to each of two layers.
 
     Measured on one rank: 1 with residuals, all bits of the masters; 0.05 without. On two ranks, whose bf16 sums round
     differently: 0.9997. They cost 2 bytes per parameter / N."""
@@ -160,7 +160,7 @@ def test_residuals_keep_the_masters_between_visits(one_rank, results):
         return (sum(((masters[n] - start[n]) * (end[n] - start[n])).sum() for n in start) / length).item()
 
     for stage in (0, 2, 3):
-        kept, lost = one_rank["small steps"][stage, True], one_rank["small steps"][stage, False]
+        kept, lost = one_rank["small steps"][stage], one_rank["small steps, lost"]
         two_ranks = [rank["small steps"][stage] for rank in results[1]]
         print(stage, share([kept]), share([lost]), share(two_ranks))
         assert distance(whole_masters([kept]), end) == 0, stage
