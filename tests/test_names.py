@@ -23,6 +23,8 @@ from ds_memopt.plan import predict
 from ds_memopt.replay import replay
 
 WRAPPERS = INSIDE | AROUND
+TRIED = {method: {"DDP", *list(WRAPPERS)[number % 3 :: 3]} for number, method in enumerate(METHODS)}
+"""Each wrapper with two methods and more; DDP, which some refuse, with each."""
 
 
 def raises(message: str):
@@ -72,9 +74,9 @@ def test_a_wrapped_model_trains_as_the_bare_one_and_their_states_are_one(method)
     whole = net()
     optimizer = METHODS[method].from_model(whole, **OPTIONS[method])
     train(method, whole, optimizer, data(3))
-    for name, wrap in WRAPPERS.items():
+    for name in TRIED[method]:
         model = net()
-        wrapped = wrap(model)
+        wrapped = WRAPPERS[name](model)
         refused = method in ("BAdam", "IPSGD", "Addax") and "DDP" in name
         with raises(f"{method} does not support ddp") if refused else contextlib.nullcontext():
             other = METHODS[method].from_model(wrapped, **OPTIONS[method])
