@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import get_args
@@ -26,7 +25,7 @@ from engines_ranks import (
     train_small,
 )
 from release_ranks import CASES
-from spawn import TIME_LIMIT, free_port, run_ranks
+from spawn import run_ranks, run_script
 from tiny import (
     FIRST_ORDER,
     GLOBAL_BATCH,
@@ -290,12 +289,7 @@ def test_a_script_that_knows_nothing_of_us_runs_unchanged(tmp_path):
         "zero_optimization": {"stage": 2},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    launcher = Path(sys.executable).with_name("deepspeed")
-    done = subprocess.run(
-        [sys.executable, launcher, "--num_gpus", "2", "--master_port", str(free_port()), "--module", "ds_memopt.run",
-         "script.py", "--out", "result"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=TIME_LIMIT,
-    )  # fmt: skip
+    done = run_script("ds_memopt.run", "--local_rank=0", "script.py", "--out", "result", ranks=2, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert (tmp_path / "result").read_text() == "AdamMini __main__ script.py"
 
@@ -374,10 +368,12 @@ print(*("warning: " + str(w.message) for w in caught if "ds_memopt" in str(w.mes
 """
 
 
-def test_an_untested_or_changed_deepspeed_is_told():
+def test_an_untested_or_changed_deepspeed_is_told(tmp_path):
     def output(change: str) -> str:
-        command = [sys.executable, "-c", VERSIONS.format(change=change)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        (tmp_path / "script.py").write_text(VERSIONS.format(change=change))
+        done = run_script(tmp_path / "script.py")
+        assert done.returncode == 0, done.stderr
+        return done.stdout
 
     warned = output('deepspeed.__version__ = "0.20.1"')
     assert warned.count("ds_memopt was tested with DeepSpeed 0.19.*, this is 0.20.1") == 1
