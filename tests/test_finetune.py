@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -161,8 +159,8 @@ def test_totals_count_what_the_ranks_see():
 
 
 def test_task_is_balanced_and_holds_rows_out(tmp_path):
-    command = [sys.executable, str(ROOT / "launch/experiments/make_task.py"), "--output_dir", str(tmp_path)]
-    subprocess.run([*command, "--train_rows", "500"], check=True, capture_output=True)
+    words = ["launch/experiments/make_task.py", "--output_dir", tmp_path]
+    assert run_script(*words, "--train_rows", 500).returncode == 0
     train, valid = ([json.loads(x) for x in (tmp_path / f"{n}.jsonl").open()] for n in ("train", "valid"))
     assert len(train) == 500 and 200 < len(valid) <= 400
     for part in (train, valid):
@@ -170,7 +168,7 @@ def test_task_is_balanced_and_holds_rows_out(tmp_path):
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in valid}
     rows.load_rows(str(tmp_path / "train.jsonl"), BYTES, 32, 256)
 
-    subprocess.run([*command, "--long_tail", "300"], check=True, capture_output=True)
+    assert run_script(*words, "--long_tail", 300).returncode == 0
     train, valid = ([json.loads(x) for x in (tmp_path / f"{n}.jsonl").open()] for n in ("train", "valid"))
     lengths = sorted(len(row["prompt"]) for row in train)
     assert lengths[len(lengths) // 2] < 80 and 280 < lengths[-len(lengths) // 20] <= lengths[-1] <= 324
@@ -249,7 +247,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pretrained(place) -> dict[int, Path]:
-    """Runs of two steps of the main job at every ZeRO stage, in one process pair; the third is fine-tuned further."""
+    """Runs of two steps of the main job, in one process pair: at ZeRO-1 weights are kept as at 2."""
     llama(max_position_embeddings=16).save_pretrained(place / "config")
     sizes = dict(model=str(place / "config"), steps=2, seq_length=16, micro_batch=2, lr=1e-2, validation_interval=0)
     sizes |= {"checkpoint_format": "engine"}  # for DeepSpeed's zero_to_fp32
@@ -259,9 +257,9 @@ def pretrained(place) -> dict[int, Path]:
             output_dir=str(place / f"pretrained{stage}"),
             **sizes,
         )
-        for stage in range(4)
+        for stage in (0, 2, 3)
     }
-    assert run_ranks(run_all, 2, list(runs.values())) == [[None] * 4] * 2
+    assert run_ranks(run_all, 2, list(runs.values())) == [[None] * 3] * 2
     return {stage: Path(run.output_dir) for stage, run in runs.items()}
 
 
@@ -271,23 +269,23 @@ def test_pretraining_leaves_its_weights(pretrained):
         saved = get_fp32_state_dict_from_zero_checkpoint(str(pretrained[stage] / "checkpoints"), tag="step2")
         assert models[stage].keys() == saved.keys()
         assert all(torch.equal(models[stage][name], saved[name]) for name in saved)
-    for stage in (0, 1, 3):  # other sums, other rounding
+    for stage in (0, 3):  # other sums, other rounding
         assert models[stage].keys() == models[2].keys()
         assert all(torch.allclose(models[stage][name], models[2][name], atol=1e-4) for name in models[2])
 
 
 def test_fine_tuning_starts_from_exactly_the_saved_weights(place, pretrained):
     """At a learning rate of 0 a run ends with the weights that it began with."""
-    sources = {"zero2": pretrained[2], "zero3": pretrained[3], "folder": place / "sure", "tied": place / "tied"}
+    sources = {("zero2", 3): pretrained[2], ("zero3", 2): pretrained[3]}
+    sources |= {("folder", 2): place / "sure", ("tied", 3): place / "tied"}
     still = dict(lr=0.0, steps=1, weight_decay=0.0, seq_length=64)
     runs = {
         (name, stage): options(place / f"still_{name}{stage}", source, place, stage, **still)
-        for name, source in sources.items()
-        for stage in (2, 3)
+        for (name, stage), source in sources.items()
     }
     assert run_ranks(run_all, 2, list(runs.values())) == [[None] * len(runs)] * 2
-    for (name, _), run in runs.items():
-        before = load_file(trained_folder(str(sources[name])) / "model.safetensors")
+    for case, run in runs.items():
+        before = load_file(trained_folder(str(sources[case])) / "model.safetensors")
         after = load_file(Path(run.output_dir) / "model" / "model.safetensors")
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
@@ -333,7 +331,7 @@ def measure(model: str, files: list[str], config: str, folder: str) -> list[dict
     return [evaluate(engine, rows.load_rows(file, BYTES, 64, 256), 4, ranks) for file in files]
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(2, 1), (2, 2), (3, 3)])
+@pytest.mark.parametrize(("stage", "world_size"), [(2, 1), (3, 3)])
 def test_accuracy_is_that_of_another_scorer_on_any_number_of_ranks(place, stage, world_size):
     model = place / "sure"
     cases = [sums(17, choices=True), spoken(model, 9), sums(8, choices=True) + spoken(model, 5), sums(1, choices=True)]
