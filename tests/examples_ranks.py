@@ -73,11 +73,13 @@ def _run_trainer(method: str, folder: str, sharded: bool = False) -> list[dict[s
     return made
 
 
-def trained_by_torchtitan(folder: str) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    return {method: _run_torchtitan(method, f"{folder}/{method}") for method in ("AdamMini", "GWT", "CAME")}
+def in_torchtitan(folder: str) -> tuple[dict[str, dict[str, dict[str, torch.Tensor]]], str]:
+    """What has been trained, by method, and what a pipeline is told."""
+    trained = {method: _run_torchtitan(method, f"{folder}/{method}") for method in ("AdamMini", "GWT", "CAME")}
+    return trained, _refused_in_a_pipeline()
 
 
-def refused_in_a_pipeline() -> str:
+def _refused_in_a_pipeline() -> str:
     """What a rank is told that holds another part of the model than the first."""
     from torchtitan.components.optimizer import ParamGroupConfig
 

@@ -10,7 +10,7 @@ import shlex
 import pytest
 import torch
 import yaml
-from examples_ranks import EXAMPLES, refused_in_a_pipeline, trained_by_torchtitan, trained_by_trainer
+from examples_ranks import EXAMPLES, in_torchtitan, trained_by_trainer
 from spawn import run_ranks
 from test_roles import by_channel, by_head, zeroed_by_blocks
 from torch import nn
@@ -73,17 +73,12 @@ def test_a_yaml_names_a_ds_config_and_fills_it(file, module, auto):
 def test_torchtitan(tmp_path):
     """In torchtitan's container under FSDP2 beside an optimizer of the whole model. Measured 7.5e-9 (AdamMini), 0 (GWT)
     and 3.6e-7 (CAME, whose weights move by 0.1); a halved norm would be off as above, and so would each step be that
-    torchtitan's making of the state counted."""
-    for rank in run_ranks(trained_by_torchtitan, 2, str(tmp_path)):
-        assert list(rank) == ["AdamMini", "GWT", "CAME"]
-        for method, trained in rank.items():
+    torchtitan's making of the state counted. A pipeline is refused."""
+    for by_method, message in run_ranks(in_torchtitan, 2, str(tmp_path)):
+        assert list(by_method) == ["AdamMini", "GWT", "CAME"]
+        for method, trained in by_method.items():
             assert largest(trained["before"], trained["alone"]) > 1e-3, method
             assert largest(trained["alone"], trained["sharded"]) < 1e-6, method
-
-
-@needs_torchtitan
-def test_torchtitan_refuses_a_pipeline():
-    for message in run_ranks(refused_in_a_pipeline, 2):
         assert "as in a pipeline" in message and "set parallelism.pipeline_parallel_degree to 1" in message
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import time
 
 import deepspeed.comm
 import pytest
 import torch
 import torch.distributed as dist
-from spawn import run_ranks
+from spawn import run_ranks, run_script
 from torch.distributed import distributed_c10d
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
@@ -367,7 +365,8 @@ print(peak_memory_gib(torch.device("cpu"))["peak_rss_gib"] - before)
 """
 
 
-def test_peak_memory_on_cpu_sees_an_allocation():
+def test_peak_memory_on_cpu_sees_an_allocation(tmp_path):
     """In a process of its own: the peak of this one may lie higher already."""
-    done = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, text=True)
+    (tmp_path / "peak.py").write_text(PEAK)
+    done = run_script(tmp_path / "peak.py")
     assert 0.4 < float(done.stdout) < 0.7
