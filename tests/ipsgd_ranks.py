@@ -23,6 +23,7 @@ from tiny import (
     llama,
     llama_under_zero_init,
     shard_fsdp2,
+    stored,
     train_plain,
 )
 from tiny import local as local_batches
@@ -389,7 +390,6 @@ def interrupted(stage: int, options: str) -> tuple[list[bool], dict[str, torch.T
         train(engine, [first])
         projection, all_stood = engine.module.get_submodule("model.layers.1.mlp.down_proj"), []
         forward = projection.forward
-        stored = [getattr(p, "ds_tensor", p).detach() for p in engine.module.parameters()]
         for at in range(3 if options == "Addax" else 1):
             calls = []
 
@@ -399,11 +399,11 @@ def interrupted(stage: int, options: str) -> tuple[list[bool], dict[str, torch.T
                     raise Interrupted
                 return calls[-1]
 
-            before, projection.forward = [p.clone() for p in stored], failing
+            before, projection.forward = [p.clone() for p in stored(engine.module)], failing
             with contextlib.suppress(Interrupted):
                 train(engine, [second])
                 calls.clear()  # it was not raised
-            all_stood.append(all(map(torch.equal, before, stored)) and len(calls) == at + 1)
+            all_stood.append(all(map(torch.equal, before, stored(engine.module))) and len(calls) == at + 1)
         projection.forward = forward
         train(engine, [second])
         return all_stood, full_parameters(engine.module)

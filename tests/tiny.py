@@ -126,6 +126,12 @@ def full_parameters(model) -> dict[str, torch.Tensor]:
         }
 
 
+def stored(model) -> list[torch.Tensor]:
+    """What this rank stores of each parameter, as the parameter itself or its shard."""
+    held = [getattr(p, "ds_tensor", p).detach() for p in model.parameters()]
+    return [p.to_local() if hasattr(p, "to_local") else p for p in held]
+
+
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return sum(((a[name].double() - b[name].double()) ** 2).sum() for name in a).item() ** 0.5
 

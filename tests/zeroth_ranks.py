@@ -24,8 +24,10 @@ from tiny import (
     llama_under_zero_init,
     local,
     shard_fsdp2,
+    stored,
     train,
 )
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
@@ -246,15 +248,16 @@ def interrupted_step(model, step: Callable, at: int) -> tuple[bool, bool]:
             raise Interrupted
         return calls[-1]
 
-    stored = [getattr(p, "ds_tensor", p).detach() for p in model.parameters()]
-    stored = [p.to_local() if hasattr(p, "to_local") else p for p in stored]
-    before, projection.forward, raised = [p.clone() for p in stored], failing, False
+    shards = stored(model)
+    before, projection.forward, raised = [p.clone() for p in shards], failing, False
     try:
         step()
     except Interrupted:
         raised = True
     projection.forward = forward
-    return raised, all(torch.equal(a, b) for a, b in zip(before, stored, strict=True))
+    if not isinstance(model, FSDPModule):  # whose root stays gathered after an exception
+        shards = stored(model)
+    return raised, all(map(torch.equal, before, shards))
 
 
 def interruptions() -> dict[str, tuple]:
