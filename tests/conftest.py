@@ -6,12 +6,13 @@ import gc
 
 # Processes take one file after another: with the longest first none is left alone.
 LONGEST_FIRST = (
-    "test_exactness", "test_plan", "test_ipsgd", "test_train_multirank", "test_features", "test_sweep",
-    "test_launchers", "test_peak", "test_lockstep", "test_zeroth", "test_processes", "test_engines", "test_finetune",
-    "test_rotation", "test_storage", "test_examples", "test_every_method", "test_names", "test_resume",
-    "test_portable_job", "test_triton", "test_compile", "test_checkpoints", "test_portable", "test_badam", "test_noise",
-    "test_doctor", "test_documents", "test_wide_state", "test_length_batches", "test_measure", "test_output_folder",
-    "test_directions",
+    "test_plan", "test_exactness", "test_portable_job", "test_portable", "test_lockstep", "test_ipsgd", "test_peak",
+    "test_features", "test_train_multirank", "test_launchers", "test_zeroth", "test_processes", "test_engines",
+    "test_sweep", "test_rotation", "test_storage", "test_resume", "test_finetune", "test_every_method", "test_names",
+    "test_examples", "test_noise", "test_triton", "test_compile", "test_checkpoints", "test_badam", "test_launches",
+    "test_doctor", "test_documents", "test_wide_state", "test_length_batches", "test_gpu_check", "test_model_speed",
+    "test_corpus", "test_measure", "test_stored_weights_kernels", "test_output_folder", "test_packed_kernels",
+    "test_train", "test_trajectory", "test_directions", "test_report", "test_addax", "test_house",
 )  # fmt: skip
 
 
