@@ -34,7 +34,7 @@ def models() -> dict:
     }
 
 
-WITH_ADDAX = ("Llama", "GPT-2", "Mixtral")
+WITH_ADDAX = ("Llama", "GPT-2")
 """GPT-2 has dropout, too."""
 
 

@@ -49,7 +49,7 @@ METHOD_HYPER = {
 }
 """BAdam's block changes inside a leg and is resumed inside a visit."""
 CASES = [
-    *((method, False) for method in METHOD_HYPER), ("AdamMini", True), ("BAdam", True), ("MeZO", True), ("IPSGD", True),
+    *((method, False) for method in METHOD_HYPER), ("AdamMini", True), ("BAdam", True), ("MeZO", True),
 ]  # fmt: skip
 """The runs: method, and whether in bf16."""
 

@@ -167,7 +167,7 @@ def peak_in_backward(method: str, stage: int, counting: bool) -> tuple[int, int]
     return (parameters, training.peak - before.alive) if counting else None
 
 
-CASES = [("IPSGD", 0), ("Addax", 1), ("IPSGD", 3), ("Addax", 3)]
+CASES = [("IPSGD", 0), ("Addax", 1), ("Addax", 3)]
 
 
 def all_peaks_in_backward() -> list[tuple[int, int] | None]:
