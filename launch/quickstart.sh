@@ -22,7 +22,8 @@ echo "quickstart: $ranks ranks on ${DS_ACCELERATOR:-cuda}, results in $folder"
 
 pretrain() { # name, learning rate, ds_config, further options
     echo "quickstart: pre-training with $3, lr $2"
-    deepspeed --log_level warning --num_gpus "$ranks" launch/pretrain.py --steps 200 --validation_batches 16 --lr "$2" \
+    deepspeed --log_level warning --num_gpus "$ranks" launch/pretrain.py --steps 200 --lr "$2" \
+        --validation_interval 40 --validation_batches 16 \
         --deepspeed_config "$3" --output_dir "$folder/$1" "${@:4}"
 }
 # The best learning rates of those tried. BAdam stays with a block for 12 steps: with 100 it would not come to most of them.

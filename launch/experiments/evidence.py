@@ -41,7 +41,7 @@ def methods(adamw_lr: float) -> dict[str, tuple[str, dict, tuple[float, ...]]]:
         "GWT-2": ("GWT", gwt | {"level": 2}, rates),
         "GWT-3": ("GWT", gwt | {"level": 3}, rates),
         "GWT-2 + AdamMini": ("GWT", gwt | {"level": 2, "base": "adam_mini"}, rates),
-        "BAdam": ("BAdam", BADAM, (2 * adamw_lr, 4 * adamw_lr, 8 * adamw_lr)),
+        "BAdam": ("BAdam", BADAM, (adamw_lr, 2 * adamw_lr, 4 * adamw_lr)),
     }
 
 
