@@ -1,8 +1,4 @@
-"""What a rank holds and sends under a method and a ZeRO stage, or FSDP2, from the model's shapes alone.
-
-States are not computed by formula: the method's own optimizer makes a step on tensors that hold nothing (the meta
-device), laid as ZeRO would lay them, and what it then has is counted. So is what it sends for blocks that ranks share.
-"""
+"""What a rank holds and sends under a method and a ZeRO stage, or FSDP2, from the model's shapes alone."""
 
 from __future__ import annotations
 
