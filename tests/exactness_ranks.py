@@ -49,13 +49,13 @@ ROTATION = {
     "eps": 1e-4,
 }  # fmt: skip
 """4 switches in 5 steps, from the first layer on and back to it; embedding and head leave a param group without a
-parameter.
+parameter. Over GWT there are 2, as its limiter acts on a block from the second step of a visit on.
 
 The first step of every visit is g / (|g| + eps), which makes much of the rounding of a gradient near zero: with an eps
 of 1e-8 ZeRO-3, whose matrix products round differently, is off by 1e-4 on one rank, with 1e-5 by 5e-6."""
 BLOCK_ORDER = ("layers.0.", "layers.1.", "lm_head model.norm", "embed_tokens")
-for _, given in (RULES[rule] for rule in BASE_RULES):
-    given |= ROTATION
+for rule in BASE_RULES:
+    RULES[rule][1].update(ROTATION | ({"switch_every": 2} if rule == "BAdam, gwt" else {}))
 BF16 = {"bf16": {"enabled": True}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 
@@ -107,8 +107,8 @@ def groups(model, active: str = "") -> list[dict]:
 
 def prepared(rule: str, model):
     """With GWT each loss counts three times the last one: its limiter has to act, for its sums over ranks to be seen.
-    It does on every matrix, in each of the last three steps."""
-    if rule.startswith("GWT"):
+    It does on every matrix, in each of the last three steps; inside BAdam on most, in the second step of a visit."""
+    if "gwt" in rule.lower():
         factors = (3**number for number in itertools.count())
 
         def grow(module, inputs, output):
@@ -130,7 +130,7 @@ def visits(rule: str) -> list[tuple[dict, list[torch.Tensor]]]:
     data = list(batches(STEPS))
     if rule not in BASE_RULES:
         return [({"rule": rule, "active": ""}, data)]
-    base, length = {"rule": BASE_RULES[rule], "eps": ROTATION["eps"]}, ROTATION["switch_every"]
+    base, length = {"rule": BASE_RULES[rule], "eps": ROTATION["eps"]}, RULES[rule][1]["switch_every"]
     starts = range(0, STEPS, length)
     return [(base | {"active": BLOCK_ORDER[i % 4]}, data[start : start + length]) for i, start in enumerate(starts)]
 
