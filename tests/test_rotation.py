@@ -39,12 +39,15 @@ def test_zero_1_and_2_send_the_active_block_only(results, case):
 
 
 def test_zero_3_reduces_the_gradients_of_the_active_block_only(results):
-    """And a switch gathers the block once, so that DeepSpeed can lay its hooks. AdamW reduces 8.4 times as much."""
+    """And a switch gathers the block once, so that DeepSpeed can lay its hooks. AdamW reduces 8.4 times as much.
+
+    The second block is a layer later: with the trace of the first, backward would gather a layer that it does not
+    reach."""
     badam = results[1][0]["costs"]["zero3"]["BAdam"]
     assert badam["by collective"]["reduce_scatter"].payload_bytes == 2 * badam["parameters"]  # bf16
     block_sent = 2 * badam["parameters"] // RANKS
     assert 0 <= badam["sent with switch"] - badam["sent"] <= block_sent
-    assert badam["sent in the second visit"] <= badam["sent"]
+    assert badam["sent"] - badam["sent in the second visit"] >= block_sent
 
 
 @pytest.mark.parametrize("case", COST_CASES)
@@ -58,11 +61,13 @@ def test_state_and_masters_are_those_of_the_active_block(results, case):
 
 @pytest.mark.parametrize("case", COST_CASES)
 def test_memory_after_10_switches_is_that_after_2(results, case):
-    """And small: 0.2 to 0.3 MB for a model of 49,800 parameters. ZeRO-3's bucket for gradients has by default 1 GB."""
+    """And small: 0.2 to 0.3 MB for a model of 49,800 parameters. ZeRO-3's bucket for gradients has by default 1 GB.
+
+    It may be less, where 10 kB of an earlier engine are freed late."""
     for rank in results[1]:
         after_2, after_6, after_10 = rank["alive"][case]
         print(case, after_2, after_6, after_10)
-        assert after_10 == after_6 <= after_2 < 2**20
+        assert after_10 <= after_6 <= after_2 < 2**20
 
 
 @pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
