@@ -462,7 +462,8 @@ def test_what_comes_before_a_step_or_does_not_is_told():
     "method, clip, backward", [("IPSGD", "two_pass", 1), ("Addax", "none", 1), ("Addax", "none", 0)]
 )
 def test_a_step_without_a_closure_that_needs_one_is_told_in_time(method, clip, backward):
-    model = Net()
+    """And with one the run goes on."""
+    model, other = Net(), Net()
     optimizer, before = build(method, model, lr=0.1, clip=clip), bits(model)
 
     def unchanged_loop():
@@ -471,6 +472,7 @@ def test_a_step_without_a_closure_that_needs_one_is_told_in_time(method, clip, b
         optimizer.step()
 
     assert "closure" in refusal(unchanged_loop) and bits(model) == before
+    assert equal(run_on(model, optimizer), run_on(other, build(method, other, lr=0.1, clip=clip)))
 
 
 @pytest.mark.parametrize("clip", ["none", "two_pass"])
