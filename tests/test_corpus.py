@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -18,8 +19,9 @@ import transformers
 
 from ds_memopt.train.data import order, tokenised
 from ds_memopt.train.data.corpus import load_corpus, stream_corpus
+from ds_memopt.train.data.documents import cut_into_pieces, read_documents
 from ds_memopt.train.data.packing import check_document_borders, model_inputs, positions_in_documents
-from ds_memopt.train.data.sources import Source, parse_sources
+from ds_memopt.train.data.sources import Files, Source, parse_sources
 from ds_memopt.train.data.tokenised import Reading
 
 WORDS, EOS = 60, 0
@@ -129,6 +131,36 @@ def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch, capfd):
     assert len([*(tmp_path / "cache").rglob("*.arrow")]) > len(made)
     assert _rows(parallel.train) == _rows(alone.train) and _rows(parallel.validation) == _rows(alone.validation)
     assert parallel.description == alone.description
+
+
+PARAGRAPHS = b"\n \n  one\ntwo \n\n\t\n\nthree\r\n\r\nf\xffour\nfive\n" + b"six " * 9 + b"\n\n\n\nseven"
+LINES = b'\n"one"\n{"text": "two"}\r\n\n{"text": 3}\n{"a\n' + b'"' + b"four " * 9 + b'"\n\n\n"\xff"\n"five"'
+
+
+@pytest.mark.parametrize("name, content", [("a.txt", PARAGRAPHS), ("a.jsonl", LINES)])
+def test_a_file_of_lines_gives_the_same_documents_in_any_number_of_pieces(tmp_path, monkeypatch, name, content):
+    """With the lines of bad ones. At a byte a piece there is one that begins at each byte."""
+    monkeypatch.setattr("ds_memopt.train.data.documents.BYTES_PER_PIECE", 1)
+    path = tmp_path / name
+    path.write_bytes(content)
+    files = Files("text" if name == "a.txt" else "json", (str(path),))
+
+    def read(parts):
+        pieces = cut_into_pieces(files, parts)
+        assert len(pieces) == parts
+        return [document for piece in pieces for document in read_documents(piece, ["text"])]
+
+    whole = read(1)
+    assert all(read(parts) == whole for parts in range(2, len(content) + 1))
+    if name == "a.txt":
+        texts = re.split(r"\n\s*\n", content.decode(errors="replace").replace("\r", ""))
+        assert [text for text in texts if text.strip()] == [
+            document.text or "f\ufffdour\nfive\n" + "six " * 9 for document in whole
+        ]
+    else:
+        assert [document.text for document in whole] == ["one", "two", None, None, "four " * 9, None, "five"]
+    lines = [re.fullmatch(f"{path}, line (\\d+): .*", document.fault)[1] for document in whole if document.fault]
+    assert lines == (["10"] if name == "a.txt" else ["5", "6", "10"])
 
 
 def test_other_data_of_the_same_size_are_told_apart(tmp_path, tokenizer):

@@ -19,7 +19,7 @@ from ds_memopt.train.data.documents import Piece, cut_into_pieces, load_saved, r
 from ds_memopt.train.data.sequences import Tokens
 from ds_memopt.train.data.sources import Files, local_path, stamp
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Of what `_encode` yields: another number, and nothing that was kept before is used again."""
 
 BYTES_PER_PROCESS = 2**25
