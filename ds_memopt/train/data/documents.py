@@ -241,9 +241,10 @@ def open_parquet(path: str) -> Any:
     import pyarrow
     import pyarrow.parquet
 
+    stream = open_file(path)
     try:
-        return pyarrow.parquet.ParquetFile(open_file(path))
-    except pyarrow.ArrowException as error:
+        return pyarrow.parquet.ParquetFile(stream)
+    except (pyarrow.ArrowException, ValueError) as error:  # fsspec's too, where a server gives no parts of a file
         raise ValueError(f"{path} is no Parquet file, or damaged: {error}") from error
 
 
