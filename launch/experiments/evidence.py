@@ -98,7 +98,7 @@ def plot(results: dict[str, tuple[tuple[float, ...], float, list[Path]]], path: 
             lowest, highest = ([end(v) for v in values.values()] for end in (min, max))
             axes.fill_between(list(values), lowest, highest, alpha=0.2, color=style["color"])
     above.set_ylabel("validation loss (nats per token)")
-    below.set_ylabel("validation loss above AdamW's (logarithmic beyond 0.1)")
+    below.set_ylabel("validation loss above AdamW's\n(logarithmic beyond 0.1)")
     below.set_yscale("symlog", linthresh=0.1, linscale=2)  # small gaps count, and BAdam's is large
     below.yaxis.set_major_locator(FixedLocator([-0.1, -0.05, -0.02, 0, 0.02, 0.05, 0.1, 0.2, 0.5, 1]))
     below.yaxis.set_major_formatter("{x:g}")
