@@ -1,6 +1,6 @@
 """Pre-train the same model with every method, three seeds each, and show the validation losses beside each other.
 
-    python launch/experiments/evidence.py --jobs 2
+    python launch/experiments/evidence.py --jobs 2 --dtype bf16 --attention eager --compile
     python launch/experiments/evidence.py --jobs 2 --output_dir runs/longer --steps 5000 --sweep_steps 1000 \
         --methods AdamMini GWT-2 "GWT-2 + AdamMini" BAdam --save_interval 500 --keep_checkpoints 1 \
         --dtype bf16 --attention eager --compile
@@ -90,7 +90,8 @@ def plot(results: dict[str, tuple[tuple[float, ...], float, list[Path]]], path: 
     method's distance to AdamW, seed by seed."""
     figure, (above, below) = plt.subplots(2, figsize=(8, 8), layout="constrained", sharex=True)
     reference = _losses(results["AdamW"][2])
-    for index, (name, (_, lr, folders)) in enumerate(results.items()):
+    for name, (_, lr, folders) in results.items():
+        index = ["AdamW", *methods(1.0)].index(name)
         losses, style = _losses(folders), {"marker": "os^DvP"[index], "ms": 4, "color": f"C{index}"}
         gaps = {at: [a - b for a, b in zip(values, reference[at], strict=True)] for at, values in losses.items()}
         for axes, values in ((above, losses), (below, gaps)):
