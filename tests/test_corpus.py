@@ -162,6 +162,10 @@ def test_a_file_of_lines_gives_the_same_documents_in_any_number_of_pieces(tmp_pa
     lines = [re.fullmatch(f"{path}, line (\\d+): .*", document.fault)[1] for document in whole if document.fault]
     assert lines == (["10"] if name == "a.txt" else ["5", "6", "10"])
 
+    (tmp_path / "array.json").write_text('[\n"one",\n"two"]')
+    (piece,) = cut_into_pieces(Files("json", (str(tmp_path / "array.json"),)), 3)
+    assert [document.text for document in read_documents(piece, ["text"])] == ["one", "two"]
+
 
 def test_other_data_of_the_same_size_are_told_apart(tmp_path, tokenizer):
     told = []
