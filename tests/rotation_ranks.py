@@ -54,11 +54,12 @@ def masters(engine) -> list[torch.Tensor]:
 
 
 def alive_bytes() -> int:
-    """Bytes of all storages that some tensor of this process refers to."""
+    """Bytes of all storages that some tensor of this process refers to. Those on the meta device hold nothing, and would
+    be one storage of any size, as all have the address 0."""
     gc.collect()
     storages = {}
     for candidate in gc.get_objects():
-        if isinstance(candidate, torch.Tensor):
+        if isinstance(candidate, torch.Tensor) and not candidate.is_meta:
             storage = candidate.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
