@@ -36,7 +36,7 @@ RULES = {
     "GWT, adam_mini": ("GWT", {"level": 3, "base": "adam_mini"}),
     "BAdam": ("BAdam", {}),
     "BAdam, adam_mini": ("BAdam", {"base": "adam_mini"}),
-    "BAdam, gwt": ("BAdam", {"base": "gwt", "base_options": {"level": 2}}),
+    "BAdam, gwt": ("BAdam", {"base": "gwt", "base_options": {"level": 2}, "switch_every": 2}),
 }
 """Each rule under test: the method and what it is given besides HYPER."""
 BASE_RULES = {"BAdam": "our AdamW", "BAdam, adam_mini": "AdamMini", "BAdam, gwt": "GWT"}
@@ -54,8 +54,8 @@ parameter. Over GWT there are 2, as its limiter acts on a block from the second 
 The first step of every visit is g / (|g| + eps), which makes much of the rounding of a gradient near zero: with an eps
 of 1e-8 ZeRO-3, whose matrix products round differently, is off by 1e-4 on one rank, with 1e-5 by 5e-6."""
 BLOCK_ORDER = ("layers.0.", "layers.1.", "lm_head model.norm", "embed_tokens")
-for rule in BASE_RULES:
-    RULES[rule][1].update(ROTATION | ({"switch_every": 2} if rule == "BAdam, gwt" else {}))
+for _, given in (RULES[rule] for rule in BASE_RULES):
+    given |= ROTATION | given
 BF16 = {"bf16": {"enabled": True}}
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 

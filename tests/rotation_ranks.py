@@ -54,8 +54,8 @@ def masters(engine) -> list[torch.Tensor]:
 
 
 def alive_bytes() -> int:
-    """Bytes of all storages that some tensor of this process refers to. Those on the meta device hold nothing, and would
-    be one storage of any size, as all have the address 0."""
+    """Bytes of all storages that some tensor of this process refers to. Those on the meta device hold nothing: all have
+    the address 0, and would count as one storage of any of their sizes."""
     gc.collect()
     storages = {}
     for candidate in gc.get_objects():

@@ -133,15 +133,17 @@ def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch, capfd):
     assert parallel.description == alone.description
 
 
-PARAGRAPHS = b"\n \n  one\ntwo \n\n\t\n\nthree\r\n\r\nf\xffour\nfive\n" + b"six " * 9 + b"\n\n\n\nseven"
-LINES = b'\n"one"\n{"text": "two"}\r\n\n{"text": 3}\n{"a\n' + b'"' + b"four " * 9 + b'"\n\n\n"\xff"\n"five"'
+FILES_OF_LINES = {
+    "a.txt": b"\n \n  one\ntwo \n\n\t\n\nthree\r\n\r\nf\xffour\nfive\n" + b"six " * 9 + b"\n\n\n\nseven",
+    "a.jsonl": b'\n"one"\n{"text": "two"}\r\n\n{"text": 3}\n{"a\n' + b'"' + b"four " * 9 + b'"\n\n\n"\xff"\n"five"',
+}
 
 
-@pytest.mark.parametrize("name, content", [("a.txt", PARAGRAPHS), ("a.jsonl", LINES)])
-def test_a_file_of_lines_gives_the_same_documents_in_any_number_of_pieces(tmp_path, monkeypatch, name, content):
+@pytest.mark.parametrize("name", FILES_OF_LINES)
+def test_a_file_of_lines_gives_the_same_documents_in_any_number_of_pieces(tmp_path, monkeypatch, name):
     """With the lines of bad ones. At a byte a piece there is one that begins at each byte."""
     monkeypatch.setattr("ds_memopt.train.data.documents.BYTES_PER_PIECE", 1)
-    path = tmp_path / name
+    path, content = tmp_path / name, FILES_OF_LINES[name]
     path.write_bytes(content)
     files = Files("text" if name == "a.txt" else "json", (str(path),))
 

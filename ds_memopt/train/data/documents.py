@@ -6,6 +6,7 @@ import functools
 import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ class Document(NamedTuple):
     fault: str | None = None
 
     def at(self, place: str) -> Document:
+        """With the place in its fault, if it has one."""
         return self if self.fault is None else Document(None, f"{place}: {self.fault}")
 
 
@@ -91,7 +93,7 @@ def _read_paragraphs(piece: Piece, text_field: Sequence[str]) -> Iterator[Docume
     lines = _Lines(piece)
     with lines.stream:
         paragraph, first, is_ours = [], 0, not piece.start
-        for number, (begin, line) in enumerate(lines, 1):
+        for number, (begin, line) in enumerate(chain(lines, [(piece.stop, b"")]), 1):  # the end is a blank line, too
             if line.strip():
                 first = first if paragraph else number
                 paragraph += [line] * is_ours
@@ -101,8 +103,6 @@ def _read_paragraphs(piece: Piece, text_field: Sequence[str]) -> Iterator[Docume
             if piece.stop and begin >= piece.stop:
                 return
             paragraph, is_ours = [], True
-        if paragraph:
-            yield lines.at(first, _decode(b"".join(paragraph).rstrip(b"\r\n")))
 
 
 def _decode(text: bytes) -> Document:

@@ -129,11 +129,8 @@ def _fingerprint(files: Files, tokenizer: str, reading: Reading) -> str:
         for path in sorted(Path(tokenizer).iterdir())
         if path.is_file() and ("token" in path.name or path.name in ("vocab.json", "merges.txt", "spiece.model"))
     ]
-    by_paragraph = files.kind == "text" and len(files.paths) == 1
-    told = [
-        CACHE_VERSION, transformers.__version__, encoder, [stamp(path) for path in _all_files(files)], by_paragraph,
-        list(reading.text_field),
-    ]  # fmt: skip
+    stamps = [stamp(path) for path in _all_files(files)]
+    told = [CACHE_VERSION, transformers.__version__, encoder, stamps, list(reading.text_field)]
     return hashlib.sha256(json.dumps(told, default=str).encode()).hexdigest()[:32]
 
 
