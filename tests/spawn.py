@@ -7,6 +7,7 @@ Processes are forked from a server that has imported the slow packages once, so 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import itertools
 import multiprocessing
@@ -85,9 +86,12 @@ def run_ranks(function, world_size: int, *args, timeout_s: float = TIME_LIMIT):
                 time.sleep(0.05)
                 if time.monotonic() > deadline:
                     raise RuntimeError(f"{function.__name__} on {world_size} ranks was not done after {timeout_s} s")
-            # A rank that crashes leaves no message, and the others one that it is gone: say who began.
-            crashed = [f"rank {number} ended by signal {-rank.exitcode}; " for number, rank in enumerate(ranks)
-                       if (rank.exitcode or 0) < 0]  # fmt: skip
+            # A rank that crashes raises nothing, and the others say that it is gone: say who began, and where it stood.
+            crashed = [
+                f"rank {number} ended by signal {-rank.exitcode}:\n{Path(folder, f'{number}.stacks').read_text()}\n"
+                for number, rank in enumerate(ranks)
+                if (rank.exitcode or 0) < 0
+            ]
             failed = sorted(Path(folder).glob("*.failed"))
             if failed:
                 message = f"{function.__name__}, {''.join(crashed)}rank {failed[0].stem}:\n{failed[0].read_text()}"
@@ -131,6 +135,7 @@ def begin() -> None:
 def _rank_main(function, rank: int, world_size: int, port: int, folder: str, args: tuple) -> None:
     os.environ.update(place_of(rank, world_size, port))
     begin()
+    faulthandler.enable(Path(folder, f"{rank}.stacks").open("w"))
     try:
         import deepspeed
 
