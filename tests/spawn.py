@@ -135,7 +135,7 @@ def begin() -> None:
 def _rank_main(function, rank: int, world_size: int, port: int, folder: str, args: tuple) -> None:
     os.environ.update(place_of(rank, world_size, port))
     begin()
-    faulthandler.enable(Path(folder, f"{rank}.stacks").open("w"))
+    faulthandler.enable(os.open(Path(folder, f"{rank}.stacks"), os.O_CREAT | os.O_WRONLY))
     try:
         import deepspeed
 
