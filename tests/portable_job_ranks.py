@@ -24,7 +24,8 @@ from ds_memopt.train.reshard import convert
 
 SIZE = dict(
     steps=6, seq_length=16, micro_batch=2, validation_interval=0, logging_interval=1, save_interval=2, end_of_text=0,
-    document_borders=True, workers=1,
+    document_borders=True, workers=1, lr=2e-3, warmup_steps=1, schedule="warmup_stable_decay",
+    schedule_kwargs=("num_decay_steps=3", "decay_type=linear", "min_lr_ratio=0.4"),
 )  # fmt: skip
 
 

@@ -90,6 +90,13 @@ def test_the_same_place_goes_on_bit_for_bit(outcomes, place):
     ).read_bytes()
 
 
+def test_the_learning_rate_follows_its_schedule_wherever_a_run_goes_on(outcomes, place):
+    """A step of warm-up, two at the full rate, three towards 0.4 of it."""
+    rates = [8e-4, 2e-3, 2e-3, 2e-3, 1.6e-3, 1.2e-3]
+    for name in ("whole", "same", "one", "three", "damaged", "engine"):
+        assert [row["lr"] for row in read_metrics(place / name)] == pytest.approx(rates), name
+
+
 def test_a_run_that_gets_sigterm_saves_and_goes_on_bit_for_bit(outcomes, place):
     folder = place / "stopped/checkpoints"
     assert outcomes["stopped"][0] == f"75: SIGTERM: step 3 is saved in {folder}/step3: go on with --resume"

@@ -191,6 +191,9 @@ def _file(path: Path, content: str) -> str:
     return str(path)
 
 
+DECAY = {"schedule": "warmup_stable_decay", "steps": 10, "warmup_steps": 2}
+
+
 def test_plan_takes_the_recipe_and_the_command_line(tmp_path):
     settled = make_settings(_options(tmp_path, lr=3e-4, steps=50, seq_length=32), ALONE)
     assert settled.config["optimizer"]["params"] == {"lr": 3e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -235,7 +238,20 @@ def test_without_nvcc_a_gpu_runs_torch_adamw(tmp_path, monkeypatch, capsys):
         ({"steps": 0}, "--steps 0 is out of range: it must be at least 1"),
         ({"validation_interval": -1}, "--validation_interval -1 is out of range: it must be at least 0"),
         ({"optimizer": "AdamMinus"}, "optimizer type 'AdamMinus' is unknown"),
-        ({"schedule": "zigzag"}, "--schedule zigzag"),
+        ({"schedule": "zigzag"}, "--schedule zigzag is unknown: choose one of linear, cosine, .*"),
+        ({"schedule": "reduce_lr_on_plateau"}, "reduce_lr_on_plateau follows the loss, which no engine hands to it"),
+        ({"schedule": "constant", "warmup_steps": 2}, "--warmup_steps 2 has no effect with --schedule constant"),
+        ({"schedule": "constant", "schedule_kwargs": ("power=2",)}, "--schedule_kwargs power: constant takes none"),
+        ({"schedule_kwargs": ("min_lr",)}, "--schedule_kwargs min_lr is not NAME=VALUE, as in num_decay_steps=1000"),
+        ({"schedule": "warmup_stable_decay"}, "needs num_decay_steps: add --schedule_kwargs num_decay_steps=..."),
+        (DECAY | {"schedule_kwargs": ("num_decay_steps=9",)}, "from 0 to 8, what 2 steps of warm-up leave of 10"),
+        (DECAY | {"schedule_kwargs": ("num_decay_steps=0.2",)}, "num_decay_steps=0.2: it must be an integer from 0 to"),
+        (DECAY | {"schedule_kwargs": ("num_decay_steps=2", "min_lr_ratio=NaN")}, "min_lr_ratio=NaN with --lr"),
+        (DECAY | {"schedule_kwargs": ("num_decay_steps=2", "decay_type=sine")}, "Unknown decay type: sine, expected"),
+        (
+            {"schedule": "cosine_with_min_lr", "schedule_kwargs": ("min_lr=0.01",), "lr": 1e-3},
+            "min_lr=0.01 gives .* x --lr at step .*: it must stay between 0 and 1 x --lr",
+        ),
         ({"steps": 4, "profile": 2}, "--profile 2 traces .* this run has 4: give at least --steps 5"),
         ({"attention": "flash_attention_2"}, "flash_attention_2 needs a GPU, and this run is on a cpu; or take sdpa"),
         ({"compile": "inducto"}, "--compile inducto is no backend of torch.compile: choose one of .*inductor"),

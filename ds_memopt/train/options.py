@@ -86,8 +86,12 @@ class RunOptions:
         OPTIMIZER, "largest gradient norm; default: 1.0; 0 = no clipping", at_least=0
     )
     schedule: str | None = option(
-        OPTIMIZER, "linear (default), cosine, constant, ...: a name of transformers.get_scheduler"
+        OPTIMIZER, "linear (default), cosine, warmup_stable_decay, ...: a name of transformers.get_scheduler"
     )
+    schedule_kwargs: tuple[str, ...] = option(
+        OPTIMIZER, "what else the schedule takes: num_decay_steps=1000 min_lr_ratio=0.1", (),
+        nargs="+", metavar="NAME=VALUE",
+    )  # fmt: skip
     warmup_steps: int | None = option(OPTIMIZER, "default: the recipe's fraction of the steps", at_least=0)
 
     logging_interval: int | None = option(

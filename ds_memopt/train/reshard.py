@@ -22,6 +22,7 @@ from ds_memopt.train import checkpoint
 from ds_memopt.train.config import AUTO
 from ds_memopt.train.launcher import free_port
 from ds_memopt.train.loop import build_engine
+from ds_memopt.train.lr_schedule import has_warm_up
 from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.output_folder import CHECKPOINTS, RESOLVED, claim
 from ds_memopt.train.ranks import on_all_ranks, start_ranks
@@ -101,7 +102,10 @@ def _options(run: Path, config_file: Path, stage: int | None, step: int | None) 
         config["zero_optimization"]["stage"] = stage
         config["train_micro_batch_size_per_gpu"] = config["gradient_accumulation_steps"] = AUTO
     config_file.write_text(json.dumps(config))
-    own = {"schedule": schedule[0], "warmup_steps": schedule[1]} if isinstance(schedule, list) else {}
+    own = {}
+    if isinstance(schedule, list):
+        name, warmup_steps, *kwargs = schedule
+        own = {"schedule": name, "schedule_kwargs": kwargs, "warmup_steps": warmup_steps if has_warm_up(name) else None}
     return PretrainOptions(
         deepspeed_config=str(config_file), output_dir=str(run), resume=True if step is None else step,
         checkpoint_format="portable" if stage is None else "engine",

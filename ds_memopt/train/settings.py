@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from ds_memopt.train.config import (
     zero_stage,
 )
 from ds_memopt.train.config_check import check_config, check_optimizer_type, check_rules
+from ds_memopt.train.lr_schedule import has_warm_up, make_lr_schedule
 from ds_memopt.train.model_speed import check_speed
 from ds_memopt.train.options import RunOptions
 from ds_memopt.train.output_folder import refuse_no_run
@@ -146,6 +146,9 @@ def make_settings(
     dtype = next((name for name in ("bf16", "fp16") if config.get(name, {}).get("enabled")), "fp32")
     check_rules(config, DTYPES[dtype])
     speed = check_speed(options, config["optimizer"]["type"], ranks.device, dtype)
+    lr_schedule = None if config.get("scheduler") else _lr_schedule(
+        setting("schedule"), options, config["optimizer"]["params"]["lr"], warmup_steps, steps
+    )  # fmt: skip
     seq_length = options.seq_length or recipe.seq_length
     facts = {
         "model": options.model,
@@ -157,7 +160,7 @@ def make_settings(
         "micro_batch": micro_batch,
         "seq_length": seq_length,
         "steps": steps,
-        "schedule": config.get("scheduler") or [setting("schedule"), warmup_steps],
+        "schedule": config.get("scheduler") or [setting("schedule"), warmup_steps, *sorted(options.schedule_kwargs)],
         "gradient_clipping": config["gradient_clipping"],
         "dtype": dtype,
         "float8": getattr(options, "float8", None),
@@ -179,7 +182,7 @@ def make_settings(
         keep_checkpoints=options.keep_checkpoints,
         grace_seconds=options.grace_seconds,
         profile=options.profile,
-        lr_schedule=_lr_schedule(config, setting("schedule"), warmup_steps, steps),
+        lr_schedule=lr_schedule,
         facts=json.loads(json.dumps(facts)),  # as a checkpoint gives them back: tuples are lists
         speed=speed,
     )
@@ -200,8 +203,11 @@ def _with_command_line(raw: dict[str, Any], options: RunOptions) -> dict[str, An
         raw = override_optimizer(raw, options.optimizer)
     if "type" not in raw.get("optimizer", {}):
         raise ValueError(f"{options.deepspeed_config} has no optimizer.type: add that block or pass --optimizer")
-    if raw.get("scheduler") and (options.schedule or options.warmup_steps is not None):
-        raise ValueError("--schedule and --warmup_steps have no effect beside the DeepSpeed config's scheduler block")
+    if raw.get("scheduler") and (options.schedule or options.schedule_kwargs or options.warmup_steps is not None):
+        raise ValueError(
+            "--schedule, --schedule_kwargs and --warmup_steps have no effect beside the DeepSpeed config's scheduler "
+            "block"
+        )
     check_optimizer_type(raw["optimizer"]["type"])
     params = raw["optimizer"].setdefault("params", {})
     for name in SHARED_HYPERPARAMETERS:
@@ -246,12 +252,10 @@ def _lacks_fused_adam(config: dict[str, Any], ranks: Ranks) -> bool:
     )
 
 
-def _lr_schedule(config: dict[str, Any], name: str, warmup_steps: int, steps: int) -> Callable | None:
-    if config.get("scheduler"):
-        return None
-    schedule = partial(transformers.get_scheduler, name, num_warmup_steps=warmup_steps, num_training_steps=steps)
-    try:  # a trial: a wrong name must fail now
-        schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0))
-    except ValueError as error:
-        raise ValueError(f"--schedule {name}: {error}") from error
+def _lr_schedule(name: str, options: RunOptions, lr: float, warmup_steps: int, steps: int) -> Callable:
+    schedule = make_lr_schedule(name, options.schedule_kwargs, lr, warmup_steps, steps)
+    if options.warmup_steps and not has_warm_up(name):
+        raise ValueError(
+            f"--warmup_steps {warmup_steps} has no effect with --schedule {name}: choose another, or leave it out"
+        )
     return schedule
