@@ -72,6 +72,9 @@ REFUSED = {
     },
     "include: '(' is not a regular expression": {"optimizer": {"type": "GWT", "params": {"include": ["("]}}},
     "scheduler type 'WarmUpLR' is unknown; known are": {"scheduler": {"type": "WarmUpLR"}},
+    "scheduler type 'ReduceLROnPlateau' follows the loss, and DeepSpeed hands it the batch size": {
+        "scheduler": {"type": "ReduceLROnPlateau"}
+    },
     "scheduler WarmupDecayLR cannot be built with {'total_steps': 9}: ": {
         "scheduler": {"type": "WarmupDecayLR", "params": {"total_steps": 9}}
     },

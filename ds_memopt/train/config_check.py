@@ -146,6 +146,10 @@ def _check_scheduler(name: str, params: dict[str, Any]) -> None:
             "classes of torch.optim.lr_scheduler." + (f" Did you mean {meant!r}?" if meant else "")
         )
     build = getattr(lr_schedules if name in lr_schedules.VALID_LR_SCHEDULES else torch.optim.lr_scheduler, name)
+    if "metrics" in inspect.signature(build.step).parameters:
+        raise ValueError(
+            f"scheduler type {name!r} follows the loss, and DeepSpeed hands it the batch size: choose another"
+        )
     _try(f"scheduler {name}", lambda given, **params: build(torch.optim.Adam(given), **params), params)
 
 
