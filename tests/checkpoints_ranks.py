@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -100,9 +101,9 @@ def _run(place: Path, name: str, case: Case) -> Outcome:
 @contextlib.contextmanager
 def nan_gradient(step: int):
     """One NaN in backward, on rank 1."""
-    build = loop.build_model
+    builders = [(loop, "build_model"), (fsdp2_job, "build_without_weights")]
 
-    def poisoned(*arguments: Any, **keywords: Any) -> torch.nn.Module:
+    def poisoned(build: Callable, *arguments: Any, **keywords: Any) -> torch.nn.Module:
         model, calls = build(*arguments, **keywords), []
 
         def hook(module: torch.nn.Module, inputs: Any, output: torch.Tensor) -> None:
@@ -115,7 +116,9 @@ def nan_gradient(step: int):
             model.model.layers[1].register_forward_hook(hook)
         return model
 
-    with mock.patch.object(loop, "build_model", poisoned), mock.patch.object(fsdp2_job, "build_model", poisoned):
+    with contextlib.ExitStack() as patches:
+        for module, name in builders:
+            patches.enter_context(mock.patch.object(module, name, partial(poisoned, getattr(module, name))))
         yield
 
 

@@ -10,7 +10,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from deepspeed.monitor.monitor import MonitorMaster
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -25,6 +30,19 @@ def shard(model: nn.Module, bf16: bool = False) -> None:
     for layer in partition_into_blocks(model, bare_parameters(model)).blocks:
         fully_shard(modules[layer], mp_policy=policy)
     fully_shard(model, mp_policy=policy)
+
+
+def fill(model: nn.Module, whole: nn.Module | None, device: torch.device) -> None:
+    """Move a sharded model, whose parameters are on the meta device, to a device. All ranks call.
+
+    whole: on the first rank the same model in CPU memory, whose weights it gets, one at a time; None on the others.
+    """
+    buffers = [buffer.clone() for buffer in model.buffers()]
+    model.to_empty(device=device)
+    for buffer, value in zip(model.buffers(), buffers, strict=True):
+        buffer.copy_(value)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, whole.state_dict() if whole else {}, options=options)
 
 
 class Fsdp2Engine:

@@ -10,14 +10,15 @@ import torch
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
-from ds_memopt.engines.fsdp2_engine import Fsdp2Engine, shard
+from ds_memopt.engines.fsdp2_engine import Fsdp2Engine, fill, shard
+from ds_memopt.engines.processes import on_all_ranks
 from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.train.config import SHARED_HYPERPARAMETERS
 from ds_memopt.train.float8 import check_float8, use_float8
 from ds_memopt.train.loop import announce, pretrain_under
 from ds_memopt.train.model_speed import make_ready
 from ds_memopt.train.options import PretrainOptions
-from ds_memopt.train.presets import build_model, parameter_groups
+from ds_memopt.train.presets import build_model, build_without_weights, parameter_groups
 from ds_memopt.train.ranks import Ranks
 from ds_memopt.train.settings import Settings, make_settings
 
@@ -100,7 +101,8 @@ def _check_release(settings: Settings, name: str) -> None:
 
 def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> Any:
     """The model under FSDP2, with the optimizer and schedule of the settings."""
-    model = build_model(options.model, settings.model_config, options.seed, ranks.device, partitioned=False)
+    whole = on_all_ranks(lambda: _build_whole(options, settings, ranks) if ranks.is_main else None)
+    model = build_without_weights(settings.model_config)
     float8 = f", {use_float8(model, options.float8, ranks.device)}" if options.float8 else ""
     make_ready(model, options)
     announce(model, options, settings, ranks, f"FSDP2{float8}")
@@ -110,9 +112,13 @@ def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> A
     in_place = method.writes_weights
     bf16_weights = bf16 and (in_place or method.steps_on_bf16(params))
     if bf16_weights:  # no masters: the stored weights are those that it computes with
-        for parameter in model.parameters():
+        for parameter in (*model.parameters(), *(whole.parameters() if whole else ())):
             parameter.data = parameter.data.bfloat16()
     shard(model, bf16 and not bf16_weights)
+    fill(model, whole, ranks.device)
+    if whole:
+        model.generation_config = whole.generation_config  # it is saved with the model
+        del whole
     groups = parameter_groups(model, params.get("weight_decay"))
     if name == "AdamW":
         optimizer = torch.optim.AdamW(groups, **params)
@@ -124,3 +130,9 @@ def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> A
     monitor = MonitorMaster(get_monitor_config(settings.config))
     schedule, accumulation = settings.lr_schedule(optimizer), settings.accumulation
     return Fsdp2Engine(model, optimizer, schedule, accumulation, clipping, monitor, options.reduce_once)
+
+
+def _build_whole(options: PretrainOptions, settings: Settings, ranks: Ranks) -> torch.nn.Module:
+    """In CPU memory: no GPU need hold a whole model."""
+    cpu = torch.device("cpu")
+    return build_model(options.model, settings.model_config, options.seed, ranks.device, partitioned=False, hold_on=cpu)

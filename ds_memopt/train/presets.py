@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import init_empty_weights
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.initialization import no_init_weights
 
 TINY_VOCABULARY = 256  # bytes; byte 0 separates documents
@@ -125,12 +127,18 @@ def has_weights(folder: str | Path) -> bool:
 
 
 def build_model(
-    name: str, config: transformers.PretrainedConfig, seed: int, device: torch.device, partitioned: bool
+    name: str,
+    config: transformers.PretrainedConfig,
+    seed: int,
+    device: torch.device,
+    partitioned: bool,
+    hold_on: torch.device | None = None,
 ) -> torch.nn.Module:
     """The model in fp32: pretrained weights if the folder `name` holds some, else random weights that depend on `seed`.
 
-    partitioned: under ZeRO-3, with a `transformers.integrations.HfDeepSpeedConfig` alive, transformers builds the model
-    inside `deepspeed.zero.Init`, so that no rank ever holds all of it. The weights are the same either way on CPU.
+    device: draws random weights. hold_on: has the model, else `device`. partitioned: under ZeRO-3, with a
+    `transformers.integrations.HfDeepSpeedConfig` alive, transformers builds the model inside `deepspeed.zero.Init`, so
+    that no rank ever holds all of it. The weights are the same either way on CPU.
     ValueError if the folder lacks some of the model's weights.
     """
     if has_weights(name):
@@ -147,11 +155,34 @@ def build_model(
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Without no_init_weights the constructors would draw from the generator too, and the weights differ from ZeRO-3's.
-    with no_init_weights(), torch.device(device):
+    with no_init_weights(), torch.device(hold_on or device):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     torch.manual_seed(seed)
-    model.init_weights()
+    with _DrawOn(device):
+        model.init_weights()
     return model
+
+
+def build_without_weights(config: transformers.PretrainedConfig) -> torch.nn.Module:
+    """The model with its parameters on the meta device, and its buffers in CPU memory."""
+    with no_init_weights(), init_empty_weights():
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model
+
+
+class _DrawOn(TorchDispatchMode):
+    """Fills tensors with random numbers from the generator of a device, wherever the tensors are."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        draws = torch.Tag.nondeterministic_seeded in operator.tags and args and isinstance(args[0], torch.Tensor)
+        if not draws or args[0].device.type == self.device.type:
+            return operator(*args, **kwargs or {})
+        return args[0].copy_(operator(torch.empty_like(args[0], device=self.device), *args[1:], **kwargs or {}))
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -1,0 +1,102 @@
+"""The main job's model under FSDP2: no rank but the first holds a whole one, and that in CPU memory."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors.torch import load_file, save_file
+from spawn import ROOT, run_ranks
+from tiny import equal
+from torch.distributed.tensor import DTensor
+
+from ds_memopt.engines.fsdp2_engine import fill, shard
+from ds_memopt.train import fsdp2_job, presets
+from ds_memopt.train.options import PretrainOptions
+
+CPU = torch.device("cpu")
+SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=53)
+LLAMA = SIZES | dict(intermediate_size=37, num_key_value_heads=1, max_position_embeddings=32)
+CONFIGS = {
+    "llama": transformers.LlamaConfig(**LLAMA),
+    "tied": transformers.LlamaConfig(**LLAMA, tie_word_embeddings=True, pad_token_id=5),
+    "gpt2": transformers.GPT2Config(n_embd=24, n_layer=2, n_head=2, vocab_size=53, n_positions=32),
+    "experts": transformers.MixtralConfig(**LLAMA, num_local_experts=3),
+}
+
+
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers too, as clones; whole where they are sharded."""
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in named}
+
+
+def built_on_two_ranks() -> dict[str, tuple[bool, bool]]:
+    """For each family whether all matrices are cut, and whether weights and buffers are those of a whole model."""
+    results = {}
+    for family, config in CONFIGS.items():
+        expected = whole_weights(presets.build_model("", config, 3, CPU, partitioned=False))
+        whole = None
+        if dist.get_rank() == 0:
+            whole = presets.build_model("", config, 3, CPU, partitioned=False, hold_on=CPU)
+        model = presets.build_without_weights(config)
+        assert all(p.is_meta for p in model.parameters())
+        shard(model)
+        fill(model, whole, CPU)
+        cut = all(0 < p.to_local().numel() < p.numel() for p in model.parameters() if p.dim() > 1)
+        results[family] = cut, equal(whole_weights(model), expected)
+    return results
+
+
+def test_a_model_that_is_filled_when_sharded_is_a_whole_one():
+    assert run_ranks(built_on_two_ranks, 2) == [dict.fromkeys(CONFIGS, (True, True))] * 2
+
+
+def trained_further(source: Path, lacking: Path, output: Path) -> tuple[int, str]:
+    """One step at a learning rate of 0 from a folder with weights. Returns how often this rank built a whole model, and
+    what is said of a folder that lacks a weight."""
+    options = dict(
+        deepspeed_config=str(ROOT / "ds_configs/zero3_adam_mini.json"), data="synthetic", steps=1, lr=0.0,
+        seq_length=16, micro_batch=1, accumulation=1, schedule="constant", validation_interval=0, save_interval=1,
+    )  # fmt: skip
+    build = mock.Mock(side_effect=fsdp2_job.build_model)
+    with mock.patch.object(fsdp2_job, "build_model", build), contextlib.redirect_stdout(io.StringIO()):
+        fsdp2_job.pretrain_fsdp2(PretrainOptions(model=str(source), output_dir=str(output), **options))
+        calls = build.call_count
+        try:
+            fsdp2_job.pretrain_fsdp2(PretrainOptions(model=str(lacking), output_dir=f"{output} 2", **options))
+        except ValueError as error:
+            return calls, str(error)
+
+
+def test_training_goes_on_from_a_folder_with_weights(tmp_path):
+    source, lacking = tmp_path / "source", tmp_path / "lacking"
+    model = transformers.LlamaForCausalLM(CONFIGS["llama"])
+    model.generation_config.temperature, model.generation_config.do_sample = 0.3, True
+    for folder in (source, lacking):
+        model.save_pretrained(folder)
+    weights = load_file(lacking / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, lacking / "model.safetensors", {"format": "pt"})
+    (calls, said), (of_second, said_to_second) = run_ranks(trained_further, 2, source, lacking, tmp_path / "run")
+    assert (calls, of_second) == (1, 0)
+    assert said == said_to_second and "lack 1 weights of LlamaForCausalLM, such as model.norm.weight" in said
+    saved = tmp_path / "run/model"
+    assert equal(load_file(saved / "model.safetensors"), load_file(source / "model.safetensors"))
+    assert json.loads((saved / "generation_config.json").read_text())["temperature"] == 0.3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_weights_are_drawn_by_the_gpu_and_held_by_the_cpu():
+    gpu = torch.device("cuda")
+    drawn = presets.build_model("", CONFIGS["llama"], 3, gpu, partitioned=False)
+    held = presets.build_model("", CONFIGS["llama"], 3, gpu, partitioned=False, hold_on=CPU)
+    assert {p.device.type for p in held.parameters()} == {"cpu"}
+    assert equal(whole_weights(held), whole_weights(drawn.cpu()))
