@@ -22,6 +22,7 @@ from ds_memopt.measure import (
     sent_per_payload_byte,
     state_bytes,
     state_bytes_per_parameter,
+    step_timer,
 )
 
 N, WORLD = 3, (0, 1, 2)  # with 2 ranks, 2(N-1)/N = 1: a wire figure could be confused with a payload
@@ -284,45 +285,65 @@ def test_state_bytes_refuses_what_has_no_state():
         state_bytes_per_parameter(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), 0)
 
 
-def test_step_timer():
+class Clock:
+    """In the place of the module time: sleeping takes as long as is said, and nothing else takes time."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def perf_counter(self) -> float:
+        return self.seconds
+
+    def sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(step_timer, "time", clock)
+    return clock
+
+
+def test_step_timer(clock):
     timer = StepTimer(torch.device("cpu"), world_size=2)
     with pytest.raises(ValueError, match="no step was counted"):
         timer.read()
-    time.sleep(0.2)
+    clock.sleep(0.2)
     timer.start()  # the pause before does not count
     for _ in range(2):
-        time.sleep(0.05)
+        clock.sleep(0.05)
         timer.count(tokens=100)
     figures = timer.read()
-    assert 50 <= figures["step_ms"] < 100
-    assert figures["tokens_per_s"] == pytest.approx(100_000 / figures["step_ms"])
-    assert figures["tokens_per_s_per_gpu"] == pytest.approx(figures["tokens_per_s"] / 2)
+    assert figures["step_ms"] == pytest.approx(50)
+    assert figures["tokens_per_s"] == pytest.approx(2000)
+    assert figures["tokens_per_s_per_gpu"] == pytest.approx(1000)
 
 
-def test_step_timer_splits_a_step():
+def test_step_timer_splits_a_step(clock):
     """Phases inside one another, a forward inside backward as of zeroth-order methods, and one that raises."""
     model = torch.nn.ReLU()
-    model.register_forward_hook(lambda *_: time.sleep(0.05))
+    model.register_forward_hook(lambda *_: clock.sleep(0.05))
     timer = StepTimer(torch.device("cpu"), world_size=1)
     timer.watch(model)
     timer.start()
     for _ in range(2):
         model(torch.ones(1))
         with timer.phase("backward"):
-            time.sleep(0.03)
+            clock.sleep(0.03)
             model(torch.ones(1))
             with timer.phase("communication"):
-                time.sleep(0.02)
+                clock.sleep(0.02)
         with contextlib.suppress(TypeError), timer.phase("optimizer"):
+            clock.sleep(0.04)
             model("no tensor")
-        time.sleep(0.01)
+        clock.sleep(0.01)
         timer.count(1)
     figures = timer.read()
-    expected = {"forward": 100, "backward": 30, "communication": 20, "other": 10}
-    for name, ms in expected.items():
-        assert ms <= figures[f"{name}_ms"] < ms + 40, name
-    assert figures["optimizer_ms"] < 40
+    expected = {"forward": 100, "backward": 30, "communication": 20, "optimizer": 40, "other": 10}
+    assert {name: figures[f"{name}_ms"] for name in expected} == pytest.approx(expected)
     timer.start()
+    clock.sleep(0.01)
     timer.count(1)
     assert "forward_ms" not in timer.read()  # nothing was told in this interval
 
@@ -330,10 +351,10 @@ def test_step_timer_splits_a_step():
     timer.enter("forward")
     timer.enter("backward")  # of a thread that takes turns with the one in forward
     timer.leave("forward")
-    time.sleep(0.05)
+    clock.sleep(0.05)
     timer.leave("backward")
     timer.count(1)
-    assert timer.read()["backward_ms"] >= 50
+    assert timer.read()["backward_ms"] == pytest.approx(50)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
