@@ -45,7 +45,7 @@ def built_on_two_ranks() -> dict[str, tuple[bool, bool]]:
         expected = whole_weights(presets.build_model("", config, 3, CPU, partitioned=False))
         whole = None
         if dist.get_rank() == 0:
-            whole = presets.build_model("", config, 3, CPU, partitioned=False, hold_on=CPU)
+            whole = presets.build_model("", config, 3, CPU, partitioned=False)
         model = presets.build_without_weights(config)
         assert all(p.is_meta for p in model.parameters())
         shard(model)
@@ -93,10 +93,26 @@ def test_training_goes_on_from_a_folder_with_weights(tmp_path):
     assert json.loads((saved / "generation_config.json").read_text())["temperature"] == 0.3
 
 
+def test_another_device_draws_the_numbers_of_a_tensor():
+    """The CPU those of tensors on the meta device: as many, in the same order, as for a model that it holds."""
+    presets.build_model("", CONFIGS["gpt2"], 3, CPU, partitioned=False)
+    expected = torch.get_rng_state()
+    for drawing, same in ((presets._DrawOn(CPU), True), (contextlib.nullcontext(), False)):
+        model = presets.build_without_weights(CONFIGS["gpt2"])
+        torch.manual_seed(3)
+        with drawing:
+            model.init_weights()
+        assert torch.equal(torch.get_rng_state(), expected) == same
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_weights_are_drawn_by_the_gpu_and_held_by_the_cpu():
-    gpu = torch.device("cuda")
-    drawn = presets.build_model("", CONFIGS["llama"], 3, gpu, partitioned=False)
-    held = presets.build_model("", CONFIGS["llama"], 3, gpu, partitioned=False, hold_on=CPU)
-    assert {p.device.type for p in held.parameters()} == {"cpu"}
-    assert equal(whole_weights(held), whole_weights(drawn.cpu()))
+def test_the_gpu_draws_weights_into_cpu_memory():
+    def drawn(device: str) -> dict[str, torch.Tensor]:
+        return whole_weights(presets.build_model("", CONFIGS["llama"], 3, torch.device(device), partitioned=False))
+
+    with torch.device("cuda"):
+        torch.manual_seed(3)
+        first = torch.empty(53, 24).normal_(std=0.02)
+    ours = drawn("cuda")
+    assert {p.device.type for p in ours.values()} == {"cpu"}
+    assert torch.equal(ours["model.embed_tokens.weight"], first.cpu()) and not equal(ours, drawn("cpu"))

@@ -101,7 +101,8 @@ def _check_release(settings: Settings, name: str) -> None:
 
 def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> Any:
     """The model under FSDP2, with the optimizer and schedule of the settings."""
-    whole = on_all_ranks(lambda: _build_whole(options, settings, ranks) if ranks.is_main else None)
+    sources = options.model, settings.model_config, options.seed, ranks.device
+    whole = on_all_ranks(lambda: build_model(*sources, partitioned=False) if ranks.is_main else None)
     model = build_without_weights(settings.model_config)
     float8 = f", {use_float8(model, options.float8, ranks.device)}" if options.float8 else ""
     make_ready(model, options)
@@ -130,9 +131,3 @@ def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> A
     monitor = MonitorMaster(get_monitor_config(settings.config))
     schedule, accumulation = settings.lr_schedule(optimizer), settings.accumulation
     return Fsdp2Engine(model, optimizer, schedule, accumulation, clipping, monitor, options.reduce_once)
-
-
-def _build_whole(options: PretrainOptions, settings: Settings, ranks: Ranks) -> torch.nn.Module:
-    """In CPU memory: no GPU need hold a whole model."""
-    cpu = torch.device("cpu")
-    return build_model(options.model, settings.model_config, options.seed, ranks.device, partitioned=False, hold_on=cpu)

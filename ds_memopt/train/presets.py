@@ -127,18 +127,13 @@ def has_weights(folder: str | Path) -> bool:
 
 
 def build_model(
-    name: str,
-    config: transformers.PretrainedConfig,
-    seed: int,
-    device: torch.device,
-    partitioned: bool,
-    hold_on: torch.device | None = None,
+    name: str, config: transformers.PretrainedConfig, seed: int, device: torch.device, partitioned: bool
 ) -> torch.nn.Module:
     """The model in fp32: pretrained weights if the folder `name` holds some, else random weights that depend on `seed`.
 
-    device: draws random weights. hold_on: has the model, else `device`. partitioned: under ZeRO-3, with a
-    `transformers.integrations.HfDeepSpeedConfig` alive, transformers builds the model inside `deepspeed.zero.Init`, so
-    that no rank ever holds all of it. The weights are the same either way on CPU.
+    It is in CPU memory, so that a GPU never holds it in fp32 for a run in bf16. device: draws the random weights.
+    partitioned: under ZeRO-3, with a `transformers.integrations.HfDeepSpeedConfig` alive, transformers builds the model
+    inside `deepspeed.zero.Init`, so that no rank ever holds all of it. The weights are the same either way on CPU.
     ValueError if the folder lacks some of the model's weights.
     """
     if has_weights(name):
@@ -155,7 +150,7 @@ def build_model(
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Without no_init_weights the constructors would draw from the generator too, and the weights differ from ZeRO-3's.
-    with no_init_weights(), torch.device(hold_on or device):
+    with no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     torch.manual_seed(seed)
     with _DrawOn(device):
