@@ -322,6 +322,7 @@ def test_the_command_writes_a_config_that_trains(tmp_path, capsys):
         ({"--gpus": "0"}, "gpus=0 is out of range"),
         ({"--gpu_memory": "80"}, "'80' is no amount of memory. Write a number and GB or GiB"),
         ({"--seq_length": "-1"}, "seq_length=-1 is out of range"),
+        ({"--gpu": "H1000"}, "--gpu H1000 is not known: choose one of A100-40GB, A100-80GB, "),
         ({"--tflops": "100"}, "tflops and bandwidth tell together how fast a step is. Give both or none."),
         ({"--tflops": "0", "--bandwidth": "1GB"}, "tflops=0.0 is out of range: it must be a number > 0"),
         (

@@ -334,6 +334,8 @@ def run(
         raise ValueError("tflops and bandwidth tell together how fast a step is. Give both or none.")
     if tflops is not None:
         check_range("tflops", tflops, tflops > 0, "a number > 0", "Half of the data sheet's is usual.")
+    if gpu not in (None, *MEMORY_BANDWIDTH):
+        raise ValueError(f"--gpu {gpu} is not known: choose one of {', '.join(MEMORY_BANDWIDTH)}")
     memory_bandwidth = MEMORY_BANDWIDTH[gpu] if gpu else None
     if reduce_once and not fsdp2:
         raise ValueError("--reduce_once is FSDP2's: add --fsdp2, or leave it out.")
