@@ -7,7 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from deepspeed.accelerator import get_accelerator
 from deepspeed.monitor.monitor import MonitorMaster
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
@@ -16,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -23,13 +26,17 @@ from ds_memopt.blocks import bare_parameters, partition_into_blocks, wrapped_mod
 from ds_memopt.optimizers import capabilities_of
 
 
-def shard(model: nn.Module, bf16: bool = False) -> None:
-    """Shard a model over all ranks, each layer as a unit. bf16: compute and gather in bf16, and reduce in fp32."""
-    modules = wrapped_modules(model)
+def shard(model: nn.Module, bf16: bool = False, replicas: int = 1) -> None:
+    """Shard a model, each layer as a unit. bf16: compute and gather in bf16, and reduce in fp32. replicas: groups of
+    neighbouring ranks, over each of which the model is sharded (HSDP)."""
+    modules, mesh = wrapped_modules(model), None
+    if replicas > 1:
+        sizes = (replicas, dist.get_world_size() // replicas)
+        mesh = init_device_mesh(get_accelerator().device_name(), sizes, mesh_dim_names=("replicate", "shard"))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for layer in partition_into_blocks(model, bare_parameters(model)).blocks:
-        fully_shard(modules[layer], mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+        fully_shard(modules[layer], mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def fill(model: nn.Module, whole: nn.Module | None, device: torch.device) -> None:

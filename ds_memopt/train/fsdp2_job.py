@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import transformers
 from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 
@@ -71,6 +72,10 @@ def fsdp2_settings(options: PretrainOptions, ranks: Ranks) -> Settings:
             "bf16.bf16_master_weights_and_grads is DeepSpeed's: remove it, or with AdamMini or GWT ask for bf16 "
             'weights by "masters": "remainder16" in optimizer.params'
         )
+    if ranks.world_size % options.replicas:
+        raise ValueError(
+            f"--replicas {options.replicas} does not divide the {ranks.world_size} ranks: each replica has as many"
+        )
     if options.float8:
         check_float8(options.float8, name, ranks.device, settings.facts["dtype"])
     if params.get("release_gradients"):
@@ -101,33 +106,42 @@ def _check_release(settings: Settings, name: str) -> None:
 
 def build_fsdp2(options: PretrainOptions, settings: Settings, ranks: Ranks) -> Any:
     """The model under FSDP2, with the optimizer and schedule of the settings."""
-    sources = options.model, settings.model_config, options.seed, ranks.device
-    whole = on_all_ranks(lambda: build_model(*sources, partitioned=False) if ranks.is_main else None)
-    model = build_without_weights(settings.model_config)
-    float8 = f", {use_float8(model, options.float8, ranks.device)}" if options.float8 else ""
-    make_ready(model, options)
-    announce(model, options, settings, ranks, f"FSDP2{float8}")
     name, params = settings.config["optimizer"]["type"], settings.config["optimizer"]["params"]
-    bf16 = settings.facts["dtype"] == "bf16"
     method = method_of(name)
-    in_place = method.writes_weights
-    bf16_weights = bf16 and (in_place or method.steps_on_bf16(params))
-    if bf16_weights:  # no masters: the stored weights are those that it computes with
-        for parameter in (*model.parameters(), *(whole.parameters() if whole else ())):
-            parameter.data = parameter.data.bfloat16()
-    shard(model, bf16 and not bf16_weights)
-    fill(model, whole, ranks.device)
-    if whole:
-        model.generation_config = whole.generation_config  # it is saved with the model
-        del whole
+    model = _build_model(options, settings, ranks, method.writes_weights or method.steps_on_bf16(params))
     groups = parameter_groups(model, params.get("weight_decay"))
     if name == "AdamW":
         optimizer = torch.optim.AdamW(groups, **params)
     else:
         optimizer = METHODS[name].from_model(model, groups, **params)
     clipping = settings.config["gradient_clipping"]
-    if in_place and clipping and ranks.is_main:
+    if method.writes_weights and clipping and ranks.is_main:
         logger.warning("%s never has all gradients at once: gradient_clipping=%s is not applied.", name, clipping)
     monitor = MonitorMaster(get_monitor_config(settings.config))
     schedule, accumulation = settings.lr_schedule(optimizer), settings.accumulation
     return Fsdp2Engine(model, optimizer, schedule, accumulation, clipping, monitor, options.reduce_once)
+
+
+def _build_model(
+    options: PretrainOptions, settings: Settings, ranks: Ranks, without_masters: bool
+) -> transformers.PreTrainedModel:
+    """The sharded model. The first rank alone builds a whole one, from which all get their shards.
+
+    without_masters: in bf16, the stored weights are those that it computes with."""
+    sources = options.model, settings.model_config, options.seed, ranks.device
+    whole = on_all_ranks(lambda: build_model(*sources, partitioned=False) if ranks.is_main else None)
+    model = build_without_weights(settings.model_config)
+    sharding = "FSDP2" if options.replicas == 1 else f"FSDP2 in {options.replicas} replicas"
+    if options.float8:
+        sharding += f", {use_float8(model, options.float8, ranks.device)}"
+    make_ready(model, options)
+    announce(model, options, settings, ranks, sharding)
+    bf16 = settings.facts["dtype"] == "bf16"
+    if bf16 and without_masters:
+        for parameter in (*model.parameters(), *(whole.parameters() if whole else ())):
+            parameter.data = parameter.data.bfloat16()
+    shard(model, bf16 and not without_masters, options.replicas)
+    fill(model, whole, ranks.device)
+    if whole:
+        model.generation_config = whole.generation_config  # it is saved with the model
+    return model

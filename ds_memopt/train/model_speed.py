@@ -57,6 +57,8 @@ def check_under_deepspeed(options: RunOptions, zero_stage: int) -> None:
         )
     if getattr(options, "float8", None):
         raise ValueError(f"--float8 {options.float8} is FSDP2's (launch/pretrain_fsdp2.py): leave it out")
+    if getattr(options, "replicas", 1) > 1:
+        raise ValueError(f"--replicas {options.replicas} is FSDP2's (launch/pretrain_fsdp2.py): leave it out")
     if getattr(options, "reduce_once", False):
         raise ValueError(
             "--reduce_once is FSDP2's (launch/pretrain_fsdp2.py): ZeRO-0 and 1 reduce once a step by themselves, "

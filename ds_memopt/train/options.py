@@ -163,6 +163,10 @@ class PretrainOptions(RunOptions):
         SIZE, "FSDP2: products with layers' weights in float8, by torchao, with a scale for each tensor, each row, or "
         "each row but weights' gradients in bf16; default: no",
     )  # fmt: skip
+    replicas: int = option(
+        SPEED, "FSDP2: copies of the model, each sharded over a group of neighbouring ranks (HSDP); default: 1",
+        default=1, at_least=1,
+    )  # fmt: skip
     reduce_once: bool = option(
         SPEED, "FSDP2: reduce gradients after the last micro-batch of a step, and hold whole ones in fp32 until then",
         default=False,
