@@ -48,6 +48,7 @@ def _add_plan(commands) -> None:
     )
     command.add_argument("--fsdp2", action="store_true", help="under FSDP2, instead of at ZeRO's stages")
     command.add_argument("--reduce_once", action="store_true", help="as the FSDP2 job's option; with --fsdp2")
+    command.add_argument("--replicas", type=int, default=1, help="as the FSDP2 job's option; with --fsdp2")
     command.add_argument("--tflops", type=float, help="that a GPU keeps, to tell how much faster a step is")
     command.add_argument("--bandwidth", help="that a GPU sends in a second, such as 200GB; with --tflops")
     command.add_argument("--gpu", help="whose memory tells the time of the method's step: H100, A100-80GB, ...")

@@ -20,6 +20,7 @@ METHODS = {
     "AdamMini": {},
     "AdamMini, release": {"release_gradients": True},
     "AdamMini, once": {},
+    "AdamMini, replicas": {},
     "AdamMini, compact": {"state_dtype": "int8", "masters": "remainder16"},
     "GWT": {},
     "GWT, release": {"release_gradients": True},
@@ -58,7 +59,15 @@ UNDER_FSDP2 = (
     "GWT, release",
     "GWT, compact",
 )
-UNDER_FSDP2_WITH_MORE_RANKS = ("AdamMini", "AdamMini, once", "AdamMini, release", "GWT", "GWT, release", "GWT, compact")
+UNDER_FSDP2_WITH_MORE_RANKS = (
+    "AdamMini",
+    "AdamMini, once",
+    "AdamMini, replicas",
+    "AdamMini, release",
+    "GWT",
+    "GWT, release",
+    "GWT, compact",
+)
 FP32 = [("AdamW", "zero2"), ("AdamMini", "zero3"), ("GWT", "zero0"), ("IPSGD", "zero1")]
 """Tried in fp32 as well."""
 WITH_MORE_RANKS = ("AdamMini", "GWT", "BAdam", "MeZO", "IPSGD")
@@ -70,11 +79,12 @@ FEW = ("zero1", "zero3, a layer")
 def cases(ranks: int) -> list[tuple[str, str, str]]:
     """(method, placement, dtype). To save time, options and more ranks, which change sizes alone, under few placements,
     and the longest and the shortest distance for one method of each way through the model."""
-    under_fsdp2 = [(method, "fsdp2", "bf16") for method in UNDER_FSDP2]
-    in_zero = [method for method in METHODS if not method.endswith(("release", "once"))]
+    under_fsdp2 = UNDER_FSDP2 if ranks == 2 else UNDER_FSDP2_WITH_MORE_RANKS
+    under_fsdp2 = [(method, "fsdp2", "bf16") for method in under_fsdp2]
+    in_zero = [method for method in METHODS if not method.endswith(("release", "once", "replicas"))]
     if ranks > 2:
         few = [(method, placement, "bf16") for method in WITH_MORE_RANKS for placement in FEW]
-        return few + [case for case in under_fsdp2 if case[0] in UNDER_FSDP2_WITH_MORE_RANKS]
+        return few + under_fsdp2
     stages = [placement for placement in PLACEMENTS if placement != "fsdp2"]
     tried = [(method, placement) for method in in_zero for placement in (FEW if "," in method else stages)]
     left_out = [(method, "zero3, all") for method in ("AdamMini", "GWT", "IPSGD", "Addax")]
@@ -82,6 +92,10 @@ def cases(ranks: int) -> list[tuple[str, str, str]]:
     return [
         *((*case, "bf16") for case in tried if case not in left_out), *((*case, "fp32") for case in FP32), *under_fsdp2,
     ]  # fmt: skip
+
+
+def replicas_of(method: str) -> int:
+    return 2 if method.endswith("replicas") else 1
 
 
 def type_of(method: str) -> str:
@@ -106,7 +120,7 @@ def under_fsdp2(method: str) -> dict:
     compact = "masters" in METHODS[method]
     for p in model.parameters() if compact else ():  # buffers stay in fp32
         p.data = p.data.bfloat16()
-    shard(model, bf16=not compact)
+    shard(model, bf16=not compact, replicas=replicas_of(method))
     alive = GradientsAlive(model)
     if method == "AdamW":
         optimizer = torch.optim.AdamW(param_groups(model), lr=1e-4)

@@ -12,7 +12,7 @@ from itertools import chain
 import pytest
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs_all_live
-from plan_ranks import FEW, METHODS, PLACEMENTS, SIZES, everything, param_groups, type_of
+from plan_ranks import FEW, METHODS, PLACEMENTS, SIZES, everything, param_groups, replicas_of, type_of
 from spawn import run_ranks
 from tiny import llama
 from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
@@ -33,7 +33,7 @@ def predicted(case: tuple, ranks: int, rank: int, **other) -> Prediction:
     method, placement, dtype = case
     zero = dict(PLACEMENTS[placement])
     arguments = {"stage": zero.pop("stage"), "ranks": ranks, "rank": rank, "dtype": dtype, "zero": zero}
-    arguments["reduce_once"] = method.endswith("once")
+    arguments |= {"reduce_once": method.endswith("once"), "replicas": replicas_of(method)}
     model = llama(**SIZES)
     return predict(model, type_of(method), METHODS[method], params=param_groups(model), **arguments | other)
 
@@ -179,6 +179,8 @@ def test_badam_keeps_residuals_of_all_blocks():
         ({"stage": "FSDP2", "method": "BAdam"}, "stage='FSDP2' is out of range: it must be one of 0, 1, 2, 3"),
         ({"stage": "FSDP2", "zero": {"overlap_comm": True}}, "it must be left out with FSDP2"),
         ({"reduce_once": True}, "reduce_once is FSDP2's, and stage=2: leave it out"),
+        ({"replicas": 2}, "replicas=2 is FSDP2's, and stage=2: leave it out"),
+        ({"replicas": 3, "stage": "FSDP2"}, "replicas=3 is out of range: it must be a divisor of ranks="),
         ({"reduce_once": True, "stage": "FSDP2", "options": {"release_gradients": True}}, "give one of them"),
         ({"options": {"release_gradients": True}}, "Set release_gradients to false, or use FSDP2"),
         ({"ranks": 0}, "ranks=0 is out of range"),
@@ -292,6 +294,8 @@ def test_fsdp2_is_planned_if_it_is_asked_for(capsys):
     assert printed.count(f"gradients {4 * 4_852_992:>18,}") == printed.count(" at FSDP2, bytes of a rank") == 4
     assert main(arguments[:-1] + ["--reduce_once"]) == 2
     assert "--reduce_once is FSDP2's: add --fsdp2" in capsys.readouterr().err
+    assert main([*arguments[:-1], "--replicas", "2"]) == 2
+    assert "--replicas 2 is FSDP2's: add --fsdp2" in capsys.readouterr().err
 
 
 def built_tiny():

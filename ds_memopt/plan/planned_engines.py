@@ -6,8 +6,9 @@ device), laid as ZeRO would lay them, and what it then has is counted. So is wha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -224,9 +225,10 @@ class PlannedFsdp2(PlannedZero):
         checkpointing: bool,
         dtype: torch.dtype,
         reduce_once: bool,
+        replicas: int,
     ) -> None:
         super().__init__(optimizer, model, place, checkpointing)
-        self.gathered_itemsize, self.reduce_once = dtype.itemsize, reduce_once
+        self.gathered_itemsize, self.reduce_once, self.replicas = dtype.itemsize, reduce_once, replicas
 
     def predict(self) -> Prediction:
         optimizer, place = self.optimizer, self.place
@@ -246,7 +248,7 @@ class PlannedFsdp2(PlannedZero):
         gathered = (in_root + 2 * largest) * place.count * self.gathered_itemsize
         kept = sum(map(self.numels.get, trained)) if self.reduce_once else layout.gradient_elements
         on_their_way = reduced * place.count * (self.gathered_itemsize + self.itemsize)
-        return self.prediction(
+        prediction = self.prediction(
             weights=sum(rows.values()) * self.itemsize + sum(buffer.nbytes for buffer in self.model.buffers()),
             masters=0,
             gradients=0 if released else kept * self.itemsize,
@@ -255,6 +257,11 @@ class PlannedFsdp2(PlannedZero):
             step=0,
             seams=seams,
         )
+        gradients = layout.gradient_elements * self.itemsize
+        between = round(gradients * sent_per_payload_byte("all_reduce", self.replicas))
+        if not between:
+            return prediction
+        return replace(prediction, sent=Counter(prediction.sent) + Counter(all_reduce=between))
 
     def _units(self) -> list[list[str]]:
         """The parameters of each layer, and of the model besides."""

@@ -43,6 +43,7 @@ def predict(
     block: str | None = None,
     checkpointing: bool = False,
     reduce_once: bool = False,
+    replicas: int = 1,
 ) -> Prediction:
     """What rank `rank` of `ranks` holds and sends.
 
@@ -58,6 +59,7 @@ def predict(
     checkpointing: whether each layer is run forward again in backward, which ZeRO-3 may gather for.
     reduce_once: with FSDP2, as the job's option: gradients stay whole until the last micro-batch of a step. What is
         sent is then that of a step of one micro-batch: each further one gathers the weights again.
+    replicas: with FSDP2, as the job's option: copies of the model, each sharded over ranks / replicas.
 
     Taken for granted: no gradient accumulation but with reduce_once, no MoE of DeepSpeed's own, modules run in the
     order in which the model names them, a batch of Addax has rows of both halves, and MeZO and Addax run in lockstep
@@ -74,12 +76,17 @@ def predict(
         raise ValueError(
             f"reduce_once is FSDP2's, and stage={stage!r}: leave it out. ZeRO-0 and 1 reduce once a step by themselves."
         )
+    divides = isinstance(replicas, int) and replicas >= 1 and ranks % replicas == 0
+    check_range("replicas", replicas, divides, f"a divisor of ranks={ranks}", "1 is usual.")
+    if replicas > 1 and not fsdp2:
+        raise ValueError(f"replicas={replicas} is FSDP2's, and stage={stage!r}: leave it out.")
     config = DeepSpeedZeroConfig(**{**(zero or {}), "stage": 3 if fsdp2 else stage})
     if config.offload_optimizer is not None or config.offload_param is not None:
         raise ValueError(
             "offload is not predicted: what it moves is held by the CPU. Take it out of zero_optimization."
         )
-    place = PlannedRank(stage, ranks, rank, config)
+    in_each = ranks // replicas
+    place = PlannedRank(stage, in_each, rank % in_each, config)
     without_masters = RULES[method].steps_on_bf16(options or {})
     twin = meta_twin(model, torch.float32 if fsdp2 and not without_masters else DTYPES[dtype])
     own = dict(options or {}) | RULES[method].accepted({"compiled": False})
@@ -94,7 +101,7 @@ def predict(
             raise ValueError(
                 "reduce_once keeps gradients for further micro-batches, release_gradients keeps none: give one of them."
             )
-        return PlannedFsdp2(optimizer, twin, place, checkpointing, DTYPES[dtype], reduce_once).predict()
+        return PlannedFsdp2(optimizer, twin, place, checkpointing, DTYPES[dtype], reduce_once, replicas).predict()
     if optimizer.releases_gradients:
         refuse(type(optimizer), "release_gradients_under_zero")
     planned = PlannedStoredWeights if optimizer.writes_weights else PlannedZero

@@ -143,13 +143,15 @@ def compare_methods(
     attention: str = "sdpa",
     fsdp2: bool = False,
     reduce_once: bool = False,
+    replicas: int = 1,
 ) -> Comparison:
     """Every method at every stage, or under FSDP2, if that is asked for and with release_gradients.
 
     methods: types, with the options that they have by default, or paths of ds_configs whose optimizer block is taken.
     model: a preset, a folder with a Hugging Face config.json, or such a configuration. gpus: ranks. gpu_memory: bytes
         of each that a run may use. seq_length: tokens of each sequence. loss_chunks, attention: as the jobs' options;
-        methods that compare losses have whole logits. reduce_once: of FSDP2, as the job's option.
+        methods that compare losses have whole logits. reduce_once, replicas: of FSDP2, as
+        the job's options.
 
     Raises ValueError for a number out of range, an unknown method, or a model that is not found.
     """
@@ -168,8 +170,10 @@ def compare_methods(
     rows = []
     for name, method, options in named:
         for stage in (FSDP2,) if fsdp2 else _stages(method, options):
-            of_zero, once = ({}, reduce_once) if stage == FSDP2 else (zero, False)
-            place = {"stage": stage, "ranks": gpus, "zero": of_zero, "reduce_once": once}
+            of_zero, of_fsdp2 = zero, {}
+            if stage == FSDP2:
+                of_zero, of_fsdp2 = {}, {"reduce_once": reduce_once, "replicas": replicas}
+            place = {"stage": stage, "ranks": gpus, "zero": of_zero, **of_fsdp2}
             prediction = predict(built, method, options, dtype=dtype, **place)
             fits = [_largest(prediction, _needed(method, measure, kind, loss_chunks), gpu_memory) for kind in kinds]
             per_sequence = None if isinstance(flops, str) else flops.per_token * seq_length
@@ -323,6 +327,7 @@ def run(
     attention: str,
     fsdp2: bool,
     reduce_once: bool,
+    replicas: int,
     tflops: float | None,
     bandwidth: str | None,
     gpu: str | None,
@@ -339,10 +344,12 @@ def run(
     memory_bandwidth = MEMORY_BANDWIDTH[gpu] if gpu else None
     if reduce_once and not fsdp2:
         raise ValueError("--reduce_once is FSDP2's: add --fsdp2, or leave it out.")
+    if replicas > 1 and not fsdp2:
+        raise ValueError(f"--replicas {replicas} is FSDP2's: add --fsdp2, or leave it out.")
     known = [name for name in NEAREST_TO_ADAMW_FIRST if not fsdp2 or FSDP2 in stages_of(name)]
     methods = known if optimizer == "all" else optimizer.split(",")
     given = (gpus, bytes_of(gpu_memory), seq_length)
-    compared = compare_methods(model, *given, methods, dtype, loss_chunks, attention, fsdp2, reduce_once)
+    compared = compare_methods(model, *given, methods, dtype, loss_chunks, attention, fsdp2, reduce_once, replicas)
     names = ("plain", "selective", "checkpointed", "logits")
     rows, sizes = compared.rows, {name: getattr(compared, name) / GIB for name in names}
     print(HEADING.format(model=model, gpus=gpus, gpu_memory=gpu_memory, seq_length=seq_length, dtype=dtype, **sizes))
