@@ -39,14 +39,16 @@ def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def built_on_two_ranks() -> dict[str, tuple[bool, bool]]:
-    """For each family whether all matrices are cut, and whether weights and buffers are those of a whole model."""
+    """For each family whether all matrices are cut, and whether weights and buffers are those of a whole model, whose
+    files may hold buffers too."""
     results = {}
     for family, config in CONFIGS.items():
-        expected = whole_weights(presets.build_model("", config, 3, CPU, partitioned=False))
-        whole = None
-        if dist.get_rank() == 0:
-            whole = presets.build_model("", config, 3, CPU, partitioned=False)
+        whole = presets.build_model("", config, 3, CPU, partitioned=False)
+        whole.register_buffer("counted", torch.full((3,), 7.0))
+        expected = whole_weights(whole)
+        whole = whole if dist.get_rank() == 0 else None
         model = presets.build_without_weights(config)
+        model.register_buffer("counted", torch.zeros(3))
         assert all(p.is_meta for p in model.parameters())
         shard(model)
         fill(model, whole, CPU)
@@ -59,9 +61,9 @@ def test_a_model_that_is_filled_when_sharded_is_a_whole_one():
     assert run_ranks(built_on_two_ranks, 2) == [dict.fromkeys(CONFIGS, (True, True))] * 2
 
 
-def trained_further(source: Path, lacking: Path, output: Path) -> tuple[int, str]:
+def trained_further(source: Path, faulty: list[Path], output: Path) -> tuple[int, list[str]]:
     """One step at a learning rate of 0 from a folder with weights. Returns how often this rank built a whole model, and
-    what is said of a folder that lacks a weight."""
+    what is said of faulty folders."""
     options = dict(
         deepspeed_config=str(ROOT / "ds_configs/zero3_adam_mini.json"), data="synthetic", steps=1, lr=0.0,
         seq_length=16, micro_batch=1, accumulation=1, schedule="constant", validation_interval=0, save_interval=1,
@@ -69,25 +71,30 @@ def trained_further(source: Path, lacking: Path, output: Path) -> tuple[int, str
     build = mock.Mock(side_effect=fsdp2_job.build_model)
     with mock.patch.object(fsdp2_job, "build_model", build), contextlib.redirect_stdout(io.StringIO()):
         fsdp2_job.pretrain_fsdp2(PretrainOptions(model=str(source), output_dir=str(output), **options))
-        calls = build.call_count
-        try:
-            fsdp2_job.pretrain_fsdp2(PretrainOptions(model=str(lacking), output_dir=f"{output} 2", **options))
-        except ValueError as error:
-            return calls, str(error)
+        calls, said = build.call_count, []
+        for folder in faulty:
+            try:
+                fsdp2_job.pretrain_fsdp2(PretrainOptions(model=str(folder), output_dir=f"{output} 2", **options))
+            except ValueError as error:
+                said.append(str(error))
+    return calls, said
 
 
 def test_training_goes_on_from_a_folder_with_weights(tmp_path):
-    source, lacking = tmp_path / "source", tmp_path / "lacking"
+    source, lacking, apart = (tmp_path / name for name in ("source", "lacking", "apart"))
     model = transformers.LlamaForCausalLM(CONFIGS["llama"])
     model.generation_config.temperature, model.generation_config.do_sample = 0.3, True
-    for folder in (source, lacking):
+    for folder in (source, lacking, apart):
         model.save_pretrained(folder)
     weights = load_file(lacking / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, lacking / "model.safetensors", {"format": "pt"})
-    (calls, said), (of_second, said_to_second) = run_ranks(trained_further, 2, source, lacking, tmp_path / "run")
-    assert (calls, of_second) == (1, 0)
-    assert said == said_to_second and "lack 1 weights of LlamaForCausalLM, such as model.norm.weight" in said
+    config = json.loads((apart / "config.json").read_text())
+    (apart / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    first, second = run_ranks(trained_further, 2, source, [lacking, apart], tmp_path / "run")
+    assert (first[0], second[0]) == (1, 0) and first[1] == second[1]
+    assert "lack 1 weights of LlamaForCausalLM, such as model.norm.weight" in first[1][0]
+    assert "apart holds a lm_head.weight of its own, which its config.json ties to another weight: set" in first[1][1]
     saved = tmp_path / "run/model"
     assert equal(load_file(saved / "model.safetensors"), load_file(source / "model.safetensors"))
     assert json.loads((saved / "generation_config.json").read_text())["temperature"] == 0.3
@@ -103,6 +110,10 @@ def test_another_device_draws_the_numbers_of_a_tensor():
         with drawing:
             model.init_weights()
         assert torch.equal(torch.get_rng_state(), expected) == same
+    before = torch.get_rng_state()
+    with presets._DrawOn(CPU):  # fills nothing that was there
+        assert torch.bernoulli(torch.ones(3, device="meta")).is_meta
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -26,6 +26,9 @@ LLAMA = dict(hidden_size=24, intermediate_size=37, num_hidden_layers=2, num_atte
 SIZE = dict(
     steps=3, seq_length=16, micro_batch=1, accumulation=2, validation_interval=0, logging_interval=1, save_interval=2
 )
+COPIES = {
+    "apart again": "AdamMini 2", "together": "BAdam 1", "engine again": "engine", "engine apart": "engine",
+}  # fmt: skip
 METHODS = {"AdamMini": {}, "GWT": {"level": 2}, "BAdam": {"switch_every": 1}, "MeZO": {"compiled": False}}
 
 
@@ -63,8 +66,10 @@ def runs(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     jobs["together"] = dict(method="BAdam", replicas=2)
     jobs["thrice"] = dict(method="AdamMini", replicas=3)
     jobs["ZeRO"] = dict(method="AdamMini", replicas=2, deepspeed=True)
-    told = run_ranks(run_all, 4, place, jobs, {"apart again": "AdamMini 2", "together": "BAdam 1"})[0]
-    return place, told
+    for name in ("engine", "engine again", "engine apart"):
+        replicas = 1 if name == "engine apart" else 2
+        jobs[name] = dict(method="AdamMini", replicas=replicas, checkpoint_format="engine")
+    return place, run_ranks(run_all, 4, place, jobs, COPIES)[0]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -78,31 +83,25 @@ def test_two_copies_are_trained_as_one(runs, method):
     assert distance(one, two) < 5e-6 * moved
     losses = [[row["loss"] for row in read_metrics(place / f"{method} {replicas}")] for replicas in (1, 2)]
     assert losses[0] == pytest.approx(losses[1], rel=2e-6)
-    print(
-        method,
-        [
-            (r["sent_by_group"], r["sent_by_collective"])
-            for r in (read_metrics(place / f"{method} {k}")[-1] for k in (1, 2))
-        ],
-    )
     sent = [read_metrics(place / f"{method} {replicas}")[-1]["sent_by_group"] for replicas in (1, 2)]
     assert sent[0].keys() == {"0-3"} and "0-1" in sent[1]
-    if (
-        method == "AdamMini"
-    ):  # half of 22,440 numbers, padding of rows among them, in fp32 for each of two micro-batches
-        assert sent[1]["0,2"] == 2 * 4 * 22_440 // 2
+    if method == "AdamMini":
+        padded = 22_440  # numbers, with the rows that pad
+        assert sent[1]["0,2"] == 2 * 4 * padded // 2  # of each of two micro-batches, in fp32
 
 
 def test_a_copy_is_saved_once_and_goes_on_elsewhere(runs):
     place, told = runs
     once, twice = (Index.read(place / f"AdamMini {replicas}/checkpoints/step2") for replicas in (1, 2))
     assert sum(entry.length for entry in once.entries) == sum(entry.length for entry in twice.entries)
-    for name, whole in {"apart again": "AdamMini 2", "together": "BAdam 1"}.items():
+    for name in ("apart again", "together", "engine again"):
+        whole = COPIES[name]
         ours, theirs = ([row["loss"] for row in read_metrics(place / one)] for one in (name, whole))
         assert len(ours) == 3 and ours == pytest.approx(theirs, rel=2e-6), name
 
 
 def test_what_cannot_be_is_refused(runs):
     told = runs[1]
-    assert told["thrice"] == "--replicas 3 does not divide the 4 ranks: each replica has as many"
+    assert told["thrice"] == "--replicas 3 does not divide the 4 ranks: each copy of the model has as many of them"
+    assert "zero_stage was FSDP2 in 2 replicas, is FSDP2" in told["engine apart"]
     assert told["ZeRO"] == "--replicas 2 is FSDP2's (launch/pretrain_fsdp2.py): leave it out"

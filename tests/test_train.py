@@ -18,7 +18,7 @@ from spawn import TIME_LIMIT, run_script
 from ds_memopt.optimizers import METHODS, method_of
 from ds_memopt.results import comparison
 from ds_memopt.results.record import MetricsFile, read_metrics
-from ds_memopt.train import config, presets, settings
+from ds_memopt.train import config, presets, reshard, settings
 from ds_memopt.train.options import PretrainOptions
 from ds_memopt.train.ranks import Ranks
 from ds_memopt.train.settings import make_settings
@@ -215,6 +215,33 @@ def test_command_line_fills_what_a_config_leaves_out(tmp_path):
     assert settled.config["gradient_clipping"] == 1.0 and settled.config["train_micro_batch_size_per_gpu"] == 4
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant_with_warmup", "inverse_sqrt"])
+def test_a_warm_up_may_be_longer_than_the_run(tmp_path, schedule):
+    settled = make_settings(_options(tmp_path, schedule=schedule, warmup_steps=100, steps=50), ALONE)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    assert settled.lr_schedule(optimizer).lr_lambdas[0](50) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "given"),
+    [(["linear", 3], 3), (["constant", 0], 0), (["constant", 3], None), (["polynomial", 1, "power=2"], 1)],
+)
+def test_a_run_that_is_resharded_keeps_its_schedule(tmp_path, schedule, given):
+    facts = {
+        "deepspeed": {},
+        "model": "tiny",
+        "data": "stdlib",
+        "steps": 4,
+        "seq_length": 8,
+        "seed": 0,
+        "world_size": 1,
+    }
+    facts |= {"zero_stage": 2, "schedule": schedule}
+    (tmp_path / "resolved_config.json").write_text(json.dumps(facts))
+    options = reshard._options(tmp_path, tmp_path / "c.json", None, None)
+    assert (options.schedule, options.warmup_steps, list(options.schedule_kwargs)) == (schedule[0], given, schedule[2:])
+
+
 def test_without_nvcc_a_gpu_runs_torch_adamw(tmp_path, monkeypatch, capsys):
     """FusedAdam could not be compiled; with offload DeepSpeed compiles its CPU operator, which needs no nvcc."""
     gpu = replace(ALONE, device=torch.device("cuda"))
@@ -242,6 +269,10 @@ def test_without_nvcc_a_gpu_runs_torch_adamw(tmp_path, monkeypatch, capsys):
         ({"schedule": "reduce_lr_on_plateau"}, "reduce_lr_on_plateau follows the loss, which no engine hands to it"),
         ({"schedule": "constant", "warmup_steps": 2}, "--warmup_steps 2 has no effect with --schedule constant"),
         ({"schedule": "constant", "schedule_kwargs": ("power=2",)}, "--schedule_kwargs power: constant takes none"),
+        ({"schedule_kwargs": ("num_cycles=1", "num_cycles=2"), "schedule": "cosine"}, "num_cycles is there twice"),
+        (DECAY | {"schedule_kwargs": ("num_decay_steps=true",)}, "num_decay_steps=True: it must be an integer"),
+        (DECAY | {"schedule_kwargs": ("num_decay_steps=0", "min_lr_ratio=a")}, "min_lr_ratio=a with --lr"),
+        ({"schedule": "cosine_with_min_lr"}, "min_lr_rate should be set .* --schedule_kwargs sets num_cycles, min_lr"),
         ({"schedule_kwargs": ("min_lr",)}, "--schedule_kwargs min_lr is not NAME=VALUE, as in num_decay_steps=1000"),
         ({"schedule": "warmup_stable_decay"}, "needs num_decay_steps: add --schedule_kwargs num_decay_steps=..."),
         (DECAY | {"schedule_kwargs": ("num_decay_steps=9",)}, "from 0 to 8, what 2 steps of warm-up leave of 10"),
@@ -250,7 +281,7 @@ def test_without_nvcc_a_gpu_runs_torch_adamw(tmp_path, monkeypatch, capsys):
         (DECAY | {"schedule_kwargs": ("num_decay_steps=2", "decay_type=sine")}, "Unknown decay type: sine, expected"),
         (
             {"schedule": "cosine_with_min_lr", "schedule_kwargs": ("min_lr=0.01",), "lr": 1e-3},
-            "min_lr=0.01 gives .* x --lr at step .*: it must stay between 0 and 1 x --lr",
+            "min_lr=0.01 with --lr 0.001: step .* has .* x --lr, which must stay between 0 and 1 x",
         ),
         ({"steps": 4, "profile": 2}, "--profile 2 traces .* this run has 4: give at least --steps 5"),
         ({"attention": "flash_attention_2"}, "flash_attention_2 needs a GPU, and this run is on a cpu; or take sdpa"),

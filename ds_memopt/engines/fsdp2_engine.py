@@ -49,7 +49,7 @@ def fill(model: nn.Module, whole: nn.Module | None, device: torch.device) -> Non
     for buffer, value in zip(model.buffers(), buffers, strict=True):
         buffer.copy_(value)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    set_model_state_dict(model, whole.state_dict() if whole else {}, options=options)
+    set_model_state_dict(model, whole.state_dict() if whole is not None else {}, options=options)
 
 
 class Fsdp2Engine:

@@ -74,7 +74,8 @@ def fsdp2_settings(options: PretrainOptions, ranks: Ranks) -> Settings:
         )
     if ranks.world_size % options.replicas:
         raise ValueError(
-            f"--replicas {options.replicas} does not divide the {ranks.world_size} ranks: each replica has as many"
+            f"--replicas {options.replicas} does not divide the {ranks.world_size} ranks: each copy of the model has "
+            "as many of them"
         )
     if options.float8:
         check_float8(options.float8, name, ranks.device, settings.facts["dtype"])
@@ -85,7 +86,8 @@ def fsdp2_settings(options: PretrainOptions, ranks: Ranks) -> Settings:
         if other := sorted({*params} - {*SHARED_HYPERPARAMETERS}):
             raise ValueError(f"{', '.join(other)} is no hyper-parameter of torch's AdamW: remove it")
     config = {key: value for key, value in config.items() if key in READ_KEYS}
-    return replace(settings, config=config, facts=settings.facts | {"zero_stage": "FSDP2"})
+    sharding = "FSDP2" if options.replicas == 1 else f"FSDP2 in {options.replicas} replicas"
+    return replace(settings, config=config, facts=settings.facts | {"zero_stage": sharding})
 
 
 def _check_release(settings: Settings, name: str) -> None:
@@ -128,20 +130,31 @@ def _build_model(
     """The sharded model. The first rank alone builds a whole one, from which all get their shards.
 
     without_masters: in bf16, the stored weights are those that it computes with."""
-    sources = options.model, settings.model_config, options.seed, ranks.device
-    whole = on_all_ranks(lambda: build_model(*sources, partitioned=False) if ranks.is_main else None)
     model = build_without_weights(settings.model_config)
-    sharding = "FSDP2" if options.replicas == 1 else f"FSDP2 in {options.replicas} replicas"
+    whole = on_all_ranks(lambda: _build_whole(model, options, settings, ranks) if ranks.is_main else None)
+    sharding = settings.facts["zero_stage"]
     if options.float8:
         sharding += f", {use_float8(model, options.float8, ranks.device)}"
     make_ready(model, options)
     announce(model, options, settings, ranks, sharding)
     bf16 = settings.facts["dtype"] == "bf16"
     if bf16 and without_masters:
-        for parameter in (*model.parameters(), *(whole.parameters() if whole else ())):
+        for parameter in (*model.parameters(), *(whole.parameters() if whole is not None else ())):
             parameter.data = parameter.data.bfloat16()
     shard(model, bf16 and not without_masters, options.replicas)
     fill(model, whole, ranks.device)
-    if whole:
+    if whole is not None:
         model.generation_config = whole.generation_config  # it is saved with the model
     return model
+
+
+def _build_whole(model: torch.nn.Module, options: PretrainOptions, settings: Settings, ranks: Ranks) -> torch.nn.Module:
+    """model: the same without weights. ValueError where it ties what a folder holds apart."""
+    whole = build_model(options.model, settings.model_config, options.seed, ranks.device, partitioned=False)
+    names, tied = ({name for name, _ in one.named_parameters()} for one in (whole, model))
+    if apart := sorted(names - tied):
+        raise ValueError(
+            f"{options.model} holds a {apart[0]} of its own, which its config.json ties to another weight: set "
+            "tie_word_embeddings to false there"
+        )
+    return whole

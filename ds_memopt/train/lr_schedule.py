@@ -37,22 +37,29 @@ def make_lr_schedule(
         raise ValueError(f"--schedule {name} is unknown: choose one of {', '.join(known)}")
     build = functions[name]
     parameters = inspect.signature(build).parameters
-    given = dict(map(_parse, words))
+    given = _parse(words)
     takes = {key: one for key, one in parameters.items() if key not in RUNS_OWN}
-    for key in given.keys() - takes.keys():
-        raise ValueError(f"--schedule_kwargs {key}: {name} takes {', '.join(takes) or 'none'}")
+    listed = ", ".join(takes) or "none"
+    for key in given:
+        if key not in takes:
+            raise ValueError(f"--schedule_kwargs {key}: {name} takes {listed}")
     for key, one in takes.items():
         if one.default is inspect.Parameter.empty and key not in given:
             raise ValueError(f"--schedule {name} needs {key}: add --schedule_kwargs {key}=...")
-    decay, most = given.get("num_decay_steps", 0), steps - warmup_steps
-    if not (isinstance(decay, int) and 0 <= decay <= most):
-        raise ValueError(
-            f"--schedule_kwargs num_decay_steps={decay}: it must be an integer from 0 to {most}, what {warmup_steps} "
-            f"steps of warm-up leave of {steps}"
-        )
+    if "num_decay_steps" in given:
+        decay, most = given["num_decay_steps"], max(0, steps - warmup_steps)
+        if type(decay) is not int or not 0 <= decay <= most:
+            raise ValueError(
+                f"--schedule_kwargs num_decay_steps={decay}: it must be an integer from 0 to {most}, what "
+                f"{warmup_steps} steps of warm-up leave of {steps}"
+            )
     settled = {"num_warmup_steps": warmup_steps, "num_training_steps": steps}
     schedule = partial(build, **{key: value for key, value in settled.items() if key in parameters}, **given)
-    _check_rates(schedule, " ".join([f"--schedule {name}", *words]), lr, steps)
+    said = " ".join([f"--schedule {name}", *words])
+    try:
+        _check_rates(schedule, lr, steps)
+    except (TypeError, ArithmeticError, ValueError) as error:
+        raise ValueError(f"{said} with --lr {lr}: {error}. --schedule_kwargs sets {listed}") from error
     return schedule
 
 
@@ -61,23 +68,23 @@ def has_warm_up(name: str) -> bool:
     return "num_warmup_steps" in inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]).parameters
 
 
-def _parse(word: str) -> tuple[str, Any]:
-    name, equals, value = word.partition("=")
-    if not equals:
-        raise ValueError(f"--schedule_kwargs {word} is not NAME=VALUE, as in num_decay_steps=1000")
-    try:
-        return name, json.loads(value, parse_constant=str)  # NaN is no number here
-    except json.JSONDecodeError:
-        return name, value
+def _parse(words: Sequence[str]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name in given:
+            fault = "is there twice" if equals else "is not NAME=VALUE, as in num_decay_steps=1000"
+            raise ValueError(f"--schedule_kwargs {name} {fault}")
+        try:
+            given[name] = json.loads(value, parse_constant=str)  # NaN is no number here
+        except json.JSONDecodeError:
+            given[name] = value
+    return given
 
 
-def _check_rates(schedule: Callable, said: str, lr: float, steps: int) -> None:
+def _check_rates(schedule: Callable, lr: float, steps: int) -> None:
     """At a thousand steps of the run and its end."""
-    try:
-        [factor] = schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)).lr_lambdas
-        factors = {step: factor(step) for step in (*range(0, steps, max(1, steps // 1000)), steps)}
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{said} with --lr {lr}: {error}") from error
-    for step, factor in factors.items():
-        if not 0 <= factor <= 1:
-            raise ValueError(f"{said} gives {factor:.3g} x --lr at step {step}: it must stay between 0 and 1 x --lr")
+    [factor] = schedule(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)).lr_lambdas
+    for step in (*range(0, steps, max(1, steps // 1000)), steps):
+        if not 0 <= factor(step) <= 1:
+            raise ValueError(f"step {step} has {factor(step):.3g} x --lr, which must stay between 0 and 1 x")

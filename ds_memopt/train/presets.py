@@ -167,17 +167,18 @@ def build_without_weights(config: transformers.PretrainedConfig) -> torch.nn.Mod
 
 
 class _DrawOn(TorchDispatchMode):
-    """Fills tensors with random numbers from the generator of a device, wherever the tensors are."""
+    """What fills a tensor in place with random numbers takes them from a device's generator, wherever the tensor is."""
 
     def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.device = device
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        draws = torch.Tag.nondeterministic_seeded in operator.tags and args and isinstance(args[0], torch.Tensor)
-        if not draws or args[0].device.type == self.device.type:
+        in_place = operator.name().partition(".")[0].endswith("_")
+        if not in_place or torch.Tag.nondeterministic_seeded not in operator.tags or args[0].device == self.device:
             return operator(*args, **kwargs or {})
-        return args[0].copy_(operator(torch.empty_like(args[0], device=self.device), *args[1:], **kwargs or {}))
+        filled, *others = args
+        return filled.copy_(operator(torch.empty_like(filled, device=self.device), *others, **kwargs or {}))
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -105,7 +105,9 @@ def _options(run: Path, config_file: Path, stage: int | None, step: int | None) 
     own = {}
     if isinstance(schedule, list):
         name, warmup_steps, *kwargs = schedule
-        own = {"schedule": name, "schedule_kwargs": kwargs, "warmup_steps": warmup_steps if has_warm_up(name) else None}
+        if warmup_steps and not has_warm_up(name):
+            warmup_steps = None  # the default, which may not be given
+        own = {"schedule": name, "schedule_kwargs": kwargs, "warmup_steps": warmup_steps}
     return PretrainOptions(
         deepspeed_config=str(config_file), output_dir=str(run), resume=True if step is None else step,
         checkpoint_format="portable" if stage is None else "engine",
@@ -120,7 +122,11 @@ def _recorded(run: Path) -> dict[str, Any]:
         whole = {"deepspeed", "model", "data", "steps", "seq_length", "seed", "schedule", "world_size"} <= saved.keys()
     except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{run} is no output folder of a run: {RESOLVED} cannot be read ({error})") from error
-    if not whole or saved["zero_stage"] == "FSDP2" and not any((run / CHECKPOINTS).glob(f"step*/{INDEX}")):
+    if (
+        not whole
+        or str(saved["zero_stage"]).startswith("FSDP2")
+        and not any((run / CHECKPOINTS).glob(f"step*/{INDEX}"))
+    ):
         raise ValueError(
             f"{run} has no checkpoint that can be converted: only runs of pre-training have, under FSDP2 portable ones"
         )
