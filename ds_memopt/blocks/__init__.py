@@ -16,7 +16,6 @@ __all__ = [
     "Columns",
     "Contiguous",
     "Hook",
-    "Hook",
     "ParamBlocks",
     "Partition",
     "Section",

@@ -178,12 +178,10 @@ def run(engine: Any, settings: Settings, ranks: Ranks, work: Work, first_step: i
         checkpoint.remove_asides(settings.output_dir)
         mfu = flops if isinstance(flops, str) else flops.formula(peak)
         print(mfu, flush=True)
-        folder, resolved = settings.output_dir, {**settings.facts, "mfu": mfu, "deepspeed": settings.config}
-        write_json(folder / RESOLVED, resolved)
         speed = settings.speed | {"attention": attention_of(engine.module)}
         folder = settings.output_dir
         resolved = {**settings.facts, "speed": speed, "mfu": mfu, "deepspeed": settings.config}
-        write_json(folder / "resolved_config.json", resolved)
+        write_json(folder / RESOLVED, resolved)
         write_json(folder / "environment.json", environment(ranks.device, ranks.world_size, ranks.process_gib))
         metrics = MetricsFile(folder, first_step)
     mfu = (lambda tokens_per_s: None) if isinstance(flops, str) else partial(flops.utilisation, peak=peak)
