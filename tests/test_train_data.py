@@ -120,6 +120,13 @@ def test_weights_depend_on_the_seed_alone():
     assert 0.015 < weights(0).std() < 0.25 and weights(0).isfinite().all()
 
 
+def test_weights_that_nothing_fills_are_refused():
+    """transformers fills those of this family in the constructor alone, of which the numbers are not the seed's."""
+    config = transformers.OpenAIGPTConfig(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8)
+    with pytest.raises(ValueError, match="OpenAIGPTLMHeadModel gives .*weight no random value of its own: name a fold"):
+        presets.build_model("none", config, 0, torch.device("cpu"), partitioned=False)
+
+
 def test_only_matrices_decay():
     model = transformers.LlamaForCausalLM(_small_llama())
     decay, rest = presets.parameter_groups(model, 0.1)

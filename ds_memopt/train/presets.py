@@ -134,7 +134,7 @@ def build_model(
     It is in CPU memory, so that a GPU never holds it in fp32 for a run in bf16. device: draws the random weights.
     partitioned: under ZeRO-3, with a `transformers.integrations.HfDeepSpeedConfig` alive, transformers builds the model
     inside `deepspeed.zero.Init`, so that no rank ever holds all of it. The weights are the same either way on CPU.
-    ValueError if the folder lacks some of the model's weights.
+    ValueError if the folder lacks some of the model's weights, or if transformers does not fill all of new ones.
     """
     if has_weights(name):
         model, found = transformers.AutoModelForCausalLM.from_pretrained(
@@ -150,11 +150,16 @@ def build_model(
         torch.manual_seed(seed)
         return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     # Without no_init_weights the constructors would draw from the generator too, and the weights differ from ZeRO-3's.
-    with no_init_weights():
+    with no_init_weights(), _EmptyIsNaN():
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     torch.manual_seed(seed)
     with _DrawOn(device):
         model.init_weights()
+    for parameter, p in model.named_parameters():
+        if p.isnan().any():
+            raise ValueError(
+                f"{type(model).__name__} gives {parameter} no random value of its own: name a folder with weights"
+            )
     return model
 
 
@@ -164,6 +169,16 @@ def build_without_weights(config: transformers.PretrainedConfig) -> torch.nn.Mod
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.tie_weights()
     return model
+
+
+class _EmptyIsNaN(TorchDispatchMode):
+    """New tensors of no value hold NaNs, so that what nothing fills is found."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        result = operator(*args, **kwargs or {})
+        if operator.name().startswith(("aten::empty", "aten::new_empty")) and result.is_floating_point():
+            result.fill_(math.nan)
+        return result
 
 
 class _DrawOn(TorchDispatchMode):
