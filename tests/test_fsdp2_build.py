@@ -14,8 +14,7 @@ import torch.distributed as dist
 import transformers
 from safetensors.torch import load_file, save_file
 from spawn import ROOT, run_ranks
-from tiny import equal
-from torch.distributed.tensor import DTensor
+from tiny import equal, full_parameters
 
 from ds_memopt.engines.fsdp2_engine import fill, shard
 from ds_memopt.train import fsdp2_job, presets
@@ -33,9 +32,7 @@ CONFIGS = {
 
 
 def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Buffers too, as clones; whole where they are sharded."""
-    named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone() for name, p in named}
+    return full_parameters(model) | {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 
 def built_on_two_ranks() -> dict[str, tuple[bool, bool]]:

@@ -123,8 +123,13 @@ def test_weights_depend_on_the_seed_alone():
 def test_weights_that_nothing_fills_are_refused():
     """transformers fills those of this family in the constructor alone, of which the numbers are not the seed's."""
     config = transformers.OpenAIGPTConfig(n_embd=8, n_layer=1, n_head=2, vocab_size=16, n_positions=8)
-    with pytest.raises(ValueError, match="OpenAIGPTLMHeadModel gives .*weight no random value of its own: name a fold"):
-        presets.build_model("none", config, 0, torch.device("cpu"), partitioned=False)
+    with presets._EmptyIsNaN():
+        assert torch.empty(1000).isnan().all() and not torch.ones(1000).isnan().any()
+    message = "OpenAIGPTLMHeadModel gives transformer.h.0.attn.c_attn.weight no random value of its own: name a folder"
+    for _ in range(8):  # memory that was used before holds NaNs by chance, but not always
+        [torch.zeros(8, 24) for _ in range(50)]
+        with pytest.raises(ValueError, match=message):
+            presets.build_model("none", config, 0, torch.device("cpu"), partitioned=False)
 
 
 def test_only_matrices_decay():
